@@ -1,0 +1,40 @@
+"""The ground floor: pages, slots, page tables and geometry, as ints and bytes.
+
+Nothing here imports mlx or numpy, and nothing does I/O.
+"""
+
+from pagedkv.allocator.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    ConfigError,
+    CorruptPageError,
+    OutOfPagesError,
+    PagedKVError,
+    ShapeError,
+)
+from pagedkv.allocator.geometry import PAGE_ALIGNMENT, KVShape, PageGeometry, PagePart
+from pagedkv.allocator.precision import Ladder, Precision
+from pagedkv.allocator.slots import PageAllocator, SlotPool
+from pagedkv.allocator.table import PageTable, TableEntry
+
+__all__ = [
+    "PAGE_ALIGNMENT",
+    "CacheStateError",
+    "ClosedError",
+    "ColdStoreError",
+    "ConfigError",
+    "CorruptPageError",
+    "KVShape",
+    "Ladder",
+    "OutOfPagesError",
+    "PageAllocator",
+    "PageGeometry",
+    "PagePart",
+    "PageTable",
+    "PagedKVError",
+    "Precision",
+    "ShapeError",
+    "SlotPool",
+    "TableEntry",
+]

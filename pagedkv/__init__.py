@@ -1,0 +1,54 @@
+"""A paged, tiered KV cache for MLX: contexts larger than memory, attended exactly.
+
+cache = pagedkv.wrap(model, pagedkv.TierConfig(warm="2GB", cold="64GB"))
+mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
+"""
+
+from pagedkv.allocator import KVShape, Ladder, PageGeometry, Precision
+from pagedkv.cache import PagedCache, PagedLayerCache, attention
+from pagedkv.config import TierConfig
+from pagedkv.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    ConfigError,
+    CorruptPageError,
+    OutOfPagesError,
+    PagedKVError,
+    ShapeError,
+)
+from pagedkv.models import load, unwrap, wrap
+from pagedkv.plan import Plan, plan
+from pagedkv.sizes import format_size, parse_size
+from pagedkv.stats import CacheStats, TierStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheStateError",
+    "CacheStats",
+    "ClosedError",
+    "ColdStoreError",
+    "ConfigError",
+    "CorruptPageError",
+    "KVShape",
+    "Ladder",
+    "OutOfPagesError",
+    "PageGeometry",
+    "PagedCache",
+    "PagedKVError",
+    "PagedLayerCache",
+    "Plan",
+    "Precision",
+    "ShapeError",
+    "TierConfig",
+    "TierStats",
+    "__version__",
+    "attention",
+    "format_size",
+    "load",
+    "parse_size",
+    "plan",
+    "unwrap",
+    "wrap",
+]

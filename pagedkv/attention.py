@@ -1,0 +1,294 @@
+"""Exact attention over hot, warm and cold keys in one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from pagedkv.allocator import TableEntry
+from pagedkv.backends import (
+    Backend,
+    Partial,
+    choose_backend,
+    dense_partial,
+    page_partial,
+    sink_partial,
+)
+from pagedkv.errors import ShapeError
+from pagedkv.tiers import LayerPager, Run
+from pagedkv.tiers.reader import Batch
+
+stock_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
+"""MLX's own attention, kept from before the dispatcher takes its place."""
+
+DECODE_TOKENS = 8
+"""Up to this many query tokens pages are attended one run at a time, above it dequantized."""
+
+SCORE_BYTES = 64 * 2**20
+"""Memory for the float32 scores of one tile."""
+
+
+@dataclass(frozen=True)
+class KVView:
+    """The keys and values of one layer at one moment, as attention sees them.
+
+    In token order: the sinks (first `sinks` tokens of the hot arrays), the pages, the rest of the
+    hot arrays.
+
+    Attributes:
+        pager: the layer's pages.
+        entries: the pages of this sequence, oldest first.
+        keys: hot keys ``[1, kv_heads, hot, key_dim]``.
+        values: hot values ``[1, kv_heads, hot, value_dim]``.
+        sinks: how many of the hot tokens come before the pages.
+        following: the next layer's pages, to be read ahead.
+    """
+
+    pager: LayerPager | None
+    entries: tuple[TableEntry, ...]
+    keys: mx.array
+    values: mx.array
+    sinks: int
+    following: Callable[[], Sequence[Batch]] = tuple
+
+    @property
+    def paged_tokens(self) -> int:
+        """Tokens in pages."""
+        return sum(e.tokens for e in self.entries)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return self.paged_tokens + int(self.keys.shape[2])
+
+    def runs(self) -> Iterator[tuple[Run, mx.array, bool]]:
+        """The page records, run by run; see `LayerPager.records`."""
+        assert self.pager is not None
+        return self.pager.records(self.pager.runs(self.entries), self.following())
+
+    def dense(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """All keys and values in token order, dequantized.
+
+        Returns:
+            ``[1, kv_heads, tokens, key_dim]`` and ``[1, kv_heads, tokens, value_dim]``.
+        """
+        if not self.entries:
+            return self.keys, self.values
+        heads, key_dim, value_dim = self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
+        keys = mx.zeros((1, heads, self.tokens, key_dim), dtype)
+        values = mx.zeros((1, heads, self.tokens, value_dim), dtype)
+        at = 0
+        # Each update is donated, so memory is the result and one run, not twice the result.
+        for part_keys, part_values, cold in self._parts(dtype):
+            start = mx.array([at])
+            keys = mx.slice_update(keys, part_keys, start, [2])
+            values = mx.slice_update(values, part_values, start, [2])
+            at += int(part_keys.shape[2])
+            if cold:
+                mx.eval(keys, values)
+        return keys, values
+
+    def _parts(self, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array, bool]]:
+        """Keys and values in token order, piece by piece, and whether a piece was cold."""
+        yield *self._hot(0, self.sinks, dtype), False
+        for run, records, cold in self.runs():
+            yield *self._decode(run, records, dtype), cold
+        yield *self._hot(self.sinks, int(self.keys.shape[2]), dtype), False
+
+    def _hot(self, start: int, stop: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        hot_keys, hot_values = self.keys[:, :, start:stop], self.values[:, :, start:stop]
+        return hot_keys.astype(dtype), hot_values.astype(dtype)
+
+    def _decode(self, run: Run, records: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """A run's valid tokens as ``[1, kv_heads, n, dim]`` keys and values."""
+        assert self.pager is not None
+        codec = self.pager.codecs[run.precision]
+        keys = codec.keys(records, dtype).transpose(1, 0, 3, 2)
+        values = codec.values(records, dtype).transpose(1, 0, 2, 3)
+        full = all(e.tokens == self.pager.page_tokens for e in run.entries)
+
+        def join(x: mx.array) -> mx.array:
+            if full:
+                return x.reshape(1, x.shape[0], -1, x.shape[3])
+            valid = [x[:, i, : e.tokens] for i, e in enumerate(run.entries)]
+            return mx.concatenate(valid, axis=1)[None]
+
+        return join(keys), join(values)
+
+
+def attend(
+    view: KVView,
+    q: mx.array,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    backend: Backend | None = None,
+    scratch_bytes: int = 256 * 2**20,
+) -> mx.array:
+    """Softmax attention of `q` over everything in `view`.
+
+    Args:
+        view: the cache, the new tokens included.
+        q: ``[1, query_heads, L, key_dim]``; query head h reads KV head ``h // (query_heads /
+            kv_heads)``. The queries are the last L tokens of the view.
+        scale: multiplies the products of queries and keys.
+        mask: None, ``"causal"``, or an array that broadcasts to ``[1, query_heads, L, tokens]``:
+            bool (True attends) or added to the scores.
+        sinks: learned attention sinks of the model, ``[query_heads]``.
+        backend: how to multiply with pages; chosen for the device if None.
+        scratch_bytes: memory for dequantized keys and values when there are many queries.
+
+    Returns:
+        ``[1, query_heads, L, value_dim]`` in q's type.
+
+    Raises:
+        ShapeError: if the query or mask does not fit.
+        CorruptPageError, ColdStoreError: if a cold page cannot be read.
+    """
+    _check(view, q, mask)
+    if not view.entries:
+        return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
+    if q.shape[2] > DECODE_TOKENS:
+        shape = view.keys.shape[1] * (view.keys.shape[3] + view.values.shape[3])
+        if view.tokens * shape * q.dtype.size <= scratch_bytes:
+            keys, values = view.dense(q.dtype)
+            return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return _Tiles(view, q, scale, mask, backend or choose_backend("auto")).attend(sinks)
+
+
+def _check(view: KVView, q: mx.array, mask: mx.array | str | None) -> None:
+    kv_heads, key_dim = view.keys.shape[1], view.keys.shape[3]
+    if q.ndim != 4 or q.shape[0] != 1 or q.shape[3] != key_dim or q.shape[1] % kv_heads:
+        raise ShapeError(
+            f"queries {q.shape} do not fit a cache of {kv_heads} KV heads of {key_dim} channels: "
+            f"expected [1, a multiple of {kv_heads}, L, {key_dim}]"
+        )
+    if isinstance(mask, str) and mask != "causal":
+        raise ShapeError(f"mask is None, 'causal' or an array, got {mask!r}")
+
+
+class _Tiles:
+    """Attention as merged partials: tiles of queries by runs of pages, then the hot tokens."""
+
+    def __init__(
+        self,
+        view: KVView,
+        q: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        backend: Backend,
+    ) -> None:
+        assert view.pager is not None
+        self._view, self._pager, self._backend = view, view.pager, backend
+        self._q = q
+        self._heads = int(view.keys.shape[1])
+        self._repeats = int(q.shape[1]) // self._heads
+        self._length = int(q.shape[2])
+        self._scaled = q.astype(mx.float32) * scale
+        self._mask = mask if isinstance(mask, str) or mask is None else self._additive(mask)
+
+    def _additive(self, mask: mx.array) -> mx.array:
+        """The mask in float32, added to scores, ``[query_heads or 1, L or 1, tokens]``."""
+        if mask.dtype == mx.bool_:
+            mask = mx.where(mask, mx.array(0.0), mx.array(-mx.inf))
+        mask = mask.astype(mx.float32)
+        while mask.ndim < 3:
+            mask = mask[None]
+        return mask.reshape(mask.shape[-3:])
+
+    def attend(self, sinks: mx.array | None) -> mx.array:
+        """Merge everything; the order depends on logical positions only, never on tiers."""
+        value_dim = int(self._view.values.shape[3])
+        tiles = self._query_tiles()
+        parts: list[Partial | None] = [None] * len(tiles)
+        if sinks is not None:
+            parts = [
+                sink_partial(sinks, self._heads, stop - start, value_dim) for start, stop in tiles
+            ]
+        position = self._view.sinks
+        for run, records, cold in self._view.runs():
+            codec = self._pager.codecs[run.precision]
+            for i, (start, stop) in enumerate(tiles):
+                mask = self._run_mask(run, position, start, stop)
+                q = self._rows(start, stop)
+                part = page_partial(self._backend, q, codec, records, mask)
+                parts[i] = merged = _merge(parts[i], part)
+                if cold or len(tiles) > 1:
+                    mx.eval(*merged)  # staging and scores are reused by the next tile
+            position += run.tokens
+        done = []
+        for i, (start, stop) in enumerate(tiles):
+            hot = dense_partial(
+                self._rows(start, stop),
+                self._view.keys[0],
+                self._view.values[0],
+                self._hot_mask(start, stop),
+            )
+            out = _merge(parts[i], hot).finish()
+            done.append(out.reshape(1, self._heads * self._repeats, stop - start, value_dim))
+            if len(tiles) > 1:
+                mx.eval(done[-1])
+        out = done[0] if len(done) == 1 else mx.concatenate(done, axis=2)
+        return out.astype(self._q.dtype)
+
+    def _query_tiles(self) -> list[tuple[int, int]]:
+        """Query tokens in tiles whose scores over one run, or the hot tokens, fit the memory."""
+        keys = max(self._pager.run_tokens, int(self._view.keys.shape[2]))
+        per_token = 4 * self._heads * self._repeats * keys
+        step = max(DECODE_TOKENS, SCORE_BYTES // per_token)
+        return [(i, min(i + step, self._length)) for i in range(0, self._length, step)]
+
+    def _rows(self, start: int, stop: int) -> mx.array:
+        """Queries as ``[kv_heads, repeats * L, key_dim]``."""
+        return self._scaled[0, :, start:stop].reshape(self._heads, -1, self._q.shape[3])
+
+    def _run_mask(self, run: Run, position: int, start: int, stop: int) -> mx.array | None:
+        """Added to the scores of a run: the caller's mask, and minus infinity past valid tokens.
+
+        Pages are older than every query, so a causal mask leaves them all visible.
+        """
+        tokens = self._pager.page_tokens
+        partial = any(e.tokens < tokens for e in run.entries)
+        if isinstance(self._mask, mx.array):
+            columns, at = [], position
+            for entry in run.entries:
+                column = self._mask_rows(start, stop, slice(at, at + entry.tokens))
+                gap = tokens - entry.tokens
+                columns.append(mx.pad(column, [(0, 0), (0, 0), (0, gap)], constant_values=-mx.inf))
+                at += entry.tokens
+            return mx.stack(columns)
+        if partial:
+            valid = mx.array([e.tokens for e in run.entries])[:, None] > mx.arange(tokens)
+            return mx.where(valid, mx.array(0.0), mx.array(-mx.inf))[:, None, None, :]
+        return None
+
+    def _hot_mask(self, start: int, stop: int) -> mx.array | None:
+        hot = int(self._view.keys.shape[2])
+        if isinstance(self._mask, mx.array):
+            after = self._view.sinks + self._view.paged_tokens
+            return mx.concatenate(
+                [
+                    self._mask_rows(start, stop, slice(0, self._view.sinks)),
+                    self._mask_rows(start, stop, slice(after, self._view.tokens)),
+                ],
+                axis=2,
+            )
+        if self._mask == "causal" and self._length > 1:
+            position = mx.arange(start, stop)[:, None] + (hot - self._length)
+            visible = position >= mx.arange(hot)
+            added = mx.where(visible, mx.array(0.0), mx.array(-mx.inf))
+            return mx.tile(added, (self._repeats, 1))[None]
+        return None
+
+    def _mask_rows(self, start: int, stop: int, columns: slice) -> mx.array:
+        """The caller's mask for some queries and tokens as ``[kv_heads, repeats * L, n]``."""
+        assert isinstance(self._mask, mx.array)
+        heads = self._heads * self._repeats
+        full = mx.broadcast_to(self._mask, (heads, self._length, self._view.tokens))
+        return full[:, start:stop, columns].reshape(self._heads, self._repeats * (stop - start), -1)
+
+
+def _merge(first: Partial | None, second: Partial) -> Partial:
+    return second if first is None else first.merge(second)

@@ -1,0 +1,202 @@
+"""Attention over page records, as partial softmaxes that merge: one interface, two ways.
+
+A partial is the softmax of some of the keys, kept apart as its running maximum, its sum and its
+weighted values, in float32. Two partials merge into the softmax over both sets of keys (the
+online softmax of Milakov & Gimelshein, arXiv:1805.02867, as FlashAttention uses it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from pagedkv.tiers import AffineCodec, Sixteen
+
+FLOOR = -1e30
+"""Stands in for a maximum of minus infinity, so that a fully masked row gives zeros, not NaN."""
+
+
+class Partial(NamedTuple):
+    """Softmax over part of the keys; rows are the query heads of a KV head times query tokens.
+
+    Attributes:
+        peak: largest score, float32 ``[kv_heads, rows, 1]``; minus infinity if all are masked.
+        total: sum of ``exp(score - peak)``, float32 ``[kv_heads, rows, 1]``.
+        weighted: sum of ``exp(score - peak) · value``, float32 ``[kv_heads, rows, value_dim]``.
+    """
+
+    peak: mx.array
+    total: mx.array
+    weighted: mx.array
+
+    def merge(self, other: Partial) -> Partial:
+        """The softmax over both sets of keys."""
+        peak = mx.maximum(self.peak, other.peak)
+        base = mx.maximum(peak, FLOOR)
+        mine, theirs = mx.exp(self.peak - base), mx.exp(other.peak - base)
+        return Partial(
+            peak,
+            self.total * mine + other.total * theirs,
+            self.weighted * mine + other.weighted * theirs,
+        )
+
+    def finish(self) -> mx.array:
+        """The attention output, float32 ``[kv_heads, rows, value_dim]``."""
+        return self.weighted / self.total
+
+
+class Backend(Protocol):
+    """Scores page records and sums their values."""
+
+    name: str
+
+    def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """Products of queries and keys.
+
+        Args:
+            q: float32 ``[kv_heads, rows, key_dim]``, already scaled.
+            codec: of the pages.
+            records: uint32 ``[pages, page_bytes / 4]``.
+
+        Returns:
+            float32 ``[pages, kv_heads, rows, tokens]``.
+        """
+        ...
+
+    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """Values weighted and summed over the tokens of each page.
+
+        Args:
+            p: float32 ``[pages, kv_heads, rows, tokens]``.
+            codec: of the pages.
+            records: uint32 ``[pages, page_bytes / 4]``.
+
+        Returns:
+            float32 ``[pages, kv_heads, rows, value_dim]``.
+        """
+        ...
+
+
+class DequantizeBackend:
+    """Dequantizes pages to float32 and multiplies: the way of the CPU, and the fallback."""
+
+    name = "dequantize"
+
+    def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.scores`."""
+        return q @ codec.keys(records, mx.float32)
+
+    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.weigh`."""
+        return p @ codec.values(records, mx.float32)
+
+
+class QuantizedBackend(DequantizeBackend):
+    """Multiplies codes as they are, with `mx.quantized_matmul`; the way of a Mac's GPU.
+
+    Scales are widened to float32, so products are summed and kept in float32.
+    """
+
+    name = "quantized"
+
+    def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.scores`."""
+        if not isinstance(codec, AffineCodec):
+            return super().scores(q, codec, records)
+        codes, scales, biases, group, bits = codec.key_triple(records)
+        pages = (records.shape[0], *q.shape)
+        return mx.quantized_matmul(
+            mx.broadcast_to(q, pages),
+            codes,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            transpose=False,
+            group_size=group,
+            bits=bits,
+        )
+
+    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.weigh`."""
+        if not isinstance(codec, AffineCodec):
+            return super().weigh(p, codec, records)
+        codes, scales, biases, group, bits = codec.value_triple(records)
+        out = mx.quantized_matmul(
+            p,
+            codes,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            transpose=False,
+            group_size=group,
+            bits=bits,
+        )
+        return out[..., : codec.geometry.shape.value_dim]
+
+
+def page_partial(
+    backend: Backend,
+    q: mx.array,
+    codec: AffineCodec | Sixteen,
+    records: mx.array,
+    mask: mx.array | None,
+) -> Partial:
+    """The partial of one run of pages.
+
+    Args:
+        backend: how to multiply.
+        q: float32 ``[kv_heads, rows, key_dim]``, already scaled.
+        codec: of the pages.
+        records: uint32 ``[pages, page_bytes / 4]``.
+        mask: added to the scores: float32, broadcastable to ``[pages, kv_heads, rows, tokens]``.
+    """
+    scores = backend.scores(q, codec, records)
+    if mask is not None:
+        scores = scores + mask
+    peak = scores.max(axis=(0, 3), keepdims=True)
+    p = mx.exp(scores - mx.maximum(peak, FLOOR))
+    total = p.sum(axis=(0, 3), keepdims=True)
+    return Partial(peak[0], total[0], backend.weigh(p, codec, records).sum(axis=0))
+
+
+def dense_partial(q: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> Partial:
+    """The partial of keys and values that are plain arrays.
+
+    Args:
+        q: float32 ``[kv_heads, rows, key_dim]``, already scaled.
+        keys: ``[kv_heads, n, key_dim]``.
+        values: ``[kv_heads, n, value_dim]``.
+        mask: added to the scores: float32, broadcastable to ``[kv_heads, rows, n]``.
+    """
+    scores = q @ keys.astype(mx.float32).swapaxes(1, 2)
+    if mask is not None:
+        scores = scores + mask
+    peak = scores.max(axis=2, keepdims=True)
+    p = mx.exp(scores - mx.maximum(peak, FLOOR))
+    return Partial(peak, p.sum(axis=2, keepdims=True), p @ values.astype(mx.float32))
+
+
+def sink_partial(sinks: mx.array, kv_heads: int, query_tokens: int, value_dim: int) -> Partial:
+    """A model's learned attention sinks as one more partial: a score without a value.
+
+    Args:
+        sinks: one logit per query head, ``[query_heads]``.
+        kv_heads: KV heads.
+        query_tokens: query tokens per head.
+        value_dim: channels of a value.
+    """
+    repeats = sinks.size // kv_heads
+    per_row = mx.broadcast_to(
+        sinks.astype(mx.float32).reshape(kv_heads, repeats, 1), (kv_heads, repeats, query_tokens)
+    )
+    peak = per_row.reshape(kv_heads, repeats * query_tokens, 1)
+    return Partial(peak, mx.ones_like(peak), mx.zeros((*peak.shape[:2], value_dim)))
+
+
+def choose_backend(name: str) -> Backend:
+    """The backend of that name; ``"auto"`` takes what suits the default device."""
+    if name == "auto":
+        # MLX's quantized product is 15 times slower than dequantizing on the CPU, and has no
+        # implementation for many batched shapes on CUDA.
+        metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+        name = "quantized" if metal else "dequantize"
+    return QuantizedBackend() if name == "quantized" else DequantizeBackend()

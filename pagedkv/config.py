@@ -1,0 +1,100 @@
+"""What a user sets: `TierConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pagedkv.allocator import Ladder
+from pagedkv.allocator.geometry import PAGE_TOKENS
+from pagedkv.errors import ConfigError
+from pagedkv.sizes import parse_size
+from pagedkv.tiers.budget import TierBudget
+
+BACKENDS = ("auto", "dequantize", "quantized")
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """Budgets and precisions of a paged cache. Validated when it is made.
+
+    Sizes are ints in bytes or text: ``"8GB"`` is 8e9, ``"8GiB"`` is 8 · 2^30.
+
+    Attributes:
+        hot_tokens: newest tokens kept in 16 bit, at least.
+        sink_tokens: first tokens of the sequence kept in 16 bit for ever.
+        kv: precision of older tokens: one for all (``"K4V4"``), or a ladder by distance from the
+            current token (``"fp16:512,K8V4:8192,K4V4"``). ``"fp16"`` pages without quantizing.
+        warm: memory for pages, all layers together.
+        cold: disk for pages, all layers together; 0 for none.
+        cold_dir: where to put the cold files; a private temporary directory if None. Choose an
+            internal NVMe disk.
+        page_tokens: 256, 512 or 1024 tokens per page; None picks the size with little padding.
+        hot_dtype: None keeps 16-bit models' own type and float16 for float32 models; ``"model"``
+            keeps float32 as well; or ``"float16"`` / ``"bfloat16"``.
+        staging: memory for pages on their way in from disk (raised to one batch per layer if
+            less).
+        write_buffer: memory for pages on their way out to disk (raised to one page if less).
+        scratch: memory for one layer's dequantized pages in prefill; longer contexts are
+            attended in tiles of this size.
+        backend: ``"auto"``, ``"dequantize"`` or ``"quantized"``.
+
+    Raises:
+        ConfigError: naming the option, what was given, and what would do.
+    """
+
+    hot_tokens: int = 512
+    sink_tokens: int = 64
+    kv: str = "K4V4"
+    warm: int | str = "2GB"
+    cold: int | str = "64GB"
+    cold_dir: str | None = None
+    page_tokens: int | None = None
+    hot_dtype: str | None = None
+    staging: int | str = "32MiB"
+    write_buffer: int | str = "16MiB"
+    scratch: int | str = "256MiB"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("hot_tokens", 1), ("sink_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is a number of tokens from {least} up, got {value!r}")
+        if self.page_tokens is not None and self.page_tokens not in PAGE_TOKENS:
+            raise ConfigError(
+                f"page_tokens is one of {PAGE_TOKENS} or None, got {self.page_tokens!r}"
+            )
+        if self.hot_dtype not in (None, "model", "float16", "bfloat16"):
+            raise ConfigError(
+                f"hot_dtype is None, 'model', 'float16' or 'bfloat16', got {self.hot_dtype!r}"
+            )
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if not isinstance(self.kv, str):
+            raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
+        self.budget()
+
+    @property
+    def ladder(self) -> Ladder:
+        """The parsed `kv`."""
+        return Ladder.parse(self.kv)
+
+    def budget(self) -> TierBudget:
+        """The same in bytes and tokens, as the tiers want it."""
+        return TierBudget(
+            warm_bytes=parse_size(self.warm, "warm"),
+            cold_bytes=parse_size(self.cold, "cold"),
+            cold_dir=self.cold_dir,
+            ladder=self.ladder,
+            hot_tokens=self.hot_tokens,
+            sink_tokens=self.sink_tokens,
+            page_tokens=self.page_tokens,
+            staging_bytes=parse_size(self.staging, "staging"),
+            write_buffer_bytes=parse_size(self.write_buffer, "write_buffer"),
+            scratch_bytes=parse_size(self.scratch, "scratch"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; ``TierConfig(**config.to_dict())`` is the same again."""
+        return asdict(self)

@@ -1,0 +1,23 @@
+"""The exception tree, as users import it; see `pagedkv.allocator.errors` for the picture."""
+
+from pagedkv.allocator.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    ConfigError,
+    CorruptPageError,
+    OutOfPagesError,
+    PagedKVError,
+    ShapeError,
+)
+
+__all__ = [
+    "CacheStateError",
+    "ClosedError",
+    "ColdStoreError",
+    "ConfigError",
+    "CorruptPageError",
+    "OutOfPagesError",
+    "PagedKVError",
+    "ShapeError",
+]

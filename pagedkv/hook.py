@@ -1,0 +1,119 @@
+"""How paged attention gets into a model that knows nothing of it.
+
+A cache hands the model its keys and values as *tagged* arrays: instances of a subclass of
+`mx.array` that remember the `KVView` they stand for. One dispatcher in place of
+`mx.fast.scaled_dot_product_attention` recognises a matching pair and runs paged attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from pagedkv.attention import KVView, stock_attention
+from pagedkv.errors import PagedKVError
+
+KEYS, VALUES = "keys", "values"
+
+
+class Attends(Protocol):
+    """What a tag needs of the cache that made it."""
+
+    def attend_tagged(
+        self,
+        view: KVView,
+        q: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention of `q` over the view, and whatever the cache does afterwards."""
+        ...
+
+
+class TaggedArray(mx.array):
+    """Keys or values of a cached layer: an array that remembers where the real ones are.
+
+    Attributes:
+        owner: the cache.
+        kv: what it stands for.
+        role: ``"keys"`` or ``"values"``.
+        placeholder: True if the array itself holds NaN and only its shape is real.
+    """
+
+    owner: Attends
+    kv: KVView
+    role: str
+    placeholder: bool
+
+
+def tag_pair(
+    owner: Attends, view: KVView, keys: mx.array, values: mx.array, placeholder: bool
+) -> tuple[TaggedArray, TaggedArray]:
+    """Tag keys and values as standing for `view`."""
+    pair = (TaggedArray(keys), TaggedArray(values))
+    for array, role in zip(pair, (KEYS, VALUES), strict=True):
+        array.owner, array.kv, array.role = owner, view, role
+        array.placeholder = placeholder
+    return pair
+
+
+def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
+    """NaN arrays with the shape of the view's keys and values, without their memory."""
+    nan = mx.array(float("nan"), view.keys.dtype)
+    heads, tokens = view.keys.shape[1], view.tokens
+    return (
+        mx.broadcast_to(nan, (1, heads, tokens, view.keys.shape[3])),
+        mx.broadcast_to(nan, (1, heads, tokens, view.values.shape[3])),
+    )
+
+
+def _dispatch(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    **options: Any,
+) -> mx.array:
+    """`mx.fast.scaled_dot_product_attention`, paged where keys and values are tagged."""
+    if (
+        isinstance(k, TaggedArray)
+        and isinstance(v, TaggedArray)
+        and k.kv is v.kv
+        and (k.role, v.role) == (KEYS, VALUES)
+    ):
+        return k.owner.attend_tagged(k.kv, q, scale, mask, sinks)
+    for array in (k, v):
+        if isinstance(array, TaggedArray) and array.placeholder:
+            raise PagedKVError(
+                f"attention got the cached {array.role} without their partner: this model uses "
+                f"its cache in a way that was not seen when it was wrapped; please report it"
+            )
+    return stock_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+_installed = 0
+
+
+def install() -> None:
+    """Put the dispatcher in place; counted, so that each `install` needs one `uninstall`."""
+    global _installed
+    _installed += 1
+    mx.fast.scaled_dot_product_attention = _dispatch
+
+
+def uninstall() -> None:
+    """Undo one `install`; the last one puts MLX's own function back."""
+    global _installed
+    _installed = max(0, _installed - 1)
+    if not _installed:
+        mx.fast.scaled_dot_product_attention = stock_attention
+
+
+def installed() -> bool:
+    """Whether attention calls go through the dispatcher."""
+    return _installed > 0

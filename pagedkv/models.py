@@ -1,0 +1,303 @@
+"""Giving an mlx-lm model a paged cache, and taking it away again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from pagedkv import hook, state
+from pagedkv.allocator import KVShape
+from pagedkv.attention import KVView
+from pagedkv.cache import PagedCache, PagedLayerCache, SequenceContext
+from pagedkv.config import TierConfig
+from pagedkv.errors import CacheStateError, ConfigError
+from pagedkv.tiers import Pager
+
+_WRAPPED = "_pagedkv_wrapping"
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """What a layer was seen to cache when the model's graph was built once, without running it.
+
+    Attributes:
+        shape: heads and channels per token.
+        dtype: of the keys.
+        reaches_hook: whether both tags arrived at attention, for one query token (True) and for
+            several (False).
+    """
+
+    shape: KVShape
+    dtype: mx.Dtype
+    reaches_hook: dict[bool, bool]
+
+
+@dataclass
+class Wrapping:
+    """What `wrap` knows of a model.
+
+    Attributes:
+        config: the user's settings.
+        pager: tiers that all caches of this model share.
+        stock: makes the caches the model would have had.
+        fingerprint: of the model.
+        max_tokens: the model's context limit, if it states one.
+        probes: per layer index, for the layers that were seen to cache keys and values.
+    """
+
+    config: TierConfig
+    pager: Pager
+    stock: Callable[[], list[Any]]
+    fingerprint: str
+    max_tokens: int | None
+    probes: dict[int, LayerProbe] = field(default_factory=dict)
+
+    def make_cache(self) -> PagedCache:
+        """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
+        from pagedkv.mlx_lm_cache import PagedKVCache, is_pageable
+
+        context = SequenceContext(
+            self.config, self.pager, fingerprint=self.fingerprint, max_tokens=self.max_tokens
+        )
+        layers: list[Any] = []
+        for i, stock in enumerate(self.stock()):
+            if not is_pageable(stock):
+                layers.append(stock)
+                continue
+            cache = PagedKVCache(context, i)
+            if probe := self.probes.get(i):
+                cache.bind(probe.shape, probe.dtype)
+                cache.reaches_hook.update(probe.reaches_hook)
+            layers.append(cache)
+        return PagedCache(layers, context)
+
+
+def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
+    """Give a model a paged cache.
+
+    From now on `mlx_lm.generate`, `stream_generate` and everything else that asks the model for
+    a cache gets a paged one; pass the returned cache as ``prompt_cache=`` to keep it in hand.
+    Layers that do not use a plain `KVCache` keep their own kind, as ``stats().layers`` says.
+    Wrapping again replaces the settings for caches made from then on.
+
+    Args:
+        model: an mlx-lm model (`mlx.nn.Module` with ``layers``).
+        config: tiers; the default if None.
+
+    Returns:
+        An empty cache, one entry per layer.
+
+    Raises:
+        ConfigError: if this is no such model, none of its layers can be paged, or a budget is
+            smaller than one page.
+    """
+    config = config or TierConfig()
+    _require_model(model)
+    unwrap(model)
+    stock = _stock_maker(model)
+    from pagedkv.mlx_lm_cache import is_pageable, register
+
+    register()
+    kinds = stock()
+    pageable = [i for i, cache in enumerate(kinds) if is_pageable(cache)]
+    if not pageable:
+        names = ", ".join(sorted({type(c).__name__ for c in kinds}))
+        raise ConfigError(
+            f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
+            f"a KVCache (they use {names}): there is nothing to page"
+        )
+    wrapping = Wrapping(
+        config,
+        Pager(config.budget(), len(pageable)),
+        stock,
+        fingerprint(model),
+        _context_limit(model),
+    )
+    hook.install()
+    try:
+        wrapping.probes = _probe(model, kinds, pageable)
+        cache = wrapping.make_cache()
+        if wrapping.pager.has_cold:
+            wrapping.pager.cold  # noqa: B018  # a bad directory shows here, not in mid-text
+    except BaseException:
+        wrapping.pager.close()
+        hook.uninstall()
+        raise
+    object.__setattr__(model, _WRAPPED, wrapping)
+    object.__setattr__(model, "make_cache", wrapping.make_cache)
+    return cache
+
+
+def unwrap(model: Any) -> None:
+    """Give the model its own caches back; caches made while it was wrapped stay usable.
+
+    Unwrapping a model that is not wrapped does nothing.
+    """
+    if wrapping_of(model) is None:
+        return
+    object.__delattr__(model, "make_cache")
+    object.__delattr__(model, _WRAPPED)
+    hook.uninstall()
+
+
+def wrapping_of(model: Any) -> Wrapping | None:
+    """What `wrap` made of the model; None if it is not wrapped."""
+    return cast("Wrapping | None", getattr(model, "__dict__", {}).get(_WRAPPED))
+
+
+def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = None) -> PagedCache:
+    """Load a cache that `PagedCache.save` wrote.
+
+    Args:
+        path: of the file.
+        model: the model that it was made with; wrapped here if it is not yet.
+        config: tiers to use if the model is not wrapped; the saved ones if None.
+
+    Returns:
+        The cache, ready to be passed as ``prompt_cache=``.
+
+    Raises:
+        CacheStateError: if the file is damaged, or was made with another model.
+        OutOfPagesError: if the budgets do not hold it.
+    """
+    states = state.load_states(path)
+    metas = [state.parse_meta(s) for s in states]
+    _require_model(model)
+    mine = fingerprint(model)
+    if not metas or metas[0]["fingerprint"] != mine:
+        theirs = metas[0]["fingerprint"] if metas else "nothing"
+        raise CacheStateError(
+            f"{str(path)!r} was made with another model: it belongs to {theirs}, this one is {mine}"
+        )
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        cache = wrap(model, config or TierConfig(**metas[0]["config"]))
+    else:
+        cache = wrapping.make_cache()
+    try:
+        for layer, meta, saved in zip(cache, metas, states, strict=True):
+            state.restore(layer, meta, saved)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
+
+
+def fingerprint(model: Any) -> str:
+    """Names a model by its kind, its sizes and a sample of its weights, as 16 hex digits."""
+    digest = hashlib.sha256(type(model).__module__.encode())
+    args = getattr(model, "args", None)
+    if is_dataclass(args) and not isinstance(args, type):
+        digest.update(json.dumps(asdict(args), sort_keys=True, default=str).encode())
+    from mlx.utils import tree_flatten
+
+    named = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
+    weight: Any
+    for name, weight in named[:: max(1, len(named) // 16)]:
+        sample = weight.reshape(-1)[:32].astype(mx.float32)
+        digest.update(f"{name}{weight.shape}{[float(x) for x in sample.tolist()]}".encode())
+    kind = type(model).__module__.rpartition(".")[2]
+    return f"{kind}-{digest.hexdigest()[:16]}"
+
+
+# Looking at a model
+
+
+def _require_model(model: Any) -> None:
+    if not isinstance(model, Module) or not callable(model):
+        raise ConfigError(
+            f"wrap() needs a model of mlx-lm (an mlx.nn.Module with .layers), "
+            f"got {type(model).__name__}"
+        )
+    try:
+        has_layers = len(model.layers) > 0
+    except (AttributeError, TypeError):
+        has_layers = False
+    if not has_layers:
+        raise ConfigError(
+            f"{type(model).__name__} has no .layers: for a hand-written model use "
+            f"PagedCache.standalone(n_layers) and pagedkv.attention()"
+        )
+
+
+def _stock_maker(model: Any) -> Callable[[], list[Any]]:
+    try:
+        from mlx_lm.models.cache import make_prompt_cache
+    except ImportError as e:
+        raise ConfigError("wrap() needs mlx-lm: pip install 'pagedkv[lm]'") from e
+
+    own = getattr(type(model), "make_cache", None)
+    if own is not None:
+        return lambda: list(own(model))
+    return lambda: list(make_prompt_cache(model))
+
+
+def _context_limit(model: Any) -> int | None:
+    args = getattr(model, "args", None)
+    limit = getattr(args, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+class _ProbeCache(PagedLayerCache):
+    """Stands in for a layer's cache while the graph is built; remembers what it is given."""
+
+    def __init__(self, inner: Any) -> None:  # no tiers: nothing is ever stored
+        self._inner = inner
+        self.offset = 0
+        self.seen: tuple[KVShape, mx.Dtype] | None = None
+        self.reached = False
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.seen = (
+            KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])),
+            keys.dtype,
+        )
+        view = KVView(None, (), keys, values, 0)
+        return hook.tag_pair(self, view, keys, values, placeholder=False)
+
+    def attend_tagged(
+        self,
+        view: KVView,
+        q: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        self.reached = True
+        return mx.zeros((*q.shape[:3], view.values.shape[3]), q.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _probe(model: Any, kinds: list[Any], pageable: list[int]) -> dict[int, LayerProbe]:
+    """Build the model's graph for one and for two tokens and note what each layer does.
+
+    MLX is lazy: nothing is computed. A model that cannot be called this way is not an error; its
+    layers are learned when they are first used.
+    """
+    seen: dict[int, tuple[KVShape, mx.Dtype]] = {}
+    reached: dict[int, dict[bool, bool]] = {i: {} for i in pageable}
+    for single in (True, False):
+        caches = [_ProbeCache(c) if i in reached else c for i, c in enumerate(_fresh(kinds))]
+        try:
+            model(mx.array([[0]] if single else [[0, 0]]), cache=caches)
+        except Exception:
+            return {}
+        for i in pageable:
+            probe = caches[i]
+            if probe.seen is not None:
+                seen[i], reached[i][single] = probe.seen, probe.reached
+    return {i: LayerProbe(*seen[i], reached[i]) for i in seen}
+
+
+def _fresh(kinds: list[Any]) -> Iterator[Any]:
+    return (copy.deepcopy(kind) for kind in kinds)

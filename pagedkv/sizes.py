@@ -1,0 +1,48 @@
+"""Sizes as people write them: ``"8GB"`` is 8e9 bytes, ``"8GiB"`` is 8 · 2^30."""
+
+from __future__ import annotations
+
+import re
+
+from pagedkv.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS.update({f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")})
+_UNITS.update({f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")})
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_size(size: int | str, name: str = "size") -> int:
+    """Bytes of a size.
+
+    Args:
+        size: an int in bytes, or text such as ``"64MB"``, ``"1.5GiB"``, ``"4096"``.
+        name: what the size is for, used in the error.
+
+    Raises:
+        ConfigError: if the text is no size, or negative.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise ConfigError(f"{name}={size!r} is not a size: give bytes, or text such as '2GB'")
+    if isinstance(size, int):
+        if size < 0:
+            raise ConfigError(f"{name}={size} is negative: give bytes, or text such as '2GB'")
+        return size
+    match = _SIZE.fullmatch(size.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(
+            f"{name}={size!r} is not a size: write a number with B, KB, MB, GB, TB "
+            f"(powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)"
+        )
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for reading: three digits and a decimal unit, such as ``"57.7 MB"``."""
+    value = float(nbytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

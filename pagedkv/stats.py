@@ -1,0 +1,181 @@
+"""What a cache holds and did, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import psutil
+
+from pagedkv.allocator import KVShape
+
+if TYPE_CHECKING:
+    from pagedkv.cache import PagedCache
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier of one sequence.
+
+    Attributes:
+        tokens: tokens of this sequence in the tier (the same in every layer).
+        pages: pages of this sequence in the tier, all layers together; 0 for hot.
+        bytes: bytes those pages or tokens take.
+        allocated: bytes the tier has taken from the machine, for all sequences.
+        budget: its limit in bytes; 0 where there is none.
+    """
+
+    tokens: int
+    pages: int
+    bytes: int
+    allocated: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot of one `PagedCache`; traffic counts since the tiers were opened.
+
+    Attributes:
+        tokens: tokens held.
+        hot: sinks and newest tokens, 16 bit.
+        warm: sealed pages in memory.
+        cold: sealed pages on disk.
+        precisions: pages per precision, all layers together, such as ``{"K4V4": 120}``.
+        bits_per_element: mean stored bits per cached number, counting scales and padding.
+        fp16_bytes: what a 16-bit cache of the same tokens takes.
+        staging_bytes: memory for pages on their way in and out.
+        nvme_bytes_written, nvme_bytes_read: disk traffic.
+        pages_sealed, pages_lowered, pages_demoted, pages_promoted: page movements.
+        read_ahead_hits, read_ahead_misses: batches of cold pages that were there in time, or not.
+        read_stall_seconds, write_stall_seconds: time the model waited for the disk.
+        write_errors: writes that failed (their pages stayed in memory).
+        layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
+            the hook, or the class name of a cache that was left as it is.
+        mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
+        process_bytes: resident memory of the process.
+    """
+
+    tokens: int
+    hot: TierStats
+    warm: TierStats
+    cold: TierStats
+    precisions: dict[str, int]
+    bits_per_element: float
+    fp16_bytes: int
+    staging_bytes: int
+    nvme_bytes_written: int
+    nvme_bytes_read: int
+    pages_sealed: int
+    pages_lowered: int
+    pages_demoted: int
+    pages_promoted: int
+    read_ahead_hits: int
+    read_ahead_misses: int
+    read_stall_seconds: float
+    write_stall_seconds: float
+    write_errors: int
+    layers: tuple[str, ...]
+    mlx_active_bytes: int
+    mlx_peak_bytes: int
+    mlx_cache_bytes: int
+    process_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def collect(cache: PagedCache) -> CacheStats:
+    """Count; see `CacheStats`."""
+    pager = cache.context.pager
+    cold, reader = pager.open_cold, pager.open_reader
+    places = _Places(cache)
+    budget = pager.budget
+    return CacheStats(
+        tokens=cache.offset,
+        hot=TierStats(places.hot_tokens, 0, places.hot_bytes, places.hot_allocated, 0),
+        warm=TierStats(
+            places.tokens["warm"],
+            places.pages["warm"],
+            places.bytes["warm"],
+            sum(layer.warm_bytes for layer in pager.layer_pagers),
+            budget.warm_bytes,
+        ),
+        cold=TierStats(
+            places.tokens["cold"],
+            places.pages["cold"],
+            places.bytes["cold"],
+            cold.nbytes if cold else 0,
+            budget.cold_bytes,
+        ),
+        precisions=places.precisions,
+        bits_per_element=places.bits_per_element,
+        fp16_bytes=places.fp16_bytes,
+        staging_bytes=(reader.nbytes if reader else 0) + (cold.buffer_bytes if cold else 0),
+        nvme_bytes_written=cold.counters.bytes_written if cold else 0,
+        nvme_bytes_read=cold.counters.bytes_read if cold else 0,
+        pages_sealed=pager.counters.sealed,
+        pages_lowered=pager.counters.lowered,
+        pages_demoted=pager.counters.demoted,
+        pages_promoted=pager.counters.promoted,
+        read_ahead_hits=reader.counters.hits if reader else 0,
+        read_ahead_misses=reader.counters.misses if reader else 0,
+        read_stall_seconds=reader.counters.stall_seconds if reader else 0.0,
+        write_stall_seconds=cold.counters.write_stall_seconds if cold else 0.0,
+        write_errors=cold.counters.write_errors if cold else 0,
+        layers=tuple(_kind(layer) for layer in cache),
+        mlx_active_bytes=mx.get_active_memory(),
+        mlx_peak_bytes=mx.get_peak_memory(),
+        mlx_cache_bytes=mx.get_cache_memory(),
+        process_bytes=psutil.Process().memory_info().rss,
+    )
+
+
+class _Places:
+    """Where the tokens of a sequence are, summed over its layers."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.pages = {"warm": 0, "cold": 0}
+        self.bytes = {"warm": 0, "cold": 0}
+        self.tokens = {"warm": 0, "cold": 0}
+        self.precisions: dict[str, int] = {}
+        self.hot_tokens = self.hot_bytes = self.hot_allocated = self.fp16_bytes = 0
+        elements = 0
+        for i, layer in enumerate(cache.paged_layers):
+            layer_tokens = {"warm": 0, "cold": 0}
+            for page, tokens in layer.located_pages():
+                tier = "warm" if page.slot is not None else "cold"
+                nbytes = layer.page_bytes(page.precision)
+                self.pages[tier] += 1
+                self.bytes[tier] += nbytes
+                layer_tokens[tier] += tokens
+                self.precisions[str(page.precision)] = (
+                    self.precisions.get(str(page.precision), 0) + 1
+                )
+            self.hot_allocated += layer.hot_bytes
+            if layer.shape is not None:
+                hot = layer.offset - sum(layer_tokens.values())
+                self.hot_bytes += hot * layer.shape.token_bytes()
+                self.fp16_bytes += layer.offset * layer.shape.token_bytes()
+                elements += layer.offset * _elements(layer.shape)
+            if i == 0:  # layers move together; the first speaks for all
+                self.tokens, self.hot_tokens = (
+                    layer_tokens,
+                    layer.offset - sum(layer_tokens.values()),
+                )
+        stored = self.hot_bytes + sum(self.bytes.values())
+        self.bits_per_element = 8 * stored / elements if elements else 0.0
+
+
+def _elements(shape: KVShape) -> int:
+    return shape.kv_heads * (shape.key_dim + shape.value_dim)
+
+
+def _kind(layer: Any) -> str:
+    from pagedkv.cache import PagedLayerCache
+
+    if not isinstance(layer, PagedLayerCache):
+        return type(layer).__name__
+    return "paged (dense)" if False in layer.reaches_hook.values() else "paged"

@@ -1,0 +1,34 @@
+"""The middle floor: hot, warm and cold storage of pages, the page codecs, and the pager.
+
+Everything that calls mlx here runs on the generation thread; worker threads move bytes between
+numpy memory and files.
+"""
+
+from pagedkv.tiers.budget import TierBudget
+from pagedkv.tiers.codec import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
+from pagedkv.tiers.cold import ColdRecord, ColdStore, FileColdStore, PageIdentity
+from pagedkv.tiers.hot import HotBuffer
+from pagedkv.tiers.pager import LayerPager, Lineage, Page, Pager, Run
+from pagedkv.tiers.reader import ColdReader
+from pagedkv.tiers.warm import WarmSlab
+
+__all__ = [
+    "AffineCodec",
+    "ColdReader",
+    "ColdRecord",
+    "ColdStore",
+    "FileColdStore",
+    "HotBuffer",
+    "LayerPager",
+    "Lineage",
+    "Page",
+    "PageCodec",
+    "PageIdentity",
+    "Pager",
+    "QuantizedTriple",
+    "Run",
+    "Sixteen",
+    "TierBudget",
+    "WarmSlab",
+    "codec_for",
+]

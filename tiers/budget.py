@@ -1,0 +1,81 @@
+"""The numbers a pager is built from: budgets in bytes, windows in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pagedkv.allocator import ConfigError, Ladder, Precision
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TierBudget:
+    """Limits of one pager, all layers together.
+
+    Attributes:
+        warm_bytes: memory for sealed pages.
+        cold_bytes: disk for sealed pages; 0 keeps everything in memory.
+        cold_dir: parent of the private directory; None for the temporary directory.
+        ladder: precision of sealed pages by distance.
+        hot_tokens: newest tokens that stay in 16 bit.
+        sink_tokens: first tokens that stay in 16 bit for ever.
+        page_tokens: 256, 512 or 1024; None lets the geometry choose.
+        staging_bytes: memory for pages being read from disk.
+        write_buffer_bytes: memory for pages being written to disk.
+        scratch_bytes: memory for one layer's dequantized pages during prefill.
+    """
+
+    warm_bytes: int
+    cold_bytes: int
+    cold_dir: str | None
+    ladder: Ladder
+    hot_tokens: int
+    sink_tokens: int
+    page_tokens: int | None = None
+    staging_bytes: int = 32 * MIB
+    write_buffer_bytes: int = 16 * MIB
+    scratch_bytes: int = 256 * MIB
+
+    def warm_share(self, layers: int) -> int:
+        """Warm bytes of one layer.
+
+        Half a share is held back in all, so that even while the last slab doubles (old and new
+        exist together for a moment) the budget is kept.
+        """
+        return self.warm_bytes * 2 // (2 * layers + 1)
+
+    def warm_slots(
+        self, layers: int, page_tokens: int, page_bytes: Mapping[Precision, int]
+    ) -> dict[Precision, int]:
+        """Divide a layer's warm share between the steps of the ladder.
+
+        A near step gets as many slots as its distance can hold, the last one all the rest, and
+        each at least one.
+
+        Args:
+            layers: layers that share the warm budget.
+            page_tokens: tokens per page.
+            page_bytes: bytes of a page per precision, in the ladder's order.
+
+        Raises:
+            ConfigError: if the share is smaller than one page of each precision.
+        """
+        share, least = self.warm_share(layers), sum(page_bytes.values())
+        if share < least:
+            raise ConfigError(
+                f"warm budget {self.warm_bytes:,} bytes is smaller than one page of each "
+                f"precision in each of {layers} layers: a layer gets {share:,} bytes and needs "
+                f"{least:,}; give at least {-(-least * (2 * layers + 1) // 2):,}"
+            )
+        slots: dict[Precision, int] = {}
+        for precision, nbytes in page_bytes.items():
+            least -= nbytes
+            slots[precision] = (share - least) // nbytes
+            step = self.ladder.rank(precision)
+            if step < len(self.ladder.reach):
+                reach = max(0, self.ladder.reach[step] - self.hot_tokens)
+                slots[precision] = min(slots[precision], -(-reach // page_tokens) + 1)
+            share -= slots[precision] * nbytes
+        return slots

@@ -1,0 +1,116 @@
+"""The hot tier: the sinks and the newest tokens of one sequence and layer, in 16 bit."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+STEP = 256
+"""Tokens by which the buffer grows while the sequence is short (as mlx-lm's KVCache does)."""
+
+
+class HotBuffer:
+    """Keys and values of a sequence's first `sink_tokens` and its newest tokens, contiguous.
+
+    Written in place, token by token. Sealing removes a run of tokens behind the sinks and moves
+    the rest up, once per page. The arrays are MLX values: a fork shares them until one side
+    writes, and a reader still in flight makes MLX copy this buffer and nothing larger.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Make an empty buffer.
+
+        Args:
+            limit: tokens that the buffer holds between seals (sinks + window + one page). A
+                larger prefill chunk is taken whole and makes room again when it is sealed.
+        """
+        self._limit = -(-limit // 64) * 64
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+        self.used = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without another allocation."""
+        return 0 if self._keys is None else int(self._keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        if self._keys is None or self._values is None:
+            return 0
+        return int(self._keys.nbytes + self._values.nbytes)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The backing arrays, for evaluation; empty before the first token."""
+        return () if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add tokens at the end.
+
+        Args:
+            keys: ``[batch, kv_heads, n, key_dim]``.
+            values: ``[batch, kv_heads, n, value_dim]``.
+        """
+        start, self.used = self.used, self.used + int(keys.shape[2])
+        if self.used > self.capacity:
+            self._reserve(start, keys, values)
+        assert self._keys is not None and self._values is not None
+        self._keys[:, :, start : self.used] = keys
+        self._values[:, :, start : self.used] = values
+
+    def view(self, start: int = 0, stop: int | None = None) -> tuple[mx.array, mx.array]:
+        """Keys and values of tokens ``start … stop``, as lazy slices."""
+        if self._keys is None or self._values is None:
+            raise ValueError("the hot buffer is empty")
+        stop = self.used if stop is None else stop
+        # Always a slice: handing out the array itself would let a later write change the view.
+        return self._keys[:, :, start:stop], self._values[:, :, start:stop]
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+        self.used = min(self.used, tokens)
+
+    def remove(self, start: int, count: int) -> None:
+        """Take out `count` tokens from `start` on and close the gap."""
+        left = self.used - count
+        capacity = max(self._limit, left)
+        self._keys = self._without(self._keys, start, count, capacity)
+        self._values = self._without(self._values, start, count, capacity)
+        self.used = left
+
+    def share(self) -> HotBuffer:
+        """A second buffer with the same tokens; memory is shared until one of them writes."""
+        twin = HotBuffer(self._limit)
+        twin._keys, twin._values, twin.used = self._keys, self._values, self.used
+        if self._keys is not None and self._values is not None:
+            # New array handles: an in-place write through one handle must not reach the other.
+            twin._keys, twin._values = self._keys[:], self._values[:]
+        return twin
+
+    def load(self, keys: mx.array, values: mx.array) -> None:
+        """Hold these tokens and nothing else."""
+        self._keys = self._values = None
+        self.used = 0
+        if keys.shape[2]:
+            self.append(keys, values)
+
+    def _reserve(self, used: int, keys: mx.array, values: mx.array) -> None:
+        grown = -(-self.used // STEP) * STEP
+        capacity = max(self.used, min(grown, self._limit))
+
+        def enlarge(old: mx.array | None, like: mx.array) -> mx.array:
+            batch, heads, _, dim = like.shape
+            if old is None or not used:
+                return mx.zeros((batch, heads, capacity, dim), like.dtype)
+            room = mx.zeros((batch, heads, capacity - used, dim), old.dtype)
+            return mx.concatenate([old[:, :, :used], room], axis=2)
+
+        self._keys, self._values = enlarge(self._keys, keys), enlarge(self._values, values)
+
+    def _without(self, old: mx.array | None, start: int, count: int, capacity: int) -> mx.array:
+        assert old is not None
+        batch, heads, _, dim = old.shape
+        room = mx.zeros((batch, heads, capacity - (self.used - count), dim), old.dtype)
+        kept = [old[:, :, :start], old[:, :, start + count : self.used], room]
+        return mx.concatenate(kept, axis=2)

@@ -1,0 +1,91 @@
+"""The warm tier: the sealed pages of one layer and precision, in unified memory."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import OutOfPagesError, SlotPool
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class WarmSlab:
+    """One array of page slots, ``uint32 [slots, page_bytes / 4]``.
+
+    A slot is written once per page, in place: the slab is the only holder of its array when it
+    writes, and evaluates at once, so MLX donates the buffer. If a caller still holds an
+    unevaluated graph over the old contents MLX copies instead: slower for once, never wrong.
+    """
+
+    def __init__(self, page_bytes: int, max_slots: int) -> None:
+        self._words = page_bytes // 4
+        self.page_bytes = page_bytes
+        self.max_slots = max_slots
+        self._slots = SlotPool()
+        self._array = mx.zeros((0, self._words), mx.uint32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._slots.capacity * self.page_bytes
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a page."""
+        return self._slots.used
+
+    @property
+    def array(self) -> mx.array:
+        """The slab itself: read it, never assign to it or keep it across a write."""
+        return self._array
+
+    @property
+    def room(self) -> int:
+        """Pages that fit without demoting one."""
+        return self.max_slots - self._slots.used
+
+    def take(self) -> int:
+        """Take a slot, growing the slab (by doubling, up to its share) if none is free.
+
+        Raises:
+            OutOfPagesError: if all `max_slots` are taken.
+        """
+        if not self._slots.free:
+            if not self.room:
+                raise OutOfPagesError(f"all {self.max_slots} warm slots are taken")
+            self._grow(min(max(2, 2 * self._slots.capacity), self.max_slots))
+        return self._slots.take()
+
+    def give(self, slot: int) -> None:
+        """Give a slot back; its bytes become meaningless."""
+        self._slots.give(slot)
+
+    def write(self, slot: int, record: mx.array) -> None:
+        """Store a page.
+
+        Args:
+            slot: a taken slot.
+            record: uint32 ``[1, page_bytes / 4]``.
+        """
+        self._array = mx.slice_update(self._array, record, mx.array([slot]), [0])
+        mx.eval(self._array)
+
+    def records(self, slots: list[int]) -> mx.array:
+        """Pages by slot, lazily: ``uint32 [len(slots), page_bytes / 4]``."""
+        return mx.take(self._array, mx.array(slots, mx.uint32), axis=0)
+
+    def copy_out(self, slot: int, out: Bytes) -> None:
+        """Copy a page's bytes into `out`, so that the slot can be reused at once."""
+        out[: self.page_bytes] = np.asarray(self._array[slot]).view(np.uint8)
+
+    def check(self) -> None:
+        """The slot conservation law; see `SlotPool.check`."""
+        self._slots.check()
+
+    def _grow(self, slots: int) -> None:
+        room = mx.zeros((slots - self._slots.capacity, self._words), mx.uint32)
+        self._array = mx.concatenate([self._array, room], axis=0)
+        mx.eval(self._array)
+        self._slots.grow(slots)
