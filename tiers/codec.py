@@ -79,7 +79,7 @@ class _Layout:
         self._parts = {part.name: part for part in geometry.parts}
 
     def _pages(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """To ``[pages, kv_heads, key_dim, tokens]`` and ``[pages, kv_heads, tokens, value_dim]``."""
+        """To ``[pages, kv_heads, key_dim, tokens]``, ``[pages, kv_heads, tokens, value_dim]``."""
         heads, length, _ = keys.shape
         tokens = self.geometry.tokens
         if length % tokens:

@@ -1,0 +1,91 @@
+"""How fast the cold directory's disk is, measured through the cold tier's own file layer."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagedkv.allocator import ColdStoreError
+from pagedkv.tiers.files import PageFile, aligned_buffer, private_directory, remove_directory
+
+TEST_BYTES = 256_000_000
+REQUEST_BYTES = 4 * 2**20
+SECONDS = 2.0
+"""Longest time spent in each direction."""
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """A small sequential test.
+
+    Attributes:
+        nbytes: bytes written and read back.
+        write_rate: bytes per second.
+        read_rate: bytes per second.
+        uncached: whether the page cache was bypassed; if not, reading may be overrated.
+    """
+
+    nbytes: int
+    write_rate: float
+    read_rate: float
+    uncached: bool
+
+
+def measure_disk(cold_dir: str | None, nbytes: int = TEST_BYTES) -> DiskRate:
+    """Write, then read back, up to `nbytes` in a private directory; leaves nothing behind.
+
+    Args:
+        cold_dir: as in `TierConfig`.
+        nbytes: at most; less on a slow disk, which is given two seconds each way.
+
+    Raises:
+        ConfigError: if the directory cannot be used.
+        ColdStoreError: if the disk returns other bytes than were written.
+        OSError: if it is full, or fails.
+    """
+    directory = private_directory(cold_dir)
+    try:
+        file = PageFile(directory / "rate.pages")
+        try:
+            return _measure(file, nbytes)
+        finally:
+            file.close()
+    finally:
+        remove_directory(directory)
+
+
+def _measure(file: PageFile, nbytes: int) -> DiskRate:
+    source, target = aligned_buffer(REQUEST_BYTES), aligned_buffer(REQUEST_BYTES)
+    source[:] = np.random.default_rng(0).integers(0, 256, REQUEST_BYTES, np.uint8)
+    requests = max(1, nbytes // REQUEST_BYTES)
+    started, written = time.perf_counter(), 0
+    while written < requests and (not written or time.perf_counter() - started < SECONDS):
+        file.write(source, written * REQUEST_BYTES)
+        written += 1
+    _sync(file)
+    write_seconds = time.perf_counter() - started
+    started, done = time.perf_counter(), 0
+    while done < written and (not done or time.perf_counter() - started < SECONDS):
+        file.read([target], done * REQUEST_BYTES)
+        done += 1
+    read_seconds = time.perf_counter() - started
+    if not np.array_equal(source, target):
+        raise ColdStoreError(f"{file.path.parent} returns other bytes than were written to it")
+    return DiskRate(
+        written * REQUEST_BYTES,
+        written * REQUEST_BYTES / write_seconds,
+        done * REQUEST_BYTES / read_seconds,
+        file.direct,
+    )
+
+
+def _sync(file: PageFile) -> None:
+    """Wait for the disk: without it a cached write looks faster than the disk is."""
+    fd = os.open(file.path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

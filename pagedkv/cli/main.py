@@ -1,0 +1,123 @@
+"""The entry point: finds the command, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TextIO
+
+import pagedkv
+from pagedkv.cli import doctor, generate, plan, stress
+from pagedkv.errors import PagedKVError
+
+_EPILOG = """\
+examples:
+  pagedkv generate --model demo --prompt "What is a page table?"
+  pagedkv plan --model llama3-8b --context 128K --warm 2GB
+  pagedkv doctor
+  pagedkv stress --model synthetic:llama3-8b --layers 2 --tokens 64K --warm 32MB
+
+`pagedkv COMMAND --help` shows every option. Exit codes: 0 well, 1 an error or a failed check,
+2 a command line that cannot be read.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(
+        prog="pagedkv",
+        description="A paged, tiered KV cache for MLX: contexts larger than memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pagedkv {pagedkv.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (generate, plan, doctor, stress):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as e:  # --help, --version, or a usage error that was already printed
+        return e.code if isinstance(e.code, int) else 0
+    with _one_line_warnings(), _terminable():
+        try:
+            return int(args.run(args))
+        except KeyboardInterrupt:
+            print("pagedkv: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader has gone; keep the interpreter from complaining when it flushes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (PagedKVError, OSError) as e:
+            print(f"pagedkv: error: {_one_line(e)}", file=sys.stderr)
+            return 1
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, PagedKVError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings as people want them: one line, without the place in the source."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"pagedkv: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM unwind like any exit, so that cold files are deleted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

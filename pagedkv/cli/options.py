@@ -1,0 +1,147 @@
+"""Options that several commands share: the tiers, token counts, rates, and mlx-lm's names."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from pagedkv.config import BACKENDS, TierConfig
+from pagedkv.errors import ConfigError
+from pagedkv.sizes import parse_size
+
+_TOKENS = re.compile(r"(\d+(?:\.\d+)?)([KM]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+KV_GROUP_SIZE = 64
+
+# option name, TierConfig field, metavar, help
+_TIER_OPTIONS = (
+    ("--hot-tokens", "N", "newest tokens kept in 16 bit"),
+    ("--sink-tokens", "N", "first tokens kept in 16 bit for ever"),
+    ("--kv", "LADDER", "precision of older tokens: K4V4, K8V4, fp16, or K8V4:8192,K4V4 by distance"),
+    ("--warm", "SIZE", "memory for pages, all layers together"),
+    ("--cold", "SIZE", "disk for pages, all layers together; 0 for none"),
+    ("--cold-dir", "DIR", "directory for the cold files, on an internal NVMe disk"),
+    ("--page-tokens", "N", "tokens per page: 256, 512 or 1024"),
+    ("--hot-dtype", "TYPE", "type of the hot tokens: model, float16 or bfloat16"),
+    ("--staging", "SIZE", "memory for pages on their way in from disk"),
+    ("--write-buffer", "SIZE", "memory for pages on their way out to disk"),
+    ("--scratch", "SIZE", "memory for one layer's dequantized pages in prefill"),
+    ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
+)
+_COUNTS = ("hot_tokens", "sink_tokens", "page_tokens")
+
+
+def add_tier_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `TierConfig`."""
+    group = parser.add_argument_group(
+        "tiers", "SIZE is bytes, or 64MB (powers of 1000), or 64MiB (powers of 1024)."
+    )
+    defaults = TierConfig()
+    for flag, metavar, text in _TIER_OPTIONS:
+        default = getattr(defaults, _field(flag))
+        shown = "automatic" if default is None else default
+        group.add_argument(flag, metavar=metavar, help=f"{text} (default: {shown})")
+
+
+def add_mlx_lm_options(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's cache options under their own names."""
+    group = parser.add_argument_group("mlx-lm's names for cache options")
+    group.add_argument(
+        "--kv-bits", metavar="BITS", help="bits of keys and values: 4 is --kv K4V4, 8,4 is K8V4"
+    )
+    group.add_argument(
+        "--kv-group-size", metavar="N", help=f"only {KV_GROUP_SIZE}, the page codec's group"
+    )
+    group.add_argument(
+        "--max-kv-size", metavar="N", help="not for paged layers: use --warm and --cold"
+    )
+
+
+def tier_config(args: argparse.Namespace, base: TierConfig | None = None) -> TierConfig:
+    """The tiers that the options describe.
+
+    Args:
+        args: parsed options; those not given keep the value of `base`.
+        base: `TierConfig`'s defaults if None.
+
+    Raises:
+        ConfigError: naming the option and what would do.
+    """
+    given: dict[str, Any] = {}
+    for flag, _, _ in _TIER_OPTIONS:
+        value = getattr(args, _field(flag), None)
+        if value is not None:
+            name = _field(flag)
+            given[name] = parse_tokens(value, name) if name in _COUNTS else value
+    kv = _kv_from_mlx_lm(args)
+    if kv and "kv" in given:
+        raise ConfigError(f"--kv {given['kv']} and --kv-bits {args.kv_bits} both set the precision")
+    if kv:
+        given["kv"] = kv
+    return TierConfig(**{**(base or TierConfig()).to_dict(), **given})
+
+
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _kv_from_mlx_lm(args: argparse.Namespace) -> str | None:
+    """The precision that mlx-lm's options ask for, or None."""
+    size = getattr(args, "max_kv_size", None)
+    if size is not None:
+        raise ConfigError(
+            f"--max-kv-size {size} drops old tokens, paged layers keep them all: "
+            f"bound the memory with --warm and the disk with --cold instead"
+        )
+    group = getattr(args, "kv_group_size", None)
+    if group is not None and group != str(KV_GROUP_SIZE):
+        raise ConfigError(
+            f"--kv-group-size {group}: the page codec uses groups of {KV_GROUP_SIZE}; "
+            f"leave the option out"
+        )
+    bits = getattr(args, "kv_bits", None)
+    if bits is None:
+        return None
+    parts = str(bits).split(",")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--kv-bits {bits!r}: give one number, or two as in 8,4 (keys, values)")
+    return f"K{parts[0].strip()}V{parts[-1].strip()}"
+
+
+def parse_tokens(text: str | int, name: str) -> int:
+    """A number of tokens: ``"131072"``, ``"128K"`` (131,072) or ``"1M"`` (1,048,576).
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    match = _TOKENS.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise ConfigError(
+            f"{name}={text!r} is not a number of tokens: write 131072, or 128K (K is 1,024, "
+            f"M is 1,048,576)"
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_rate(text: str, name: str) -> int:
+    """Bytes per second: ``"3GB/s"`` or ``"3GB"``.
+
+    Raises:
+        ConfigError: if it is none, or zero.
+    """
+    value = parse_size(text.strip().removesuffix("/s"), name)
+    if value < 1:
+        raise ConfigError(f"{name}={text!r} is no rate: write 3GB/s")
+    return value
+
+
+def positive(value: int, flag: str) -> int:
+    """The value of an option that counts something.
+
+    Raises:
+        ConfigError: if it is less than one.
+    """
+    if value < 1:
+        raise ConfigError(f"{flag} is a number from 1 up, got {value}")
+    return value

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, settings
+
+import pagedkv
+from pagedkv import hook
+from pagedkv.attention import stock_attention
+
+settings.register_profile(
+    "ci", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_hook() -> Iterator[None]:
+    """No test leaves the dispatcher in place for the next one."""
+    yield
+    while hook.installed():
+        hook.uninstall()
+    assert mx.fast.scaled_dot_product_attention is stock_attention
+
+
+@pytest.fixture
+def small() -> pagedkv.TierConfig:
+    """Everything in small: 256-token pages behind a window of 64 tokens."""
+    return pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, kv="K4V4", page_tokens=256, warm="64MB", cold="256MB"
+    )

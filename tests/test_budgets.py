@@ -1,0 +1,188 @@
+"""Budgets are limits, and closing gives everything back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import psutil
+import pytest
+
+import pagedkv
+from tests.models import random_tokens, tiny_llama
+
+
+def real_bytes(cache: pagedkv.PagedCache) -> dict[str, int]:
+    """Bytes each tier really has: of arrays, of files, of buffers."""
+    pager = cache.context.pager
+    slabs = [s.array.nbytes for layer in pager.layer_pagers for s in layer._slabs.values()]
+    files = list(pager.open_cold.directory.iterdir()) if pager.open_cold else []
+    return {
+        "warm": sum(slabs),
+        "cold": sum(f.stat().st_size for f in files),
+        "staging": pager.open_reader.nbytes if pager.open_reader else 0,
+        "write_buffer": pager.open_cold.buffer_bytes if pager.open_cold else 0,
+        "hot": sum(a.nbytes for layer in cache.paged_layers for a in layer._hot.arrays),
+    }
+
+
+@pytest.mark.parametrize("kv", ["K4V4", "K8V8:600,K4V4:900,K2V2", "fp16"])
+def test_no_tier_ever_exceeds_its_budget(kv: str) -> None:
+    config = pagedkv.TierConfig(
+        hot_tokens=100,
+        sink_tokens=4,
+        kv=kv,
+        page_tokens=256,
+        warm=1_500_000,
+        cold=3_000_000,
+        staging=1_000_000,
+        write_buffer=300_000,
+    )
+    limits = {"warm": 1_500_000, "cold": 3_000_000, "staging": 1_000_000, "write_buffer": 300_000}
+    model = tiny_llama(layers=3, heads=4, kv_heads=2, dim=128)
+    peaks = dict.fromkeys(["hot", *limits], 0)
+    with pagedkv.wrap(model, config) as cache:
+        step = 0
+        with pytest.raises(pagedkv.OutOfPagesError) as full:
+            while True:
+                n = 333 if step % 5 else 1
+                mx.eval(model(random_tokens(n, seed=step), cache=cache))
+                step += 1
+                for tier, nbytes in real_bytes(cache).items():
+                    peaks[tier] = max(peaks[tier], nbytes)
+                stats = cache.stats()
+                assert stats.warm.allocated <= stats.warm.budget
+                assert stats.cold.allocated <= stats.cold.budget
+        for tier, limit in limits.items():
+            assert 0 < peaks[tier] <= limit, tier
+        # The window, a page and one chunk of 333 tokens, for three layers; never the context.
+        token = 3 * 2 * 2 * 32 * 2
+        assert peaks["hot"] <= (4 + 100 + 256 + 64 + 333) * token
+        assert peaks["warm"] > 0.5 * limits["warm"]
+        assert peaks["cold"] > 0.5 * limits["cold"]
+        assert "out of pages" in str(full.value)
+        check_nothing_was_lost(model, cache)
+
+
+def check_nothing_was_lost(model: object, cache: pagedkv.PagedCache) -> None:
+    """After OutOfPagesError every layer is as it was, and works on after a trim."""
+    offsets = {layer.offset for layer in cache.paged_layers}
+    assert len(offsets) == 1
+    before = offsets.pop()
+    assert cache.trim(400) == 400
+    out = model(random_tokens(1), cache=cache)  # type: ignore[operator]
+    assert not mx.isnan(out).any().item()
+    assert cache.offset == before - 399
+
+
+def test_memory_is_flat_over_cycles_and_nothing_is_left(tmp_path: Path) -> None:
+    config = pagedkv.TierConfig(
+        hot_tokens=64,
+        sink_tokens=4,
+        page_tokens=256,
+        warm=400_000,
+        cold="64MB",
+        cold_dir=str(tmp_path),
+    )
+    model = tiny_llama()
+    process = psutil.Process()
+    threads = threading.active_count()
+    mlx_memory, resident, files = [], [], []
+    for cycle in range(10):
+        with pagedkv.wrap(model, config) as cache:
+            for seed in range(3):
+                mx.eval(model(random_tokens(900, seed=seed), cache=cache))
+            assert cache.stats().cold.pages > 0
+            assert len(list(tmp_path.iterdir())) == 1
+            assert oct(next(tmp_path.iterdir()).stat().st_mode & 0o777) == "0o700"
+            pager = cache.context.pager
+        del cache
+        pagedkv.unwrap(model)
+        gc.collect()
+        mx.clear_cache()
+        assert list(tmp_path.iterdir()) == []
+        assert threading.active_count() == threads, cycle
+        assert not pager.layer_pagers
+        mlx_memory.append(mx.get_active_memory())
+        resident.append(process.memory_info().rss)
+        files.append(process.num_fds())
+    assert len(set(mlx_memory)) == 1
+    assert len(set(files)) == 1
+    assert resident[-1] - resident[3] < 16 * 2**20
+
+
+def test_a_dropped_cache_gives_its_pages_back() -> None:
+    """A server drops caches without closing them: their pages must not stay for ever."""
+    model = tiny_llama()
+    config = pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, page_tokens=256, warm="8MB", cold="64MB"
+    )
+    keeper = pagedkv.wrap(model, config)
+    other = model.make_cache()
+    mx.eval(model(random_tokens(1200), cache=other))
+    layer = keeper.paged_layers[0]
+    assert layer._pager.allocator.used == 4
+    del other
+    gc.collect()
+    mx.eval(model(random_tokens(1), cache=keeper))  # the next safe point
+    assert layer._pager.allocator.used == 0
+    keeper.close()
+
+
+def test_the_longest_unused_sequence_is_demoted_first() -> None:
+    model = tiny_llama(layers=1)
+    config = pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, page_tokens=256, warm=500_000, cold="64MB"
+    )
+    first = pagedkv.wrap(model, config)
+    second = model.make_cache()
+    slots = first.paged_layers[0]._pager._slabs
+    room = next(iter(slots.values())).max_slots
+    mx.eval(model(random_tokens(68 + 256 * room), cache=first))
+    assert (first.stats().warm.pages, first.stats().cold.pages) == (room, 0)
+    mx.eval(model(random_tokens(68 + 256 * 2), cache=second))
+    assert (first.stats().warm.pages, first.stats().cold.pages) == (room - 2, 2)
+    assert second.stats().cold.pages == 0
+    tiers = [page.slot is None for page, _ in first.paged_layers[0].located_pages()]
+    assert tiers == [True, True] + [False] * (room - 2)  # the oldest pages went
+    first.close()
+    second.close()
+
+
+def test_pages_come_back_up_when_there_is_room() -> None:
+    model = tiny_llama(layers=1)
+    config = pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, page_tokens=256, warm=100_000, cold="64MB"
+    )
+    with pagedkv.wrap(model, config) as cache:
+        mx.eval(model(random_tokens(68 + 256 * 12), cache=cache))
+        mx.eval(model(random_tokens(1), cache=cache))
+        cold = cache.stats().cold.pages
+        assert cold > 4
+        cache.trim(256 * 7)
+        mx.eval(model(random_tokens(1), cache=cache))
+        stats = cache.stats()
+        assert stats.pages_promoted > 0
+        (slab,) = cache.paged_layers[0]._pager._slabs.values()
+        assert stats.warm.pages == slab.max_slots
+
+
+def test_shared_memory_view_of_rows_is_a_copy() -> None:
+    """What staging hands to MLX must not follow the staging buffer when it is reused."""
+    rows = np.arange(8, dtype=np.uint32).reshape(2, 4)
+    array = mx.array(rows)
+    rows[:] = 0
+    assert array.sum().item() == 28
+
+
+def test_no_core_file_is_left_open() -> None:
+    model = tiny_llama(layers=1)
+    before = set(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else set()
+    with pagedkv.wrap(model, pagedkv.TierConfig(cold="1GB")):
+        pass
+    if before:
+        assert set(os.listdir("/proc/self/fd")) == before
