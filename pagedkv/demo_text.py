@@ -17,15 +17,15 @@ DEMO_QUESTION = "Question: What is the password of the printer in the library?"
 _STABLE_TOPICS = (
     "integers global assert with comparisons import booleans break in exceptions context-managers"
     " slicings id-classes lambda return unary del while continue typesmodules yield"
-).split()
+)
 
 
 def demo_document(tokens_at_least: int, count: Callable[[str], int]) -> str:
     """Assemble the document: whole paragraphs of the manual, the note after a quarter of them.
 
     Args:
-        tokens_at_least: The document has this many tokens, and at most one paragraph more. A
-            chat template and the question come on top.
+        tokens_at_least: The document has this many tokens and the rest of a paragraph. The chat
+            template and the question come on top (some 50 tokens).
         count: Returns the number of tokens of a text.
 
     Returns:
@@ -40,7 +40,7 @@ def demo_document(tokens_at_least: int, count: Callable[[str], int]) -> str:
         parts.append(next(manual))
         total += count(parts[-1] + "\n\n")
     parts.insert(place, DEMO_NOTE)
-    while count("\n\n".join(parts)) < tokens_at_least:  # paragraphs may need fewer tokens if joined
+    while count("\n\n".join(parts)) < tokens_at_least:  # joined, they may need fewer tokens
         parts.append(next(manual))
     return "\n\n".join(parts)
 
@@ -49,6 +49,6 @@ def _paragraphs() -> Iterator[str]:
     """Yield the paragraphs of the manual, the stable topics first, without end."""
     from pydoc_data.topics import topics  # half a megabyte: only for the demo
 
-    names = [name for name in _STABLE_TOPICS if name in topics]
+    names = [name for name in _STABLE_TOPICS.split() if name in topics]
     names += sorted(topics.keys() - set(names))
     return itertools.cycle("\n\n".join(topics[name].strip("\n") for name in names).split("\n\n"))

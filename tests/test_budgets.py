@@ -38,11 +38,11 @@ def test_no_tier_ever_exceeds_its_budget(kv: str) -> None:
         kv=kv,
         page_tokens=256,
         warm=1_500_000,
-        cold=3_000_000,
+        cold=1_200_000,
         staging=1_000_000,
         write_buffer=300_000,
     )
-    limits = {"warm": 1_500_000, "cold": 3_000_000, "staging": 1_000_000, "write_buffer": 300_000}
+    limits = {"warm": 1_500_000, "cold": 1_200_000, "staging": 1_000_000, "write_buffer": 300_000}
     model = tiny_llama(layers=3, heads=4, kv_heads=2, dim=128)
     peaks = dict.fromkeys(["hot", *limits], 0)
     with pagedkv.wrap(model, config) as cache:

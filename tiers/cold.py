@@ -358,6 +358,10 @@ class FileColdStore:
     def fetch(self, records: Sequence[ColdRecord], out: Bytes) -> Future[None]:
         """Read pages into `out`, back to back, on a reader thread.
 
+        Args:
+            records: live records.
+            out: uint8, as long as the pages together, aligned as by `aligned_buffer`.
+
         Returns:
             A future; its result is None once every page is there and verified, or
             `CorruptPageError` / `ColdStoreError` naming the page.
