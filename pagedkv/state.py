@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import struct
 import tempfile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pagedkv.cache import PagedCache, PagedLayerCache
 
 FORMAT = "pagedkv-1"
+_SCALAR = re.compile(r"2\.\d+\.0")  # in mlx-lm's metadata: the name of a leaf that is no array
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _SAFETENSORS = {
     mx.float16: "F16",
@@ -305,14 +307,23 @@ def load_states(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         arrays, metadata = loaded
-        for place in [v for k, v in metadata.items() if k.startswith("2.") and k.endswith(".0")]:
+        for place in _text_leaves(metadata):
             arrays[place] = "".join(chr(c) for c in arrays[place].tolist())
         states = tree_unflatten(list(arrays.items()))
-    except (RuntimeError, ValueError, KeyError, OSError) as e:
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
         raise CacheStateError(f"{str(path)!r} is not a saved cache: {e}") from e
     if not isinstance(states, list) or not all(isinstance(s, dict) for s in states):
         raise CacheStateError(f"{str(path)!r} holds no paged cache")
     return states
+
+
+def _text_leaves(metadata: dict[str, str]) -> list[str]:
+    """Names of the arrays that are really texts, by mlx-lm's list of leaves that are no arrays."""
+    return [
+        name
+        for key, name in metadata.items()
+        if _SCALAR.fullmatch(key) and metadata.get(f"{key[:-1]}1") == "string"
+    ]
 
 
 def new_sequence_id() -> str:
