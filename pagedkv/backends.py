@@ -13,6 +13,9 @@ import mlx.core as mx
 
 from pagedkv.tiers import AffineCodec, Sixteen
 
+FEW_ROWS = 8
+"""Rows (query heads of a KV head times query tokens) up to which the CPU multiplies codes."""
+
 FLOOR = -1e30
 """Stands in for a maximum of minus infinity, so that a fully masked row gives zeros, not NaN."""
 
@@ -133,6 +136,31 @@ class QuantizedBackend(DequantizeBackend):
         return out[..., : codec.geometry.shape.value_dim]
 
 
+class CpuBackend:
+    """Products of codes for a few rows, dequantized pages for many; what pays on the CPU.
+
+    MLX's quantized product takes time per row, dequantizing takes it once per page: with one row
+    the product is 4 to 10 times faster, from some 8 rows on it is slower (`docs/design.md`). The
+    choice depends on the number of rows alone, never on where pages are.
+    """
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._few, self._many = QuantizedBackend(), DequantizeBackend()
+
+    def _for(self, rows: mx.array) -> Backend:
+        return self._few if rows.shape[-2] <= FEW_ROWS else self._many
+
+    def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.scores`."""
+        return self._for(q).scores(q, codec, records)
+
+    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.weigh`."""
+        return self._for(p).weigh(p, codec, records)
+
+
 def page_partial(
     backend: Backend,
     q: mx.array,
@@ -195,8 +223,8 @@ def sink_partial(sinks: mx.array, kv_heads: int, query_tokens: int, value_dim: i
 def choose_backend(name: str) -> Backend:
     """The backend of that name; ``"auto"`` takes what suits the default device."""
     if name == "auto":
-        # MLX's quantized product is 15 times slower than dequantizing on the CPU, and has no
-        # implementation for many batched shapes on CUDA.
-        metal = mx.default_device() == mx.gpu and mx.metal.is_available()
-        name = "quantized" if metal else "dequantize"
+        if mx.default_device() != mx.gpu:
+            return CpuBackend()
+        # On CUDA MLX's quantized product has no implementation for many batched shapes.
+        name = "quantized" if mx.metal.is_available() else "dequantize"
     return QuantizedBackend() if name == "quantized" else DequantizeBackend()

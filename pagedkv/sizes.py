@@ -45,4 +45,4 @@ def format_size(nbytes: float) -> str:
         if abs(value) < 999.5:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
-    return f"{value:.3g} TB"
+    return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"

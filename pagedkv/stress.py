@@ -1,55 +1,30 @@
-"""A long context under fixed budgets whose every answer is known.
+"""A context whose every answer is known: what `pagedkv stress` feeds, and what must come out.
 
-Random keys and values, regenerated from a seed whenever they are needed, go through
-`pagedkv.attention` in prefill chunks and decode steps. Needles are planted at random depths: keys
-in a direction of their own that a query can ask for, with values of their own. At the end each
-needle's answer is compared, in every layer and head, with a softmax in float64 over the original
-numbers, and every stored token is read back and compared with the one that went in.
-
-How far an answer may be off follows from the precision of the page:
-
-- A stored number is within one quantization step of its group, ``(max - min) / (2^bits - 1)``:
-  half a step of rounding, and up to half a step where `mx.quantize` moves the scale so that zero
-  is exact. A page that was encoded again at a lower precision adds up one step for each time.
-- A needle's answer is within one step of its value, plus what leaks in from other tokens. Key
-  rounding shifts a score by a random amount of deviation ``σ = scale · |q| · 0.375 step`` (the
-  deviation of a number within a step, and a third more for the moved scale), so the other tokens'
-  exact weight may grow by ``exp(6σ + σ²)``. Queries are made so sharp that this stays small.
-- The cosine to the exact answer is at least ``1 / sqrt(1 + r²)`` with r half a step over the
-  value's root mean square, less the leak.
+Random keys and values are regenerated from a seed whenever they are needed, so none is kept.
+Needles are planted at random depths: keys in a direction of their own, which a query can ask for,
+with values of their own. The exact answer is a softmax in float64 over the original numbers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import Precision
-from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.attention import KVView
-from pagedkv.cache import PagedCache, PagedLayerCache, attention
-from pagedkv.config import TierConfig
-from pagedkv.errors import ColdStoreError, ConfigError, PagedKVError
-from pagedkv.stats import CacheStats
-from pagedkv.tiers import Run
+from pagedkv.errors import ConfigError
 
 Array = npt.NDArray[Any]
-Watch = Callable[[str, int, int, str], None]
-"""Told the phase, units done, units in all, and how full the budgets are."""
 
-QUERIES = 16
-"""Query tokens of a prefill chunk: its last ones. Asking for all would only repeat the same work."""
+GAIN = 2.0
+"""How much longer a needle's key is than the others."""
 
-GAIN = 2.0  # a needle's key is this much longer than the others
-MARGIN = 16.0  # nats between a needle's score and all other tokens' together
-ROUNDING = 2.0**-9  # of the largest number: 16-bit outputs, scales and biases
+MARGIN = 16.0
+"""Nats between a needle's score and all other tokens' together."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +43,11 @@ class SyntheticModel:
     kv_heads: int
     head_dim: int
 
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied with."""
+        return float(self.head_dim**-0.5)
+
 
 @dataclass(frozen=True)
 class StressOptions:
@@ -78,6 +58,7 @@ class StressOptions:
         needles: needles to plant; as many decode steps follow the prompt.
         seed: of everything random.
         chunk: tokens per prefill chunk.
+        queries: query tokens per prefill chunk, its last ones.
         attend_every: attend in every n-th prefill chunk (and the last), append only in others.
     """
 
@@ -85,86 +66,160 @@ class StressOptions:
     needles: int = 8
     seed: int = 0
     chunk: int = 2048
+    queries: int = 16
     attend_every: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.needles, self.chunk, self.attend_every) < 1 or self.seed < 0:
-            raise ConfigError("needles, chunk and attend_every start at 1, and the seed at 0")
-        if self.tokens < QUERIES + self.needles:
+        least = (self.needles, self.chunk, self.queries, self.attend_every)
+        if min(least) < 1 or self.seed < 0:
+            raise ConfigError(
+                f"needles, chunk, queries and attend_every are from 1 up and the seed from 0 up, "
+                f"got {least} and {self.seed}"
+            )
+        if self.tokens < self.queries + self.needles:
             raise ConfigError(
                 f"{self.tokens} tokens cannot hold {self.needles} needles: give at least "
-                f"{QUERIES + self.needles}"
+                f"{self.queries + self.needles}"
             )
 
 
-@dataclass
-class Check:
-    """One property that was watched, in many places.
+class Planted(NamedTuple):
+    """The needles of one layer, each array ``[kv_heads, needles, head_dim]``.
 
     Attributes:
-        name: of the property.
-        worst: largest deviation seen, as a fraction of what is allowed.
-        count: places where it was looked at.
-        failures: what was wrong, the first few in words.
-        failed: how many were wrong.
+        keys: float16.
+        values: float16.
+        queries: float32; each finds its needle.
     """
 
-    name: str
-    worst: float = 0.0
-    count: int = 0
-    failures: list[str] = field(default_factory=list)
-    failed: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether it held everywhere it was looked at, and was looked at."""
-        return self.failed == 0 and self.count > 0
-
-    def see(self, fraction: float, where: str) -> None:
-        """Note one measurement; above 1, or not a number, it is a failure."""
-        self.count += 1
-        self.worst = max(self.worst, fraction) if math.isfinite(fraction) else math.inf
-        if not fraction <= 1:
-            self.fail(f"{where}: {fraction:.3g} times the tolerance")
-
-    def fail(self, text: str) -> None:
-        """Note a failure."""
-        self.count += 1
-        self.failed += 1
-        if len(self.failures) < 5:
-            self.failures.append(text)
+    keys: Array
+    values: Array
+    queries: Array
 
 
-@dataclass
-class StressReport:
-    """What happened.
+class SyntheticTokens:
+    """Keys, values, needles and queries of every layer, from the seed.
 
     Attributes:
-        checks: each property and how it held.
-        seconds: per phase.
-        needles: position, tier, precision, worst error and cosine of each.
-        peaks: the most bytes each tier was seen to take, and its budget.
-        stats: of the cache, before it was closed.
+        needles: the token position of each needle, ascending.
+        sharpness: length of a query.
     """
 
-    checks: list[Check]
-    seconds: dict[str, float]
-    needles: list[dict[str, Any]]
-    peaks: dict[str, tuple[int, int]]
-    stats: CacheStats
+    def __init__(self, model: SyntheticModel, options: StressOptions) -> None:
+        self.model, self.options = model, options
+        rng = np.random.default_rng([options.seed, 0])
+        end = options.tokens - options.queries  # the last queries must see every needle
+        edges = np.linspace(0, end, options.needles + 1).astype(int)
+        self.needles = [int(rng.integers(*pair)) for pair in itertools.pairwise(edges)]
+        self.sharpness = _sharpness(model.head_dim, options.tokens)
 
     @property
-    def ok(self) -> bool:
-        """Whether every check held."""
-        return all(check.ok for check in self.checks)
+    def chunks(self) -> list[tuple[int, int]]:
+        """First and last token (exclusive) of each prefill chunk, then of each decode step."""
+        o = self.options
+        prompt = [(i, min(i + o.chunk, o.tokens)) for i in range(0, o.tokens, o.chunk)]
+        return [*prompt, *((i, i + 1) for i in range(o.tokens, o.tokens + o.needles))]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "ok": self.ok,
-            "checks": [{**asdict(c), "ok": c.ok} for c in self.checks],
-            "seconds": self.seconds,
-            "needles": self.needles,
-            "peaks": {n: {"bytes": b, "budget": limit} for n, (b, limit) in self.peaks.items()},
-            "stats": self.stats.to_dict(),
-        }
+    def chunk(self, layer: int, start: int, stop: int) -> tuple[Array, Array]:
+        """Keys and values of one of `chunks`, each float16 ``[kv_heads, n, head_dim]``."""
+        m = self.model
+        rng = np.random.default_rng([self.options.seed, 1, layer, start])
+        keys, values = (
+            rng.standard_normal((m.kv_heads, stop - start, m.head_dim), np.float32)
+            for _ in range(2)
+        )
+        planted = self.planted(layer)
+        for i, position in enumerate(self.needles):
+            if start <= position < stop:
+                keys[:, position - start] = planted.keys[:, i]
+                values[:, position - start] = planted.values[:, i]
+        return keys.astype(np.float16), values.astype(np.float16)
+
+    def planted(self, layer: int) -> Planted:
+        """The layer's needles."""
+        m = self.model
+        rng = np.random.default_rng([self.options.seed, 2, layer])
+        shape = (m.kv_heads, len(self.needles), m.head_dim)
+        directions = rng.standard_normal(shape, np.float32)
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        return Planted(
+            (GAIN * math.sqrt(m.head_dim) * directions).astype(np.float16),
+            rng.standard_normal(shape, np.float32).astype(np.float16),
+            directions * np.float32(self.sharpness),
+        )
+
+
+def _sharpness(head_dim: int, tokens: int) -> float:
+    """The length b of a query whose needle outweighs all other tokens by `MARGIN`.
+
+    The needle scores ``GAIN · b``. The others score normally with deviation ``b / sqrt(d)``, so
+    together they weigh ``log(tokens) + b² / 2d``.
+    """
+    wanted = math.log(tokens) + MARGIN
+    root = GAIN**2 - 2 * wanted / head_dim
+    return head_dim * (GAIN - math.sqrt(max(root, 0.0)))
+
+
+class Cursor:
+    """Reads the tokens of a layer in order, in pieces of any length."""
+
+    def __init__(self, tokens: SyntheticTokens, layer: int) -> None:
+        self._chunks: Iterator[tuple[Array, Array]] = (
+            tokens.chunk(layer, *chunk) for chunk in tokens.chunks
+        )
+        empty = np.empty((tokens.model.kv_heads, 0, tokens.model.head_dim), np.float16)
+        self._left = (empty, empty)
+
+    def take(self, count: int) -> tuple[Array, Array]:
+        """The next `count` tokens: keys and values, float32 ``[kv_heads, count, head_dim]``."""
+        while self._left[0].shape[1] < count:
+            fresh = next(self._chunks)
+            pair = zip(self._left, fresh, strict=True)
+            keys, values = (np.concatenate(both, axis=1) for both in pair)
+            self._left = keys, values
+        keys, values = self._left
+        self._left = keys[:, count:], values[:, count:]
+        return keys[:, :count].astype(np.float32), values[:, :count].astype(np.float32)
+
+
+class ExactSoftmax:
+    """Attention of some queries in float64, over tokens that come piece by piece."""
+
+    def __init__(self, queries: Array, scale: float) -> None:
+        """Begin with no tokens.
+
+        Args:
+            queries: ``[kv_heads, rows, head_dim]``.
+            scale: of the scores.
+        """
+        self._q = queries.astype(np.float64) * scale
+        self._peak = np.full((*queries.shape[:2], 1), -np.inf)
+        self._total = np.zeros_like(self._peak)
+        self._weighted = np.zeros(queries.shape)
+        self.largest = 0.0
+
+    def add(self, keys: Array, values: Array) -> None:
+        """Attend to more tokens, ``[kv_heads, n, head_dim]`` each."""
+        scores = self._q @ keys.astype(np.float64).swapaxes(1, 2)
+        peak = np.maximum(self._peak, scores.max(axis=2, keepdims=True))
+        p, fade = np.exp(scores - peak), np.exp(self._peak - peak)
+        self._total = self._total * fade + p.sum(axis=2, keepdims=True)
+        self._weighted = self._weighted * fade + p @ values.astype(np.float64)
+        self._peak = peak
+        self.largest = max(self.largest, float(np.abs(values).max()))
+
+    def result(self) -> Array:
+        """The answers so far, ``[kv_heads, rows, head_dim]``."""
+        return self._weighted / self._total
+
+    def others(self, keys: Array) -> Array:
+        """Weight of everything but the token row i asks for.
+
+        Args:
+            keys: of those tokens, ``[kv_heads, rows, head_dim]``.
+
+        Returns:
+            ``[kv_heads, rows]``.
+        """
+        scores = (self._q * keys.astype(np.float64)).sum(axis=2)
+        return np.clip(1 - np.exp(scores - self._peak[..., 0]) / self._total[..., 0], 0, 1)

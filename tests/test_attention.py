@@ -12,7 +12,7 @@ from tests import reference
 
 # The output is rounded to the queries' type once; inside, products and sums are float32.
 ROUNDING = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
-BACKENDS = ["dequantize", "quantized"]
+BACKENDS = ["dequantize", "quantized", "auto"]
 
 
 def config(**options: object) -> pagedkv.TierConfig:

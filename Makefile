@@ -1,0 +1,70 @@
+# Two commands: `make demo` and `make test`. Both set up what they need in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# MLX's CPU build ships a slow reference BLAS. Where Debian's OpenBLAS is installed, put it first.
+OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 \
+	/usr/lib/*/openblas/libopenblas.so.0 /usr/lib/*/libopenblas.so.0 \
+	/usr/lib64/libopenblasp.so.0 /usr/lib64/libopenblas.so.0))
+PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
+
+.PHONY: demo test check lint unit wheel placement benchmark format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo: $(VENV)/lm openblas-hint  ## fetch a small model and answer a question about a long document
+	$(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document 6500 --max-tokens 48 \
+		--hot-tokens 512 --sink-tokens 64 --kv K4V4 --warm 8MB --cold 256MB --format table
+
+test: lint unit wheel  ## everything CI runs
+
+lint: $(VENV)/test  ## ruff, mypy strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/test openblas-hint  ## pytest, in parallel
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -n auto --dist worksteal
+
+wheel: $(VENV)/test  ## build the wheel and look inside
+	$(BIN)/python tests/check_wheel.py
+
+placement: $(VENV)/test openblas-hint  ## the placement property, 2,000 examples
+	OPENBLAS_NUM_THREADS=1 HYPOTHESIS_PROFILE=campaign $(PRELOAD) \
+		$(BIN)/python -m pytest -n auto tests/test_placement.py
+
+benchmark: $(VENV)/test openblas-hint  ## what a step costs in each tier, on this machine
+	$(PRELOAD) $(BIN)/python benchmarks/decode.py
+
+format: $(VENV)/test  ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and build products
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/lm: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm]"
+	touch $@
+
+$(VENV)/test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@ $(VENV)/lm
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "pagedkv needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "no venv module: sudo apt install python3-venv"; exit 1; }
+
+.PHONY: help openblas-hint
+openblas-hint:
+ifeq ($(shell uname -s),Linux)
+	@$(if $(OPENBLAS),:,echo "OpenBLAS not found: matrix products on the CPU are about 20 times slower \
+	without it (sudo apt install libopenblas0-pthread)")
+endif

@@ -1,0 +1,290 @@
+"""``pagedkv generate``: text from a model whose context lies in three tiers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from pagedkv import state
+from pagedkv.cache import PagedCache
+from pagedkv.cli.generate_report import Generation, document, tables
+from pagedkv.cli.loading import (
+    add_model_options,
+    has_gpu,
+    load_model,
+    prompt_tokens,
+    read_prompt,
+    wrapped,
+)
+from pagedkv.cli.options import (
+    add_mlx_lm_options,
+    add_tier_options,
+    parse_tokens,
+    positive,
+    tier_config,
+)
+from pagedkv.cli.output import (
+    Notes,
+    Progress,
+    add_output_options,
+    choose_format,
+    emit,
+    write_json,
+)
+from pagedkv.cli.plan import require_room
+from pagedkv.config import TierConfig
+from pagedkv.errors import ConfigError
+from pagedkv.models import load, unwrap
+from pagedkv.stats import CacheStats
+
+_EPILOG = """\
+examples:
+  pagedkv generate --model demo --prompt "What is a page table?"
+  pagedkv generate --model ./my-model --prompt-file book.txt --warm 64MB --cold 4GB
+  pagedkv generate --model owner/name --prompt - < notes.txt --format json
+  pagedkv generate --model demo --demo-document 6000 --warm 16MB --cold 1GB
+
+Read a document once, and ask about it as often as you like:
+  pagedkv generate --model demo --prompt-file manual.txt --max-tokens 1 --save-cache manual.cache
+  pagedkv generate --model demo --prompt-cache-file manual.cache --prompt "What is a closure?"
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with a paged cache, and say where its tokens went",
+        description="Generate text with a context that may be larger than memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_options(parser)
+    group = parser.add_argument_group("prompt")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
+    source.add_argument("--prompt-file", metavar="FILE", help="a text file; - is standard input")
+    source.add_argument(
+        "--demo-document",
+        metavar="TOKENS",
+        help="ask about a note hidden in that many tokens of Python's manual",
+    )
+    group.add_argument(
+        "--no-chat-template",
+        "--ignore-chat-template",
+        action="store_true",
+        help="give the prompt to the model as it is",
+    )
+    group.add_argument("--prompt-cache-file", metavar="FILE", help="go on from a saved cache")
+    _add_sampling_options(parser)
+    add_tier_options(parser)
+    add_mlx_lm_options(parser)
+    add_output_options(parser)
+    parser.add_argument("--save-cache", metavar="FILE", help="save the cache at the end")
+    parser.add_argument("--stats-json", metavar="FILE", help="write the cache's numbers to a file")
+    parser.set_defaults(run=run)
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="at most (default: 256)"
+    )
+    group.add_argument(
+        "--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, off)")
+    group.add_argument("--seed", type=int, default=0, help="of the sampler (default: 0)")
+    group.add_argument(
+        "--prefill-step-size",
+        type=int,
+        metavar="N",
+        help="tokens per prefill chunk (default: 2048; 512 on a CPU)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    say, form = Notes(args.quiet), choose_format(args.format)
+    config = _check(args)
+    text = None if args.demo_document else _prompt(args)
+    model, tokenizer = load_model(args.model, args.dtype, say)
+    if text is None:
+        text = _demo_prompt(args, tokenizer, say)
+    with _cache(args, model, config, say) as cache:
+        template = not args.no_chat_template
+        prompt = prompt_tokens(tokenizer, text, template, continued=cache.offset > 0)
+        _require_room(cache, len(prompt))
+        result = _generate(args, model, tokenizer, cache, prompt, stream=form == "table")
+        if args.save_cache:
+            _save(cache, args.save_cache, result)
+    full = document(args.model, result)
+    if args.stats_json:
+        numbers = {name: value for name, value in full.items() if name not in ("text", "stats")}
+        write_json(args.stats_json, {**result.after.to_dict(), "generation": numbers})
+    if form != "table":
+        emit(form, full, [])
+    elif not args.quiet:
+        print()
+        emit(form, full, tables(result))
+    return 0
+
+
+# Before the model is loaded
+
+
+def _check(args: argparse.Namespace) -> TierConfig:
+    """Refuse what cannot work while that costs nothing; the tiers that are asked for."""
+    positive(args.max_tokens, "--max-tokens")
+    if args.prefill_step_size is not None:
+        positive(args.prefill_step_size, "--prefill-step-size")
+    if args.temp < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(
+            f"--temp is from 0 up and --top-p above 0 and up to 1, got {args.temp} and {args.top_p}"
+        )
+    for flag in ("save_cache", "stats_json"):
+        path = getattr(args, flag)
+        if path and not Path(path).expanduser().parent.is_dir():
+            raise ConfigError(f"--{flag.replace('_', '-')} {path!r}: there is no such directory")
+    saved = args.prompt_cache_file
+    return tier_config(args, saved_config(saved) if saved and Path(saved).exists() else None)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    return read_prompt(None, "-") if args.prompt == "-" else read_prompt(args.prompt, args.prompt_file)
+
+
+def _demo_prompt(args: argparse.Namespace, tokenizer: Any, say: Notes) -> str:
+    """A document that fits in none of the upper tiers, and a question about it."""
+    from pagedkv.demo_text import DEMO_QUESTION, demo_document
+
+    wanted = positive(parse_tokens(args.demo_document, "demo-document"), "--demo-document")
+    text = demo_document(wanted, lambda part: len(tokenizer.encode(part)))
+    say(f"a document of {len(tokenizer.encode(text)):,} tokens. {DEMO_QUESTION}")
+    return f"{text}\n\n{DEMO_QUESTION}"
+
+
+# The cache
+
+
+@contextmanager
+def _cache(
+    args: argparse.Namespace, model: Any, config: TierConfig, say: Notes
+) -> Iterator[PagedCache]:
+    """The saved cache if there is one, else an empty one."""
+    saved = args.prompt_cache_file
+    if saved is None or not Path(saved).exists():
+        if saved is not None:
+            say(f"there is no {saved} yet: beginning with an empty cache")
+        with wrapped(model, config) as cache:
+            yield cache
+        return
+    try:
+        with load(saved, model, config) as cache:
+            say(f"going on from {cache.offset:,} tokens in {saved}")
+            yield cache
+    finally:
+        unwrap(model)
+
+
+def saved_config(path: str) -> TierConfig:
+    """The tiers that a saved cache was made with.
+
+    Raises:
+        CacheStateError: if it is not a saved paged cache.
+    """
+    states = state.load_states(path)
+    return TierConfig(**state.parse_meta(states[0] if states else {})["config"])
+
+
+def _require_room(cache: PagedCache, prompt: int) -> None:
+    """Refuse a prompt that the budgets cannot hold before reading the first half of it."""
+    shapes = {layer.shape for layer in cache.paged_layers}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    if shape is not None:  # else its layers differ, and the cache says so when it is full
+        layers = len(cache.paged_layers)
+        require_room(shape, layers, cache.offset + prompt, cache.context.config)
+
+
+def _save(cache: PagedCache, path: str, result: Generation) -> None:
+    """Save up to the end of the answer's text, so that a next turn can follow."""
+    answer = result.tokens - (result.finish_reason == "stop")
+    cache.trim(max(0, cache.offset - result.cached_tokens - result.prompt_tokens - answer))
+    cache.save(str(Path(path).expanduser()))
+
+
+# Generating
+
+
+class _Clock:
+    """Notes the moment, and the cache's numbers, when the prompt but its last token is read.
+
+    What follows are single-token steps: the prompt's last token gives the first new one.
+    """
+
+    def __init__(self, cache: PagedCache, quiet: bool) -> None:
+        self._cache, self._quiet = cache, quiet
+        self._progress: Progress | None = None
+        self.started = self.read = time.perf_counter()
+        self.before: CacheStats | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """mlx-lm's ``prompt_progress_callback``."""
+        if self._progress is None:
+            self._progress = Progress("reading the prompt", total, quiet=self._quiet)
+        self._progress.update(done)
+        if done >= total - 1 and self.before is None:
+            self._progress.close()
+            self.read, self.before = time.perf_counter(), self._cache.stats()
+
+
+def _generate(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    cache: PagedCache,
+    prompt: list[int],
+    stream: bool,
+) -> Generation:
+    """Generate; prints the text as it comes if `stream`."""
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(args.seed)
+    held, clock, parts = cache.offset, _Clock(cache, args.quiet), []
+    response: Any = None
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampler=make_sampler(args.temp, args.top_p),
+        prompt_cache=cache,
+        prefill_step_size=args.prefill_step_size or (2048 if has_gpu() else 512),
+        prompt_progress_callback=clock,
+    ):
+        parts.append(response.text)
+        if stream:
+            print(response.text, end="", flush=True)
+    if stream:
+        print(flush=True)
+    assert response is not None and clock.before is not None  # max_tokens is at least 1
+    return Generation(
+        text="".join(parts),
+        prompt_tokens=len(prompt),
+        cached_tokens=held,
+        tokens=int(response.generation_tokens),
+        finish_reason=str(response.finish_reason),
+        prefill_seconds=clock.read - clock.started,
+        decode_seconds=time.perf_counter() - clock.read,
+        before=clock.before,
+        after=cache.stats(),
+        config=cache.context.config,
+    )

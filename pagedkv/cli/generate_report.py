@@ -1,0 +1,155 @@
+"""What `pagedkv generate` reports: speed, tiers, disk traffic and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pagedkv.cli.output import Table, facts, number, seconds
+from pagedkv.config import TierConfig
+from pagedkv.sizes import format_size
+from pagedkv.stats import CacheStats, TierStats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: of the answer.
+        prompt_tokens: tokens read.
+        cached_tokens: tokens that a saved cache already held.
+        tokens: tokens generated, the one that ends the answer included.
+        finish_reason: ``"stop"`` or ``"length"``.
+        prefill_seconds: for all of the prompt but its last token.
+        decode_seconds: for everything after that.
+        before: the cache when the prompt was read.
+        after: the cache at the end.
+        config: its tiers.
+    """
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    finish_reason: str
+    prefill_seconds: float
+    decode_seconds: float
+    before: CacheStats
+    after: CacheStats
+    config: TierConfig
+
+    @property
+    def decode_steps(self) -> int:
+        """Single-token steps: one more than the tokens that came of them."""
+        return max(1, self.after.tokens - self.before.tokens)
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes read from disk in those steps."""
+        return self.after.nvme_bytes_read - self.before.nvme_bytes_read
+
+
+def document(model: str, result: Generation) -> dict[str, Any]:
+    """The result with raw numbers, for JSON."""
+    read = max(result.prompt_tokens - 1, 0)
+    return {
+        "model": model,
+        "text": result.text,
+        "tokens": result.tokens,
+        "prompt_tokens": result.prompt_tokens,
+        "cached_tokens": result.cached_tokens,
+        "finish_reason": result.finish_reason,
+        "seconds": result.prefill_seconds + result.decode_seconds,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "tokens_per_second": result.decode_steps / result.decode_seconds,
+        "prefill_tokens_per_second": read / result.prefill_seconds,
+        "decode_steps": result.decode_steps,
+        "nvme_bytes_read_in_decode": result.decode_bytes,
+        "config": result.config.to_dict(),
+        "stats": result.after.to_dict(),
+    }
+
+
+def tables(result: Generation) -> list[Table]:
+    """The result for people."""
+    s = result.after
+    tiers = (("hot", s.hot), ("warm", s.warm), ("cold", s.cold))
+    rows = [_tier_row(name, tier) for name, tier in tiers]
+    pages, nbytes = (sum(getattr(t, n) for _, t in tiers) for n in ("pages", "bytes"))
+    rows.append(["all", number(s.tokens), number(pages), format_size(nbytes), "", ""])
+    rows.append(["fp16 cache", number(s.tokens), "", format_size(s.fp16_bytes), "", ""])
+    headings = ("tier", "tokens", "pages", "bytes", "allocated", "budget")
+    return [Table(headings, rows), facts(_facts(result))]
+
+
+def _tier_row(name: str, tier: TierStats) -> list[str]:
+    return [
+        name,
+        number(tier.tokens),
+        number(tier.pages) if name != "hot" else "",
+        format_size(tier.bytes),
+        format_size(tier.allocated),
+        format_size(tier.budget) if tier.budget else "",
+    ]
+
+
+def _facts(result: Generation) -> list[tuple[str, str]]:
+    s = result.after
+    memory = s.hot.allocated + s.warm.allocated + s.staging_bytes
+    precisions = ", ".join(f"{n} {name}" for name, n in s.precisions.items()) or "none"
+    return [
+        (
+            "cache memory",
+            f"{format_size(memory)} (hot, warm, staging {format_size(s.staging_bytes)}), "
+            f"an fp16 cache takes {format_size(s.fp16_bytes)}",
+        ),
+        ("pages", f"{precisions}; {s.bits_per_element:.2f} bits per number, hot tokens included"),
+        ("NVMe", _traffic(result)),
+        ("read-ahead", _read_ahead(s)),
+        ("speed", _speed(result)),
+        (
+            "process",
+            f"{format_size(s.process_bytes)} resident; MLX {format_size(s.mlx_active_bytes)} "
+            f"active, {format_size(s.mlx_peak_bytes)} peak, {format_size(s.mlx_cache_bytes)} cached",
+        ),
+        ("layers", _layers(s.layers)),
+    ]
+
+
+def _traffic(result: Generation) -> str:
+    s, per_step = result.after, result.decode_bytes / result.decode_steps
+    return (
+        f"{format_size(s.nvme_bytes_written)} written, {format_size(s.nvme_bytes_read)} read; "
+        f"{format_size(result.decode_bytes)} of it while decoding, {format_size(per_step)} per token"
+    )
+
+
+def _read_ahead(s: CacheStats) -> str:
+    batches = s.read_ahead_hits + s.read_ahead_misses
+    if not batches:
+        return "nothing was read"
+    return (
+        f"{number(s.read_ahead_hits)} hits, {number(s.read_ahead_misses)} misses "
+        f"({s.read_ahead_hits / batches:.0%}); waited {seconds(s.read_stall_seconds)} for reads, "
+        f"{seconds(s.write_stall_seconds)} for writes"
+    )
+
+
+def _speed(result: Generation) -> str:
+    read = result.prompt_tokens - 1
+    parts = []
+    if read > 0:
+        speed = read / result.prefill_seconds
+        parts.append(f"prefill {number(read)} tokens in {seconds(result.prefill_seconds)} "
+                     f"({speed:,.1f}/s)")
+    speed = result.decode_steps / result.decode_seconds
+    parts.append(f"decode {number(result.decode_steps)} steps in {seconds(result.decode_seconds)} "
+                 f"({speed:,.1f}/s)")
+    return ", ".join(parts)
+
+
+def _layers(kinds: tuple[str, ...]) -> str:
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return ", ".join(f"{n} {kind}" for kind, n in counts.items())

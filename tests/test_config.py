@@ -1,0 +1,153 @@
+"""Settings, sizes, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pagedkv
+from pagedkv.sizes import format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8GB", 8 * 10**9),
+        ("8GiB", 8 * 2**30),
+        ("8 gib", 8 * 2**30),
+        ("1.5MB", 1_500_000),
+        ("64KB", 64_000),
+        ("16KiB", 16_384),
+        ("2TB", 2 * 10**12),
+        ("4096", 4096),
+        ("12B", 12),
+        (4096, 4096),
+        (0, 0),
+        ("0", 0),
+    ],
+)
+def test_sizes(text: int | str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["8GBB", "80%", "-1", -1, "", "GB", "1..5GB", "1e9", "0x10", None, 1.5, True, "8 G B"]
+)
+def test_sizes_that_are_none(text: object) -> None:
+    with pytest.raises(pagedkv.ConfigError, match="warm="):
+        pagedkv.TierConfig(warm=text)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 10**15))
+def test_sizes_written_for_people_are_near(nbytes: int) -> None:
+    text = format_size(nbytes)
+    assert abs(parse_size(text) - nbytes) <= 0.006 * nbytes + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"hot_tokens": 0}, "hot_tokens is a number of tokens from 1 up, got 0"),
+        ({"hot_tokens": "512"}, "got '512'"),
+        ({"sink_tokens": -1}, "sink_tokens is a number of tokens from 0 up, got -1"),
+        ({"kv": "K5V4"}, "unknown precision K5V4"),
+        ({"kv": "int4"}, "'int4'"),
+        ({"kv": "K8V4:100"}, "takes no distance"),
+        ({"kv": 4}, "kv is text"),
+        ({"page_tokens": 300}, "page_tokens is one of"),
+        ({"hot_dtype": "fp8"}, "'fp8'"),
+        ({"backend": "magic"}, "backend is one of auto"),
+        ({"cold": "80%"}, "cold='80%'"),
+    ],
+)
+def test_settings_that_cannot_be_meant(options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(pagedkv.ConfigError, match=complaint) as error:
+        pagedkv.TierConfig(**options)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+def test_a_config_survives_its_dict() -> None:
+    config = pagedkv.TierConfig(kv="K8V4:8192,K4V4", warm="1GiB", cold=0, page_tokens=512)
+    assert pagedkv.TierConfig(**config.to_dict()) == config
+
+
+def test_all_names_exist_and_are_sorted() -> None:
+    assert list(pagedkv.__all__) == sorted(pagedkv.__all__)
+    for name in pagedkv.__all__:
+        assert getattr(pagedkv, name) is not None
+
+
+def test_every_error_is_also_a_builtin() -> None:
+    pairs = {
+        pagedkv.ConfigError: ValueError,
+        pagedkv.ShapeError: ValueError,
+        pagedkv.CacheStateError: ValueError,
+        pagedkv.ClosedError: RuntimeError,
+        pagedkv.OutOfPagesError: MemoryError,
+        pagedkv.ColdStoreError: OSError,
+        pagedkv.CorruptPageError: OSError,
+    }
+    for error, builtin in pairs.items():
+        assert issubclass(error, pagedkv.PagedKVError)
+        assert issubclass(error, builtin)
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, pagedkv\n"
+        "optional = ('mlx_lm', 'transformers', 'tokenizers', 'hypothesis', 'pytest', 'torch')\n"
+        "print([m for m in sys.modules if m.split('.')[0] in optional])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_plan_adds_up() -> None:
+    shape = pagedkv.KVShape(8, 128, 128)
+    config = pagedkv.TierConfig(warm="1GB", cold="8GB")
+    plan = pagedkv.plan(shape, 32, 131_072, config, disk_bytes_per_second=5e9)
+    assert plan.hot_tokens + plan.warm_tokens + plan.cold_tokens == 131_072
+    assert plan.fp16_bytes == 131_072 * 131_072  # 128 KiB a token for Llama-3-8B
+    assert plan.warm_bytes <= 10**9
+    assert plan.fits
+    assert plan.tokens_per_second == pytest.approx(5e9 / plan.cold_bytes)
+    over = pagedkv.plan(shape, 32, plan.max_context + 256, config)
+    assert not over.fits
+    assert over.max_context == plan.max_context
+    with pytest.raises(pagedkv.ConfigError, match="give at least"):
+        pagedkv.plan(shape, 32, 1000, pagedkv.TierConfig(warm="1MB"))
+
+
+@pytest.mark.parametrize("kv", ["K4V4", "K8V4:900,K4V4", "fp16"])
+@pytest.mark.parametrize("tokens", [50, 700, 2300, 3000])
+def test_a_plan_is_what_happens(kv: str, tokens: int) -> None:
+    """The plan's tiers are the tiers of a cache that was really filled."""
+    import mlx.core as mx
+
+    shape, layers = pagedkv.KVShape(2, 64, 64), 2
+    config = pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, kv=kv, page_tokens=256, warm="700KB", cold="64MB"
+    )
+    plan = pagedkv.plan(shape, layers, tokens, config)
+    with pagedkv.PagedCache.standalone(layers, config) as cache:
+        for done in range(0, tokens, 100):
+            n = min(100, tokens - done)
+            for layer in cache:
+                layer.append(mx.zeros((1, 2, n, 64)), mx.zeros((1, 2, n, 64)))
+        for layer in cache:
+            layer._settle()
+        stats = cache.stats()
+        assert (stats.hot.tokens, stats.warm.tokens + stats.cold.tokens) == (
+            plan.hot_tokens,
+            plan.warm_tokens + plan.cold_tokens,
+        )
+        if "," not in kv:  # while it is filled, a ladder's near pages may go cold and stay there
+            assert stats.warm.tokens == plan.warm_tokens
+            assert stats.warm.bytes == plan.warm_bytes
+            assert stats.cold.bytes == plan.cold_bytes
+        assert stats.fp16_bytes == plan.fp16_bytes
