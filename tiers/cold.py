@@ -35,6 +35,9 @@ from pagedkv.tiers.files import PageFile, aligned_buffer, private_directory, rem
 
 Bytes = npt.NDArray[np.uint8]
 CHECKSUM_BYTES = 16
+WORTHWHILE = 7 / 8
+"""lz4 must bring a page below this part of its size: packed pages cannot be read in one request
+with their neighbours, and real pages shrink by 3 to 10 % at best (`docs/design.md`)."""
 
 
 @dataclass(frozen=True)
@@ -461,11 +464,11 @@ def _checksum(identity: PageIdentity, page: Bytes) -> bytes:
 
 
 def _compress(page: Bytes) -> Bytes:
-    """The page itself, or its lz4 block padded to 16 KiB where that is smaller."""
+    """The page itself, or its lz4 block padded to 16 KiB where that is much smaller."""
     block = lz4.block.compress(page.data, mode="fast", store_size=False)
     size = 4 + len(block)
     padded = -(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
-    if padded >= len(page):
+    if padded > WORTHWHILE * len(page):
         return page
     out = aligned_buffer(padded)
     out[:4] = np.frombuffer(struct.pack("<I", len(block)), np.uint8)
