@@ -57,11 +57,11 @@ class Transformer(nn.Module):
     """A small decoder."""
 
     def __init__(
-        self, vocabulary: int = 256, dim: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2
+        self, vocabulary: int = 256, dim: int = 128, layers: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim)
-        self.blocks = [Block(dim, heads, kv_heads) for _ in range(layers)]
+        self.blocks = [Block(dim, heads, heads // 2) for _ in range(layers)]
         self.norm = nn.RMSNorm(dim)
 
     def __call__(self, tokens: mx.array, cache: pagedkv.PagedCache) -> mx.array:

@@ -5,7 +5,7 @@ mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 """
 
 from pagedkv.allocator import KVShape, Ladder, PageGeometry, Precision
-from pagedkv.cache import PagedCache, PagedLayerCache, attention
+from pagedkv.cache import PagedCache, attention
 from pagedkv.config import TierConfig
 from pagedkv.errors import (
     CacheStateError,
@@ -17,6 +17,7 @@ from pagedkv.errors import (
     PagedKVError,
     ShapeError,
 )
+from pagedkv.layer import PagedLayerCache
 from pagedkv.models import load, unwrap, wrap
 from pagedkv.plan import Plan, plan
 from pagedkv.sizes import format_size, parse_size

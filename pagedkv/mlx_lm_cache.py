@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_lm.models import cache as stock
 
-from pagedkv.cache import PagedLayerCache
+from pagedkv.layer import PagedLayerCache
 
 
 class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]

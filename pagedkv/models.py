@@ -16,9 +16,10 @@ from mlx.nn.layers.base import Module
 from pagedkv import hook, state
 from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView
-from pagedkv.cache import PagedCache, PagedLayerCache, SequenceContext
+from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, ConfigError
+from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.tiers import Pager
 
 _WRAPPED = "_pagedkv_wrapping"

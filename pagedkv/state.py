@@ -26,7 +26,8 @@ from pagedkv.errors import CacheStateError, PagedKVError
 from pagedkv.tiers import Pager, Run
 
 if TYPE_CHECKING:
-    from pagedkv.cache import PagedCache, PagedLayerCache
+    from pagedkv.cache import PagedCache
+    from pagedkv.layer import PagedLayerCache
 
 FORMAT = "pagedkv-1"
 _SCALAR = re.compile(r"2\.\d+\.0")  # in mlx-lm's metadata: the name of a leaf that is no array
@@ -134,7 +135,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     Raises:
         CacheStateError: if the state is damaged or not ours.
     """
-    from pagedkv.cache import PagedLayerCache, SequenceContext
+    from pagedkv.layer import PagedLayerCache, SequenceContext
 
     if isinstance(value, CacheState):
         value = dict(value.items())
@@ -251,7 +252,7 @@ def _entries(cache: PagedCache) -> tuple[list[Entry], dict[str, str]]:
     Names and metadata are those of mlx-lm's `save_prompt_cache`: per layer a class name, and for
     each leaf that is not an array its place and kind.
     """
-    from pagedkv.cache import PagedLayerCache
+    from pagedkv.layer import PagedLayerCache
 
     entries: list[Entry] = []
     metadata: dict[str, str] = {"2.0": ""}

@@ -174,7 +174,7 @@ def _elements(shape: KVShape) -> int:
 
 
 def _kind(layer: Any) -> str:
-    from pagedkv.cache import PagedLayerCache
+    from pagedkv.layer import PagedLayerCache
 
     if not isinstance(layer, PagedLayerCache):
         return type(layer).__name__

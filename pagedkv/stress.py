@@ -210,7 +210,8 @@ class ExactSoftmax:
 
     def result(self) -> Array:
         """The answers so far, ``[kv_heads, rows, head_dim]``."""
-        return self._weighted / self._total
+        answers: Array = self._weighted / self._total
+        return answers
 
     def others(self, keys: Array) -> Array:
         """Weight of everything but the token row i asks for.
@@ -222,4 +223,6 @@ class ExactSoftmax:
             ``[kv_heads, rows]``.
         """
         scores = (self._q * keys.astype(np.float64)).sum(axis=2)
-        return np.clip(1 - np.exp(scores - self._peak[..., 0]) / self._total[..., 0], 0, 1)
+        mine: Array = np.exp(scores - self._peak[..., 0]) / self._total[..., 0]
+        rest: Array = np.clip(1 - mine, 0, 1)
+        return rest

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import PageGeometry
-from pagedkv.cache import PagedLayerCache
+from pagedkv.layer import PagedLayerCache
 from pagedkv.state import page_records
 
 

@@ -119,9 +119,7 @@ def test_page_borders(backend: str, tokens: int) -> None:
 @pytest.mark.parametrize("scratch", [2**28, 1])
 def test_ladder_cold_pages_masks_and_sinks(backend: str, scratch: int) -> None:
     """Everything at once, also with tiles instead of one dense prefill."""
-    cache = filled(
-        config(kv="K8V8:500,K4V4:900,K3V2", warm="300KB", cold="64MB"), 1600, kv_heads=2
-    )
+    cache = filled(config(kv="K8V8:500,K4V4:900,K3V2", warm="300KB", cold="64MB"), 1600, kv_heads=2)
     assert cache.stats().cold.pages > 0
     assert len(cache.stats().precisions) == 3
     rng = np.random.default_rng(3)

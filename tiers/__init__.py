@@ -6,10 +6,12 @@ numpy memory and files.
 
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.codec import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
-from pagedkv.tiers.cold import ColdRecord, ColdStore, FileColdStore, PageIdentity
+from pagedkv.tiers.cold import ColdStore, FileColdStore
 from pagedkv.tiers.hot import HotBuffer
-from pagedkv.tiers.pager import LayerPager, Lineage, Page, Pager, Run
+from pagedkv.tiers.layer_pager import LayerPager, Lineage, Page, Run
+from pagedkv.tiers.pager import Pager
 from pagedkv.tiers.reader import ColdReader
+from pagedkv.tiers.records import ColdRecord, PageIdentity
 from pagedkv.tiers.warm import WarmSlab
 
 __all__ = [

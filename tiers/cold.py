@@ -7,8 +7,6 @@ Workers see numpy memory and files only, never an mlx array.
 from __future__ import annotations
 
 import errno
-import hashlib
-import struct
 import threading
 import time
 import weakref
@@ -18,12 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import (
-    PAGE_ALIGNMENT,
     ClosedError,
     ColdStoreError,
     CorruptPageError,
@@ -32,69 +28,9 @@ from pagedkv.allocator import (
 )
 from pagedkv.tiers.buffers import BufferPool
 from pagedkv.tiers.files import PageFile, aligned_buffer, private_directory, remove_directory
+from pagedkv.tiers.records import ColdRecord, PageIdentity, checksum, pack, unpack
 
 Bytes = npt.NDArray[np.uint8]
-CHECKSUM_BYTES = 16
-WORTHWHILE = 7 / 8
-"""lz4 must bring a page below this part of its size: packed pages cannot be read in one request
-with their neighbours, and real pages shrink by 3 to 10 % at best (`docs/design.md`)."""
-
-
-@dataclass(frozen=True)
-class PageIdentity:
-    """What a page is, mixed into its checksum: the right bytes at the wrong place are refused.
-
-    Attributes:
-        owner: 16 bytes that name the store (random for each).
-        layer: layer number.
-        page: page number within the layer.
-        generation: how many pages the store had been given before this one; never repeats.
-        layout: key bits, value bits and tokens of the page.
-    """
-
-    owner: bytes
-    layer: int
-    page: int
-    generation: int
-    layout: tuple[int, int, int]
-
-    def pack(self) -> bytes:
-        """Fixed-size bytes, little-endian: the prefix of the checksummed data."""
-        return struct.pack(
-            "<16sIIQHHI", self.owner, self.layer, self.page, self.generation, *self.layout
-        )
-
-    def __str__(self) -> str:
-        key_bits, value_bits, tokens = self.layout
-        return (
-            f"layer {self.layer} page {self.page} (generation {self.generation}, "
-            f"K{key_bits}V{value_bits}, {tokens} tokens)"
-        )
-
-
-@dataclass(eq=False)
-class ColdRecord:
-    """One page in the cold tier.
-
-    Attributes:
-        identity: which page.
-        nbytes: bytes of the page.
-        slot: place in its file, in units of the page size.
-        stored_bytes: bytes on disk; fewer than `nbytes` if lz4 saved whole 16 KiB units.
-        checksum: over identity and page bytes.
-        live: False once freed.
-        pending: the page's bytes while they are not on disk yet.
-        error: why the last attempt to write it failed.
-    """
-
-    identity: PageIdentity
-    nbytes: int
-    slot: int
-    stored_bytes: int = 0
-    checksum: bytes = b""
-    live: bool = True
-    pending: Bytes | None = None
-    error: OSError | None = None
 
 
 @dataclass
@@ -307,8 +243,7 @@ class FileColdStore:
                 return
         page = data[: record.nbytes]
         try:
-            checksum = _checksum(record.identity, page)
-            stored = _compress(page)
+            digest, stored = checksum(record.identity, page), pack(page)
             extent = self._extents[record.identity.layer, record.nbytes]
             extent.file.write(stored, record.slot * record.nbytes)
         except OSError as e:
@@ -319,7 +254,7 @@ class FileColdStore:
                     self._failed.append(record)
             return
         with self._lock:
-            record.checksum, record.stored_bytes = checksum, len(stored)
+            record.checksum, record.stored_bytes = digest, len(stored)
             record.error = None
             self.counters.bytes_written += len(stored)
             self.counters.pages_written += 1
@@ -421,9 +356,9 @@ class FileColdStore:
                 e.errno or errno.EIO, f"cannot read cold {first.identity}: {e.strerror}"
             ) from e
         if not whole:
-            _decompress(first.identity, into[0], places[0])
+            unpack(first.identity, into[0], places[0])
         for record, page in zip(records, places, strict=True):
-            if _checksum(record.identity, page) != record.checksum:
+            if checksum(record.identity, page) != record.checksum:
                 raise CorruptPageError(
                     f"cold {record.identity} does not match its checksum: {extent.file.path.name} "
                     f"was damaged or changed at byte {record.slot * record.nbytes:,}"
@@ -454,36 +389,3 @@ class FileColdStore:
         """Every file's slots obey the conservation law."""
         for extent in self._extents.values():
             extent.slots.check()
-
-
-def _checksum(identity: PageIdentity, page: Bytes) -> bytes:
-    """SHA-256 over identity and page, cut to 128 bits (the processors have it in hardware)."""
-    digest = hashlib.sha256(identity.pack())
-    digest.update(page.data)
-    return digest.digest()[:CHECKSUM_BYTES]
-
-
-def _compress(page: Bytes) -> Bytes:
-    """The page itself, or its lz4 block padded to 16 KiB where that is much smaller."""
-    block = lz4.block.compress(page.data, mode="fast", store_size=False)
-    size = 4 + len(block)
-    padded = -(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
-    if padded > WORTHWHILE * len(page):
-        return page
-    out = aligned_buffer(padded)
-    out[:4] = np.frombuffer(struct.pack("<I", len(block)), np.uint8)
-    out[4:size] = np.frombuffer(block, np.uint8)
-    return out
-
-
-def _decompress(identity: PageIdentity, stored: Bytes, out: Bytes) -> None:
-    (length,) = struct.unpack("<I", stored[:4].tobytes())
-    if length > len(stored) - 4:
-        raise CorruptPageError(f"cold {identity} claims {length} of {len(stored) - 4} packed bytes")
-    try:
-        data = lz4.block.decompress(stored[4 : 4 + length].data, uncompressed_size=len(out))
-    except lz4.block.LZ4BlockError as e:
-        raise CorruptPageError(f"cold {identity} cannot be unpacked: {e}") from e
-    if len(data) != len(out):
-        raise CorruptPageError(f"cold {identity} unpacks to {len(data)} of {len(out)} bytes")
-    out[:] = np.frombuffer(data, np.uint8)

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.tiers.buffers import BufferPool
-from pagedkv.tiers.cold import ColdRecord, ColdStore
+from pagedkv.tiers.cold import ColdStore
+from pagedkv.tiers.records import ColdRecord
 
 Bytes = npt.NDArray[np.uint8]
 Batch = tuple[ColdRecord, ...]

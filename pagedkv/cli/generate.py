@@ -51,8 +51,8 @@ examples:
   pagedkv generate --model demo --demo-document 6000 --warm 16MB --cold 1GB
 
 Read a document once, and ask about it as often as you like:
-  pagedkv generate --model demo --prompt-file manual.txt --max-tokens 1 --save-cache manual.cache
-  pagedkv generate --model demo --prompt-cache-file manual.cache --prompt "What is a closure?"
+  pagedkv generate --model demo --prompt-file manual.txt --max-tokens 1 --save-cache doc.safetensors
+  pagedkv generate --model demo --prompt-cache-file doc.safetensors --prompt "What is a closure?"
 """
 
 
@@ -153,12 +153,19 @@ def _check(args: argparse.Namespace) -> TierConfig:
         path = getattr(args, flag)
         if path and not Path(path).expanduser().parent.is_dir():
             raise ConfigError(f"--{flag.replace('_', '-')} {path!r}: there is no such directory")
+    if args.save_cache and Path(args.save_cache).suffix != ".safetensors":
+        raise ConfigError(
+            f"--save-cache {args.save_cache!r}: the file is of the safetensors format, and its "
+            f"name must end in .safetensors"
+        )
     saved = args.prompt_cache_file
     return tier_config(args, saved_config(saved) if saved and Path(saved).exists() else None)
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    return read_prompt(None, "-") if args.prompt == "-" else read_prompt(args.prompt, args.prompt_file)
+    return (
+        read_prompt(None, "-") if args.prompt == "-" else read_prompt(args.prompt, args.prompt_file)
+    )
 
 
 def _demo_prompt(args: argparse.Namespace, tokenizer: Any, say: Notes) -> str:
@@ -241,8 +248,13 @@ class _Clock:
             self._progress = Progress("reading the prompt", total, quiet=self._quiet)
         self._progress.update(done)
         if done >= total - 1 and self.before is None:
-            self._progress.close()
+            self.close()
             self.read, self.before = time.perf_counter(), self._cache.stats()
+
+    def close(self) -> None:
+        """Wipe the progress line away."""
+        if self._progress is not None:
+            self._progress.close()
 
 
 def _generate(
@@ -260,21 +272,24 @@ def _generate(
     mx.random.seed(args.seed)
     held, clock, parts = cache.offset, _Clock(cache, args.quiet), []
     response: Any = None
-    for response in stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampler=make_sampler(args.temp, args.top_p),
-        prompt_cache=cache,
-        prefill_step_size=args.prefill_step_size or (2048 if has_gpu() else 512),
-        prompt_progress_callback=clock,
-    ):
-        parts.append(response.text)
-        if stream:
-            print(response.text, end="", flush=True)
-    if stream:
-        print(flush=True)
+    try:
+        for response in stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=args.max_tokens,
+            sampler=make_sampler(args.temp, args.top_p),
+            prompt_cache=cache,
+            prefill_step_size=args.prefill_step_size or (2048 if has_gpu() else 512),
+            prompt_progress_callback=clock,
+        ):
+            parts.append(response.text)
+            if stream:
+                print(response.text, end="", flush=True)
+    finally:
+        clock.close()
+        if stream and parts:
+            print(flush=True)  # whatever comes next, an error too, begins a line
     assert response is not None and clock.before is not None  # max_tokens is at least 1
     return Generation(
         text="".join(parts),

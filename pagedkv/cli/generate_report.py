@@ -112,7 +112,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
         (
             "process",
             f"{format_size(s.process_bytes)} resident; MLX {format_size(s.mlx_active_bytes)} "
-            f"active, {format_size(s.mlx_peak_bytes)} peak, {format_size(s.mlx_cache_bytes)} cached",
+            f"active, {format_size(s.mlx_peak_bytes)} peak, {format_size(s.mlx_cache_bytes)} kept",
         ),
         ("layers", _layers(s.layers)),
     ]
@@ -122,7 +122,7 @@ def _traffic(result: Generation) -> str:
     s, per_step = result.after, result.decode_bytes / result.decode_steps
     return (
         f"{format_size(s.nvme_bytes_written)} written, {format_size(s.nvme_bytes_read)} read; "
-        f"{format_size(result.decode_bytes)} of it while decoding, {format_size(per_step)} per token"
+        f"{format_size(result.decode_bytes)} of that in decoding, {format_size(per_step)} per token"
     )
 
 
@@ -142,11 +142,14 @@ def _speed(result: Generation) -> str:
     parts = []
     if read > 0:
         speed = read / result.prefill_seconds
-        parts.append(f"prefill {number(read)} tokens in {seconds(result.prefill_seconds)} "
-                     f"({speed:,.1f}/s)")
+        parts.append(
+            f"prefill {number(read)} tokens in {seconds(result.prefill_seconds)} ({speed:,.1f}/s)"
+        )
     speed = result.decode_steps / result.decode_seconds
-    parts.append(f"decode {number(result.decode_steps)} steps in {seconds(result.decode_seconds)} "
-                 f"({speed:,.1f}/s)")
+    parts.append(
+        f"decode {number(result.decode_steps)} steps in {seconds(result.decode_seconds)} "
+        f"({speed:,.1f}/s)"
+    )
     return ", ".join(parts)
 
 

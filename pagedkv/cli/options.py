@@ -18,7 +18,11 @@ KV_GROUP_SIZE = 64
 _TIER_OPTIONS = (
     ("--hot-tokens", "N", "newest tokens kept in 16 bit"),
     ("--sink-tokens", "N", "first tokens kept in 16 bit for ever"),
-    ("--kv", "LADDER", "precision of older tokens: K4V4, K8V4, fp16, or K8V4:8192,K4V4 by distance"),
+    (
+        "--kv",
+        "LADDER",
+        "precision of older tokens: K4V4, K8V4, fp16, or K8V4:8192,K4V4 by distance",
+    ),
     ("--warm", "SIZE", "memory for pages, all layers together"),
     ("--cold", "SIZE", "disk for pages, all layers together; 0 for none"),
     ("--cold-dir", "DIR", "directory for the cold files, on an internal NVMe disk"),

@@ -110,7 +110,7 @@ def require_room(shape: KVShape, layers: int, tokens: int, config: TierConfig) -
 
 def _shape(args: argparse.Namespace) -> ModelShape:
     """The model's shape, with whatever the options say instead."""
-    given = {
+    given: dict[str, Any] = {
         name: positive(getattr(args, name), f"--{name.replace('_', '-')}")
         for name in ("layers", "kv_heads", "head_dim")
         if getattr(args, name) is not None
@@ -133,9 +133,7 @@ def _disk_rate(args: argparse.Namespace, config: TierConfig, say: Notes) -> floa
     return measure_disk(config.cold_dir).read_rate
 
 
-def _tables(
-    result: Plan, shape: ModelShape, config: TierConfig, disk: float | None
-) -> list[Table]:
+def _tables(result: Plan, shape: ModelShape, config: TierConfig, disk: float | None) -> list[Table]:
     budget = config.budget()
     tiers = [
         ("hot", result.hot_tokens, result.hot_bytes, "-"),

@@ -104,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> StressOptions:
     real = not args.model.startswith(_PREFIX)
     if real and (args.layers is not None or args.attend_every is not None):
-        raise ConfigError("--layers and --attend-every are for synthetic models: a real one is run whole")
+        raise ConfigError(
+            "--layers and --attend-every are for synthetic models: a real one is run whole"
+        )
     chunk = parse_tokens(args.chunk, "chunk") if args.chunk else 2048
     if real and not args.chunk and not has_gpu():
         chunk = 512

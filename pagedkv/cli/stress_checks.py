@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pagedkv.cache import PagedCache
-from pagedkv.cli.output import Table, facts, number, rate, seconds
+from pagedkv.cli.output import Table, facts, number, seconds
 from pagedkv.errors import PagedKVError
 from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats
@@ -179,9 +179,7 @@ class StressReport:
         """For people."""
         rows = [[c.name, _status(c), number(c.count), _worst(c), _detail(c)] for c in self.checks]
         tables = [
-            Table(
-                ("check", "status", "looks", "worst", "detail"), rows, frozenset({0, 1, 4})
-            ),
+            Table(("check", "status", "looks", "worst", "detail"), rows, frozenset({0, 1, 4})),
             facts(self._facts()),
         ]
         if self.needles:
@@ -200,15 +198,20 @@ class StressReport:
         )
         spent = ", ".join(f"{phase} {seconds(value)}" for phase, value in self.seconds.items())
         feeding = self.seconds.get("prefill", 0.0)
-        total = sum(self.seconds.values())
         return [
             ("tokens", f"{number(s.tokens)} ({where})"),
             ("an fp16 cache", format_size(s.fp16_bytes)),
             ("peaks", taken),
-            ("NVMe", f"{format_size(s.nvme_bytes_written)} written, "
-                     f"{format_size(s.nvme_bytes_read)} read ({rate(s.nvme_bytes_read, total)})"),
-            ("read-ahead", f"{number(s.read_ahead_hits)} hits, {number(s.read_ahead_misses)} misses"
-                           f", waited {seconds(s.read_stall_seconds)}"),
+            (
+                "NVMe",
+                f"{format_size(s.nvme_bytes_written)} written, "
+                f"{format_size(s.nvme_bytes_read)} read",
+            ),
+            (
+                "read-ahead",
+                f"{number(s.read_ahead_hits)} hits, {number(s.read_ahead_misses)} misses"
+                f", waited {seconds(s.read_stall_seconds)}",
+            ),
             ("time", spent),
             ("prefill", f"{self.tokens / feeding:,.0f} tokens/s" if feeding else "-"),
             ("result", "ok" if self.ok else "FAILED"),

@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import KVShape
-from pagedkv.cache import PagedCache, PagedLayerCache, attention
+from pagedkv.cache import PagedCache, attention
 from pagedkv.cli.loading import has_gpu
 from pagedkv.cli.plan import require_room
 from pagedkv.cli.stress_checks import BudgetWatch, Check, StressReport, Watch, check_books
 from pagedkv.cli.stress_verify import Outputs, Verifier, asked, kv_heads, place
 from pagedkv.config import TierConfig
 from pagedkv.errors import ColdStoreError
+from pagedkv.layer import PagedLayerCache
 from pagedkv.stress import Array, StressOptions, SyntheticModel, SyntheticTokens
 
 

@@ -68,12 +68,14 @@ class Tolerance:
         """Largest error of each stored key number; `keys` is ``[..., tokens, head_dim]``."""
         turned = keys.swapaxes(-1, -2)
         steps = step_sizes(turned, GROUP_TOKENS, [p.key_bits for p in self.history])
-        return steps.swapaxes(-1, -2) + self._rounded(keys)
+        limits: Array = steps.swapaxes(-1, -2) + self._rounded(keys)
+        return limits
 
     def values(self, values: Array) -> Array:
         """Largest error of each stored value number; `values` is ``[..., tokens, head_dim]``."""
         steps = step_sizes(values, self.value_group, [p.value_bits for p in self.history])
-        return steps + self._rounded(values)
+        limits: Array = steps + self._rounded(values)
+        return limits
 
     def _rounded(self, x: Array) -> Array:
         quantized = any(p.quantized for p in self.history)

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import Precision
-from pagedkv.cache import PagedLayerCache
 from pagedkv.cli.stress_checks import Check
 from pagedkv.cli.stress_tolerance import Tolerance
 from pagedkv.errors import ColdStoreError
+from pagedkv.layer import PagedLayerCache
 from pagedkv.stress import Array, Cursor, ExactSoftmax, SyntheticTokens
 from pagedkv.tiers import LayerPager, Run
 
@@ -71,6 +71,7 @@ class Verifier:
         self.answers = Check("needle answers")
         self.stored = Check("stored tokens")
         self.reads = Check("page reads")
+        self._key_step = 0.0
         self.worst = [{"error": 0.0, "cosine": 1.0} for _ in tokens.needles]
 
     # Answers
@@ -79,6 +80,7 @@ class Verifier:
         """Compare a layer's outputs with a softmax in float64 over the original tokens."""
         tokens, layer = self._tokens, cache.layer
         prompt = tokens.options.tokens
+        self._key_step = self._mean_key_step(cache)
         exact = ExactSoftmax(tokens.planted(layer).queries, tokens.model.scale)
         for start, stop in tokens.chunks:
             if start == prompt:
@@ -107,15 +109,16 @@ class Verifier:
             self.answers.see(fraction, f"layer {cache.layer}, {phase}, needle {i}")
 
     def _limits(self, cache: PagedLayerCache, exact: ExactSoftmax) -> tuple[Array, Array]:
-        """Largest errors ``[kv_heads, needles, head_dim]``, least cosines ``[kv_heads, needles]``."""
+        """Largest errors ``[kv_heads, needles, head_dim]`` and least cosines, without the last."""
         tokens = self._tokens
         planted = tokens.planted(cache.layer)
         others = exact.others(planted.keys)
-        key_step = self._mean_key_step(cache)
         errors, cosines = [], []
         for i, position in enumerate(tokens.needles):
             tolerance = _tolerance(cache, place(cache, position)[1])
-            leak = tolerance.leak(others[:, i], key_step, tokens.sharpness, tokens.model.scale)
+            leak = tolerance.leak(
+                others[:, i], self._key_step, tokens.sharpness, tokens.model.scale
+            )
             value = planted.values[:, i].astype(np.float32)
             error, cosine = tolerance.answer(value, leak, exact.largest)
             errors.append(error)

@@ -1,0 +1,250 @@
+"""What `pagedkv doctor` looks at, one function per row or two."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import psutil
+
+import pagedkv
+from pagedkv.allocator import KVShape, Precision
+from pagedkv.attention import attend
+from pagedkv.backends import choose_backend
+from pagedkv.cache import PagedCache
+from pagedkv.cli.disk import measure_disk
+from pagedkv.cli.loading import has_gpu
+from pagedkv.cli.stress_tolerance import Tolerance
+from pagedkv.config import BACKENDS, TierConfig
+from pagedkv.errors import PagedKVError
+from pagedkv.sizes import format_size
+from pagedkv.tiers import codec_for
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+_LEAST_READ_RATE = 500e6  # bytes per second: what any NVMe disk does, and others do not
+_ATTENTION_ERROR = 2e-3  # of 16-bit outputs and float32 sums, values being of size 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: ``"ok"``, ``"warn"`` or ``"fail"``.
+        value: what was found.
+        hint: what to do about it; empty if nothing.
+    """
+
+    name: str
+    status: str
+    value: str
+    hint: str = ""
+
+
+def check_versions() -> Iterator[Row]:
+    """Of Python and the packages."""
+    yield Row("python", OK, f"{platform.python_version()} on {platform.platform(terse=True)}")
+    yield Row("pagedkv", OK, pagedkv.__version__)
+    for package in ("mlx", "numpy"):
+        yield Row(package, OK, _version(package) or "without a version")
+    found = _version("mlx-lm")
+    if found:
+        yield Row("mlx-lm", OK, found)
+    else:
+        yield Row("mlx-lm", WARN, "not installed", "to run models: pip install 'pagedkv[lm]'")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_device(config: TierConfig) -> Iterator[Row]:
+    """Where MLX computes, and with which backend and BLAS."""
+    metal, cuda = mx.metal.is_available(), mx.cuda.is_available()
+    kinds = ", ".join(
+        f"{name} {'available' if there else 'not available'}"
+        for name, there in (("Metal", metal), ("CUDA", cuda))
+    )
+    device = str(mx.default_device()).removeprefix("Device(").split(",")[0]
+    if has_gpu():
+        yield Row("device", OK, f"{device} ({kinds})")
+    else:
+        yield Row(
+            "device", WARN, f"{device} ({kinds})", "everything works on a CPU, in float32, slowly"
+        )
+    chosen = choose_backend(config.backend).name
+    yield Row("backend", OK, f"{chosen} (--backend {config.backend})")
+    if sys.platform == "linux" and not has_gpu():
+        yield _check_blas()
+
+
+def _check_blas() -> Row:
+    """Which BLAS serves MLX on a Linux CPU, and what it does."""
+    speed = f"{_matrix_rate() / 1e9:.0f} GFLOP/s in float32"
+    libraries = _mapped_blas()
+    if libraries:
+        return Row("BLAS", OK, f"{', '.join(libraries)}: {speed}")
+    return Row(
+        "BLAS",
+        WARN,
+        f"MLX's reference BLAS: {speed}",
+        "OpenBLAS is about ten times faster: apt install libopenblas0-pthread, and set LD_PRELOAD "
+        "to its libopenblas.so.0",
+    )
+
+
+def _mapped_blas() -> list[str]:
+    """Fast BLAS libraries in this process, numpy's private one aside: it serves only numpy."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    names = {Path(path).name for path in re.findall(r"/\S*\.so\S*", maps)}
+    return sorted(n for n in names if re.match(r"lib(openblas|mkl_rt|blis|armpl|nvpl_blas)", n))
+
+
+def _matrix_rate(n: int = 768) -> float:
+    """Floating-point operations per second of a float32 matrix product."""
+    a = mx.ones((n, n))
+    mx.eval(a @ a)
+    started = time.perf_counter()
+    mx.eval(a @ a)
+    return 2 * n**3 / (time.perf_counter() - started)
+
+
+def check_memory(config: TierConfig) -> Iterator[Row]:
+    """Whether the budgets that must be in memory are there."""
+    memory, budget = psutil.virtual_memory(), config.budget()
+    value = f"{format_size(memory.total)}, {format_size(memory.available)} available"
+    needed = budget.warm_bytes + budget.staging_bytes + budget.write_buffer_bytes
+    needed += budget.scratch_bytes
+    if needed <= memory.available:
+        yield Row("memory", OK, value)
+    else:
+        yield Row(
+            "memory",
+            WARN,
+            value,
+            f"the budgets take {format_size(needed)}: lower --warm {config.warm}",
+        )
+
+
+def check_disk(config: TierConfig) -> Iterator[Row]:
+    """Free space, uncached I/O and speed of the cold directory."""
+    where = config.cold_dir or tempfile.gettempdir()
+    try:
+        rate = measure_disk(config.cold_dir)
+        free = shutil.disk_usage(where).free
+    except (PagedKVError, OSError) as e:
+        yield Row("cold directory", FAIL, where, " ".join(str(e).split()))
+        return
+    cold = config.budget().cold_bytes
+    space = f"{where}: {format_size(free)} free"
+    if cold <= free:
+        yield Row("cold directory", OK, space)
+    else:
+        hint = f"--cold {config.cold} is more than is free: lower it, or choose another --cold-dir"
+        yield Row("cold directory", WARN, space, hint)
+    if rate.uncached:
+        yield Row("uncached I/O", OK, "O_DIRECT" if sys.platform == "linux" else "F_NOCACHE")
+    else:
+        hint = (
+            "this file system reads through the page cache, whose memory the budgets do not count"
+        )
+        yield Row("uncached I/O", WARN, "not available", hint)
+    speed = f"{format_size(rate.write_rate)}/s written, {format_size(rate.read_rate)}/s read"
+    if rate.read_rate >= _LEAST_READ_RATE:
+        yield Row("disk speed", OK, speed)
+    else:
+        yield Row("disk speed", WARN, speed, "slower than an NVMe disk: name one with --cold-dir")
+
+
+def check_codecs() -> Iterator[Row]:
+    """Each precision: encode, decode, and compare with what went in."""
+    shape, tokens = KVShape(2, 64, 64), 256
+    rng = np.random.default_rng(0)
+    keys, values = (rng.standard_normal((2, tokens, 64), np.float32) for _ in range(2))
+    for name in ("K8V8", "K8V4", "K4V4", "K3V3", "K2V2", "fp16"):
+        precision = Precision.parse(name)
+        codec = codec_for(shape, tokens, precision, mx.float16)
+        record = codec.encode(mx.array(keys), mx.array(values))
+        got = (
+            codec.keys(record, mx.float32)[0].swapaxes(1, 2),
+            codec.values(record, mx.float32)[0],
+        )
+        tolerance = Tolerance((precision,), codec.geometry.value_group)
+        limits = (tolerance.keys(keys), tolerance.values(values))
+        errors = [np.abs(np.array(g) - x) for g, x in zip(got, (keys, values), strict=True)]
+        worst = max(float((e / limit).max()) for e, limit in zip(errors, limits, strict=True))
+        value = f"largest error {max(float(e.max()) for e in errors):.2g}, {worst:.0%} of its limit"
+        yield Row(f"codec {name}", *_verdict(worst <= 1, value))
+
+
+def check_backends(config: TierConfig) -> Iterator[Row]:
+    """Each backend: attention over hot and warm tokens beside float64."""
+    chosen = choose_backend(config.backend).name
+    for name, option in {choose_backend(b).name: b for b in BACKENDS}.items():
+        try:
+            error = _attention_error(option)
+        except Exception as e:  # a backend may fail in any way; the row says how
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            if name == chosen:
+                yield Row(f"attention {name}", FAIL, reason, "choose another with --backend")
+            else:
+                yield Row(f"attention {name}", WARN, reason, f"not needed: {chosen} is used here")
+            continue
+        value = f"largest error {error:.2g} beside float64"
+        yield Row(f"attention {name}", *_verdict(error <= _ATTENTION_ERROR, value))
+
+
+def _verdict(well: bool, value: str) -> tuple[str, str, str]:
+    if well:
+        return OK, value, ""
+    return FAIL, value, "wrong results: please report it, with this table"
+
+
+def _attention_error(backend: str) -> float:
+    """Largest error of one query token over 600 tokens, 8 query heads on 2 KV heads of 64."""
+    config = TierConfig(
+        hot_tokens=64, sink_tokens=4, page_tokens=256, warm="8MB", cold=0, backend=backend
+    )
+    rng = np.random.default_rng(1)
+    keys, values = (
+        mx.array(rng.standard_normal((1, 2, 600, 64), np.float32)).astype(mx.float16)
+        for _ in range(2)
+    )
+    q = mx.array(rng.standard_normal((1, 8, 1, 64), np.float32))
+    with PagedCache.standalone(1, config) as cache:
+        layer = cache[0]
+        layer.append(keys[:, :, :599], values[:, :, :599])
+        view = layer.append(keys[:, :, 599:], values[:, :, 599:])
+        out = attend(view, q, 0.125, backend=choose_backend(backend))
+        dense = view.dense(mx.float32)
+        k, v = (np.array(x[0]).astype(np.float64) for x in dense)
+        got = np.array(out[0])
+    return float(np.abs(got - _exact(np.array(q[0]), k, v, 0.125)).max())
+
+
+def _exact(q: Any, keys: Any, values: Any, scale: float) -> Any:
+    """Attention in float64: q ``[query_heads, 1, d]``, keys and values ``[kv_heads, n, d]``."""
+    repeats = q.shape[0] // keys.shape[0]
+    keys, values = np.repeat(keys, repeats, axis=0), np.repeat(values, repeats, axis=0)
+    scores = scale * q.astype(np.float64) @ keys.swapaxes(1, 2)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (p / p.sum(axis=-1, keepdims=True)) @ values

@@ -1,0 +1,497 @@
+"""The cache of one layer: hot tokens here, sealed pages in the pager, mlx-lm's protocol around."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from pagedkv import hook, state
+from pagedkv.allocator import KVShape, PageTable, Precision
+from pagedkv.attention import DECODE_TOKENS, KVView, attend
+from pagedkv.backends import choose_backend
+from pagedkv.config import TierConfig
+from pagedkv.errors import ClosedError, OutOfPagesError, ShapeError
+from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
+from pagedkv.tiers.reader import Batch
+
+
+@dataclass
+class SequenceContext:
+    """What the layers of one `PagedCache` share.
+
+    Attributes:
+        config: the user's settings.
+        pager: tiers below the hot one; shared with every cache of the same wrapped model.
+        lineage: this sequence and its forks.
+        layers: the paged layers, in model order (weak: the cache list owns them).
+        fingerprint: of the model, kept in saved files; empty if unknown.
+        max_tokens: the model's context limit, if it states one.
+        sequence_id: tells the layers of one saved file from another's.
+    """
+
+    config: TierConfig
+    pager: Pager
+    lineage: Lineage = field(default_factory=Lineage)
+    layers: list[weakref.ref[PagedLayerCache]] = field(default_factory=list)
+    fingerprint: str = ""
+    max_tokens: int | None = None
+    sequence_id: str = field(default_factory=state.new_sequence_id)
+
+    def fork(self) -> SequenceContext:
+        """The context of a forked sequence: same tiers and lineage, its own layers."""
+        return SequenceContext(
+            self.config, self.pager, self.lineage, [], self.fingerprint, self.max_tokens
+        )
+
+    def alive(self) -> Iterator[PagedLayerCache]:
+        """The paged layers that still exist, in model order."""
+        return (cache for ref in self.layers if (cache := ref()) is not None)
+
+
+class PagedLayerCache:
+    """One layer's keys and values: hot tokens here, sealed pages in the pager.
+
+    Speaks mlx-lm's cache protocol. Holds one sequence (batch size 1). New tokens are appended in
+    16 bit; pages that left the hot window are sealed after the attention of a prefill chunk, or
+    before the next token is appended, so that a query never sees its own neighbourhood rounded.
+    """
+
+    def __init__(self, context: SequenceContext, layer: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            context: shared with the other layers.
+            layer: index among the model's layers.
+        """
+        self.layer = layer
+        self.offset = 0
+        self._context = context
+        self._pager: LayerPager | None = None
+        self._table: PageTable | None = None
+        self._hot = HotBuffer(0)
+        self._may_promote = False
+        self._closed = False
+        # Whether both tags reach attention, for one query token and for many; None is unknown.
+        self.reaches_hook: dict[bool, bool | None] = {False: None, True: None}
+        self._backend = choose_backend(context.config.backend)
+        context.pager.users.add(self)
+        context.layers.append(weakref.ref(self))
+
+    # Appending
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append tokens; the protocol's main call.
+
+        While everything is hot the arrays returned are plain and complete. Otherwise they are
+        tagged for the dispatcher (see `pagedkv.hook`).
+
+        Args:
+            keys: ``[1, kv_heads, n, key_dim]``, positions already encoded.
+            values: ``[1, kv_heads, n, value_dim]``.
+
+        Returns:
+            Keys and values of all tokens, as arrays or stand-ins for them.
+
+        Raises:
+            OutOfPagesError: if no tier has room for the pages that these tokens push out of the
+                hot window; nothing has changed then.
+            ShapeError: if they do not fit the cache.
+            ClosedError: after `close`.
+        """
+        view = self.append(keys, values)
+        known = self.reaches_hook[keys.shape[2] == 1]
+        if view.entries and known and hook.installed():
+            return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
+        dense = view.dense(view.keys.dtype)  # the hot arrays themselves while there are no pages
+        if not hook.installed():
+            return dense
+        if not view.entries and known is not None and not self._overflowing():
+            return dense  # nothing to learn, nothing to seal afterwards: the stock path
+        return hook.tag_pair(self, view, *dense, placeholder=False)
+
+    def append(self, keys: mx.array, values: mx.array) -> KVView:
+        """Append tokens and return what attention over everything needs.
+
+        See `update_and_fetch` for arguments and errors; most callers want
+        `pagedkv.attention`.
+        """
+        self._accept(keys, values)
+        self._settle()
+        self._admit(int(keys.shape[2]))
+        self._hot.append(keys.astype(self._dtype), values.astype(self._dtype))
+        self.offset += int(keys.shape[2])
+        self._context.pager.use(self._context.lineage)
+        self._warn_past_limit()
+        return self.view()
+
+    def view(self) -> KVView:
+        """The present contents, for attention."""
+        assert self._table is not None
+        sinks = min(self._context.config.sink_tokens, self._hot.used)
+        keys, values = self._hot.view()
+        return KVView(
+            self._pager, self._table.entries, keys, values, sinks, self._following_batches
+        )
+
+    def attend_tagged(
+        self,
+        view: KVView,
+        q: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention for the dispatcher: seals what a prefill chunk pushed out of the window."""
+        self.reaches_hook[q.shape[2] == 1] = True
+        out = attend(
+            view, q, scale, mask, sinks, self._backend, self._context.pager.budget.scratch_bytes
+        )
+        if q.shape[2] > DECODE_TOKENS and self._overflowing():
+            # Nothing may be reading the slabs when pages are written to them.
+            mx.eval(out)
+            self._settle()
+        return out
+
+    def _accept(self, keys: mx.array, values: mx.array) -> None:
+        """Check the arrays; the first ones decide the layer's shape."""
+        if self._closed:
+            raise ClosedError(f"layer {self.layer}: the cache is closed; make a new one")
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ShapeError(
+                f"layer {self.layer}: keys {keys.shape} and values {values.shape} are not "
+                f"[1, kv_heads, n, dim] with the same heads and n"
+            )
+        if keys.shape[0] != 1:
+            raise ShapeError(
+                f"layer {self.layer}: a batch of {keys.shape[0]} was given, a paged cache holds "
+                f"one sequence: use one cache per row"
+            )
+        shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        if self._pager is None:
+            self.bind(shape, keys.dtype)
+        elif shape != self._pager.shape:
+            raise ShapeError(
+                f"layer {self.layer}: this cache holds {self._pager.shape.kv_heads} KV heads of "
+                f"{self._pager.shape.key_dim}/{self._pager.shape.value_dim} channels and was "
+                f"given {shape.kv_heads} of {shape.key_dim}/{shape.value_dim}: "
+                f"is it another model's cache?"
+            )
+
+    def bind(self, shape: KVShape, dtype: mx.Dtype) -> None:
+        """Fix heads, channels and types; done by the first tokens, or when a model is wrapped.
+
+        Args:
+            shape: what the layer caches per token.
+            dtype: the model's type; see `TierConfig.hot_dtype` for what is kept.
+
+        Raises:
+            ConfigError: if the warm budget is smaller than one page.
+        """
+        config = self._context.config
+        self._dtype = _hot_dtype(config.hot_dtype, dtype)
+        self._pager = self._context.pager.layer(self.layer, shape, self._dtype)
+        if self._pager.shape != shape:
+            raise ShapeError(
+                f"layer {self.layer}: keys of {shape} do not fit this model's {self._pager.shape}"
+            )
+        self._table = self._pager.table()
+        # The pages outlive this object in their table: let go of them when it dies.
+        self._finalizer = weakref.finalize(self, self._pager.abandon, self._table)
+        window = config.sink_tokens + config.hot_tokens + self._pager.page_tokens
+        self._hot = HotBuffer(window + DECODE_TOKENS)
+
+    # Sealing
+
+    def _pages_due(self, extra: int = 0) -> int:
+        """Pages of hot tokens that are out of the window, once `extra` more are appended."""
+        if self._pager is None:
+            return 0
+        config = self._context.config
+        beyond = self._hot.used + extra - config.sink_tokens - config.hot_tokens
+        return max(0, beyond // self._pager.page_tokens)
+
+    def _overflowing(self) -> bool:
+        return self._pages_due() > 0
+
+    def _page_precisions(self, count: int, offset: int) -> list[Precision]:
+        """Precision of the next `count` pages to be sealed, the current token being `offset`."""
+        assert self._pager is not None and self._table is not None
+        ends = self._sealed_end() + self._pager.page_tokens
+        ladder = self._context.config.ladder
+        return [ladder.at(offset - ends - i * self._pager.page_tokens) for i in range(count)]
+
+    def _sealed_end(self) -> int:
+        assert self._table is not None
+        return self._context.config.sink_tokens + self._table.tokens
+
+    def _admit(self, count: int) -> None:
+        """Refuse tokens whose pages would not fit, before any layer has taken them."""
+        first = next(self._context.alive(), self)
+        layers: Sequence[PagedLayerCache] = [self] if first is not self else [*first.siblings()]
+        for cache in layers:
+            due = cache._pages_due(count)
+            if not due or cache._pager is None:
+                continue
+            wanted = cache._page_precisions(due, cache.offset + count)
+            if problem := cache._pager.demand_met(wanted):
+                raise OutOfPagesError(
+                    f"out of pages at {self.offset:,} tokens (+{count:,}): {problem}; "
+                    f"raise the warm or cold budget, lower the precision, or trim"
+                )
+
+    def located_pages(self) -> Iterator[tuple[Page, int]]:
+        """This sequence's pages in order, each with its valid tokens."""
+        if self._pager is not None and self._table is not None:
+            for entry in self._table:
+                yield self._pager.pages[entry.page], entry.tokens
+
+    def page_bytes(self, precision: Precision) -> int:
+        """Bytes of a page of this layer."""
+        assert self._pager is not None
+        return self._pager.codecs[precision].geometry.page_bytes
+
+    @property
+    def shape(self) -> KVShape | None:
+        """Heads and channels; None before the first tokens."""
+        return self._pager.shape if self._pager else None
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes allocated for hot tokens."""
+        return self._hot.nbytes
+
+    def siblings(self) -> Iterator[PagedLayerCache]:
+        """The paged layers of the same sequence, this one included."""
+        return self._context.alive()
+
+    def _settle(self) -> None:
+        """Seal pages that left the hot window, and lower those that crossed a step."""
+        if self._pager is None or self._table is None:
+            return
+        if self._may_promote:
+            self._may_promote = False
+            self._pager.promote(self._table.entries)
+        due = self._pages_due()
+        if not due:
+            return
+        mx.eval(*self._hot.arrays)
+        sealed = 0
+        precisions = self._page_precisions(due, self.offset)
+        for precision, group in itertools.groupby(precisions):
+            wanted = len(list(group))
+            done = self._seal(sealed, wanted, precision)
+            sealed += done
+            if done < wanted:
+                break  # no room (a disk error came late): the tokens simply stay hot
+        if sealed:
+            sinks = self._context.config.sink_tokens
+            self._hot.remove(sinks, sealed * self._pager.page_tokens)
+            mx.eval(*self._hot.arrays)
+            self._lower()
+
+    def _seal(self, first: int, count: int, precision: Precision) -> int:
+        """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
+        assert self._pager is not None and self._table is not None
+        tokens, sinks = self._pager.page_tokens, self._context.config.sink_tokens
+        done = 0
+        per_call = max(1, self._pager.run_tokens // tokens)  # bounds the memory of encoding
+        while done < count:
+            now = min(per_call, count - done)
+            start = sinks + (first + done) * tokens
+            keys, values = self._hot.view(start, start + now * tokens)
+            positions = [self._sealed_end() + i * tokens for i in range(now)]
+            lineage = self._context.lineage
+            pages = self._pager.seal(keys[0], values[0], precision, positions, lineage)
+            for page in pages:
+                self._table.append(page)
+            done += len(pages)
+            if len(pages) < now:
+                break
+        return done
+
+    def _lower(self) -> None:
+        """Re-encode pages that are now farther away than their precision's step."""
+        assert self._pager is not None and self._table is not None
+        ladder = self._context.config.ladder
+        if len(self._pager.precisions) == 1:
+            return
+        end = self._context.config.sink_tokens
+        for i, entry in enumerate(self._table.entries):
+            end += entry.tokens
+            present = self._pager.pages[entry.page].precision
+            wanted = ladder.at(self.offset - end)
+            if ladder.rank(wanted) > ladder.rank(present):
+                try:
+                    self._table.replace(i, self._pager.lower(entry.page, wanted))
+                except OutOfPagesError:
+                    return  # keep the better precision until there is room
+
+    def _following_batches(self) -> Sequence[Batch]:
+        """What the next paged layer will read from disk, for read-ahead."""
+        found = False
+        for cache in self._context.alive():
+            if found:
+                return cache._cold_batches()
+            found = cache is self
+        return ()
+
+    def _cold_batches(self) -> Sequence[Batch]:
+        if self._pager is None or self._table is None or not self._context.pager.open_cold:
+            return ()
+        return self._pager.cold_batches(self._table.entries)
+
+    def _warn_past_limit(self) -> None:
+        limit = self._context.max_tokens
+        if limit is not None and self.offset > limit:
+            self._context.max_tokens = None  # once per sequence
+            warnings.warn(
+                f"the context has {self.offset:,} tokens and the model was made for {limit:,}: "
+                f"answers may degrade",
+                stacklevel=4,
+            )
+
+    # The rest of mlx-lm's protocol
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """The causal mask for N new tokens, as mlx-lm's KVCache makes it."""
+        if window_size is None and N == 1:
+            return None
+        if window_size is None and not return_array:
+            return "causal"
+        rows = mx.arange(self.offset, self.offset + N)[:, None]
+        columns = mx.arange(self.offset + N)[None]
+        mask = rows >= columns
+        if window_size is not None:
+            mask = mask & (rows < columns + window_size)
+        return mask
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All keys and values, dense: expensive, and as large as it sounds."""
+        return self.view().dense(self._dtype)
+
+    def empty(self) -> bool:
+        """Whether no token is held."""
+        return self.offset == 0
+
+    def size(self) -> int:
+        """Tokens held."""
+        return self.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this sequence's tokens in memory and on disk, at their stored size."""
+        pages = sum(self.page_bytes(page.precision) for page, _ in self.located_pages())
+        return self._hot.nbytes + pages
+
+    def is_trimmable(self) -> bool:
+        """Always: pages keep their bytes, and only their valid length shrinks."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens.
+
+        Args:
+            n: tokens; more than there are means all.
+
+        Returns:
+            The tokens forgotten.
+        """
+        n = min(max(int(n), 0), self.offset)
+        if self._table is None or n == 0:
+            return n
+        left = self.offset - n
+        sealed_end = self._sealed_end()
+        if not len(self._table):
+            self._hot.truncate(left)
+        elif left >= sealed_end:
+            self._hot.truncate(left - self._table.tokens)
+        else:
+            sinks = self._context.config.sink_tokens
+            self._table.trim(sealed_end - max(left, sinks))
+            self._hot.truncate(min(left, sinks))
+            self._may_promote = True
+        self.offset = left
+        return n
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> PagedLayerCache:
+        """Itself: pages have their own precision."""
+        return self
+
+    def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
+        """A second cache with the same tokens: shares every page, copies page numbers only."""
+        twin = type(self)(context or self._context.fork(), self.layer)
+        twin.offset = self.offset
+        twin.reaches_hook = dict(self.reaches_hook)
+        if self._pager is not None and self._table is not None:
+            twin.bind(self._pager.shape, self._dtype)
+            twin._adopt(self._table.fork(), self._hot.share())
+        return twin
+
+    def _adopt(self, table: PageTable, hot: HotBuffer) -> None:
+        assert self._pager is not None
+        self._finalizer.detach()
+        self._table, self._hot = table, hot
+        self._finalizer = weakref.finalize(self, self._pager.abandon, table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayerCache:
+        return self.fork()
+
+    def __copy__(self) -> PagedLayerCache:
+        return self.fork()
+
+    def close(self) -> None:
+        """Release pages and memory. Closing twice is fine; using it afterwards raises."""
+        if self._table is not None:
+            self._finalizer.detach()
+            self._table.clear()
+        self._hot = HotBuffer(0)
+        self.offset = 0
+        self._closed = True
+        self._context.pager.users.discard(self)
+
+    # State, for mlx-lm's save and load
+
+    @property
+    def state(self) -> Any:
+        """Everything, for `save_prompt_cache`; evaluating it touches the hot arrays only."""
+        return state.CacheState(self)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        state.restore_into(self, value)
+
+    @property
+    def meta_state(self) -> str:
+        """For mlx-lm before 0.32; everything is in `state`."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, value: str) -> None:
+        pass
+
+    @classmethod
+    def from_state(cls, value: Any, meta_state: str = "") -> PagedLayerCache:
+        """A cache with its own tiers from a saved state.
+
+        Raises:
+            CacheStateError: if the state is damaged or not ours.
+        """
+        cache = cls.__new__(cls)
+        state.restore_into(cache, value)
+        return cache
+
+
+def _hot_dtype(wanted: str | None, model: mx.Dtype) -> mx.Dtype:
+    if wanted is None:
+        return mx.bfloat16 if model == mx.bfloat16 else mx.float16
+    if wanted == "model":
+        return model
+    return mx.float16 if wanted == "float16" else mx.bfloat16

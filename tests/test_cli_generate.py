@@ -1,0 +1,352 @@
+"""`pagedkv generate`, and the real-model side of `stress` and `doctor`, with a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+import pagedkv
+from pagedkv.cli import generate, loading
+from pagedkv.cli.main import main
+from pagedkv.cli.stress_model import ModelStress
+from tests.models import tiny_llama
+
+Capture = pytest.CaptureFixture[str]
+SMALL = ("--hot-tokens", "64", "--sink-tokens", "4", "--page-tokens", "256", "--cold", "8MB")
+TIGHT = (*SMALL, "--warm", "300KB")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers with a tokenizer of bytes, as mlx-lm reads it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config["chat_template"] = TEMPLATE
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 257,
+        "max_position_embeddings": 4096,
+    }
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs(**sizes))
+    mx.save_safetensors(
+        str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
+    )
+    (path / "config.json").write_text(json.dumps({**sizes, "eos_token_id": 256}))
+    return str(path)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    path = tmp_path / "book.txt"
+    path.write_text("All work and no play makes a dull page. " * 50)
+    return str(path)
+
+
+def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def fails(capsys: Capture, *argv: str) -> str:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (1, "")
+    assert err.startswith("pagedkv: error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_a_prompt_larger_than_memory_is_answered(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    stats = tmp_path / "stats.json"
+    command = ("generate", "--model", folder, "--prompt-file", book, "--max-tokens", "5", *TIGHT)
+    code, out, err = run(capsys, *command, "--stats-json", str(stats))
+    result = json.loads(out)
+    assert (code, err) == (0, "")
+    tiers = result["stats"]
+    assert min(tiers[t]["tokens"] for t in ("hot", "warm", "cold")) > 0
+    assert tiers["warm"]["allocated"] <= 300_000
+    assert result["prompt_tokens"] == 2000 + len("<user></s><assistant>") - len("/s>")
+    assert result["decode_steps"] == result["tokens"] + 1
+    assert 0 < result["nvme_bytes_read_in_decode"] <= tiers["nvme_bytes_read"]
+    # Every decode step reads every cold page of every layer.
+    assert result["nvme_bytes_read_in_decode"] >= tiers["cold"]["bytes"] * result["decode_steps"]
+    written = json.loads(stats.read_text())
+    assert written["cold"] == tiers["cold"]
+    assert written["generation"]["tokens"] == result["tokens"]
+
+
+def test_tiers_do_not_change_the_text(capsys: Capture, folder: str, book: str) -> None:
+    command = ("generate", "--model", folder, "--prompt-file", book, "--max-tokens", "8")
+    texts = [
+        json.loads(run(capsys, *command, *SMALL, "--warm", warm)[1])["text"]
+        for warm in ("300KB", "64MB")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_text_streams_and_tables_follow(capsys: Capture, folder: str) -> None:
+    command = ("generate", "--model", folder, "--prompt", "hello", "--max-tokens", "4", *TIGHT)
+    _, out, _ = run(capsys, *command, "--format", "table", "--quiet")
+    text = json.loads(run(capsys, *command)[1])["text"]
+    assert out == text + "\n"
+    _, out, _ = run(capsys, *command, "--format", "table")
+    assert out.startswith(text + "\n\ntier ")
+    for name in ("fp16 cache", "NVMe", "read-ahead", "process", "2 paged"):
+        assert name in out
+    _, out, _ = run(capsys, *command, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert row["text"] == text
+    assert row["stats.hot.tokens"]
+
+
+def test_sampling_repeats_with_its_seed(capsys: Capture, folder: str) -> None:
+    command = ("generate", "--model", folder, "--prompt", "x", "--temp", "2", *TIGHT)
+
+    def text(seed: str) -> str:
+        return str(json.loads(run(capsys, *command, "--seed", seed)[1])["text"])
+
+    assert text("1") == text("1") != text("2")
+
+
+def test_dtypes_and_the_chat_template(capsys: Capture, folder: str) -> None:
+    command = ("generate", "--model", folder, "--prompt", "hello", "--max-tokens", "1", *TIGHT)
+    code, out, _ = run(capsys, *command, "--no-chat-template", "--dtype", "float16")
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] == 5
+    assert json.loads(out)["stats"]["fp16_bytes"] > 0
+
+
+def test_a_16_bit_model_is_computed_in_float32_without_a_gpu(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, said = tiny_llama(), []
+    model.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(loading, "has_gpu", lambda: True)
+    loading._cast(model, "auto", said.append)
+    assert (model.layers[0].self_attn.q_proj.weight.dtype, said) == (mx.bfloat16, [])
+    monkeypatch.setattr(loading, "has_gpu", lambda: False)
+    loading._cast(model, "auto", said.append)
+    assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float32
+    assert "no GPU" in said[0]
+
+
+def test_standard_input_is_a_prompt(
+    capsys: Capture, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", "--model", folder, "--max-tokens", "1", "--no-chat-template", *TIGHT)
+    for source in (("--prompt", "-"), ("--prompt-file", "-")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"typed")))
+        assert json.loads(run(capsys, *command, *source)[1])["prompt_tokens"] == 5
+
+
+def test_the_demo_document_is_asked_about(capsys: Capture, folder: str) -> None:
+    command = ("generate", "--model", folder, "--demo-document", "1K", "--max-tokens", "1", *TIGHT)
+    code, out, err = run(capsys, *command)
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] > 1024
+    assert "password" in err
+
+
+# Saved caches
+
+
+def test_a_conversation_goes_on_where_it_was_saved(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    saved = str(tmp_path / "talk.safetensors")
+    command = ("generate", "--model", folder, "--max-tokens", "3")
+    first = ("--prompt-file", book, "--prompt-cache-file", saved, "--save-cache", saved)
+    code, out, err = run(capsys, *command, *first, *TIGHT, "--kv", "K8V4")
+    one = json.loads(out)
+    assert code == 0
+    assert "beginning with an empty cache" in err
+    code, out, err = run(capsys, *command, "--prompt", "go on", "--prompt-cache-file", saved)
+    two = json.loads(out)
+    assert code == 0, err
+    content = one["tokens"] - (one["finish_reason"] == "stop")
+    assert two["cached_tokens"] == one["prompt_tokens"] + content
+    assert two["prompt_tokens"] == len("|<user>go on|<assistant>")  # | is </s>, one token
+    assert two["config"]["kv"] == "K8V4"  # the saved tiers, except for what is given
+    code, out, _ = run(
+        capsys, *command, "--prompt", "go on", "--prompt-cache-file", saved, "--warm", "64MB"
+    )
+    assert json.loads(out)["text"] == two["text"]
+    assert json.loads(out)["config"]["warm"] == "64MB"
+
+
+def test_saved_caches_that_are_none(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    command = ("generate", "--model", folder, "--prompt", "hello", "--max-tokens", "1", *TIGHT)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"junk" * 100)
+    assert "not a saved cache" in fails(capsys, *command, "--prompt-cache-file", str(other))
+    assert ".safetensors" in fails(capsys, *command, "--save-cache", str(tmp_path / "x.cache"))
+    missing = str(tmp_path / "no" / "x.safetensors")
+    assert "no such directory" in fails(capsys, *command, "--save-cache", missing)
+    assert "no such directory" in fails(capsys, *command, "--stats-json", missing)
+
+
+def test_another_models_cache_is_refused(capsys: Capture, tmp_path: Path, folder: str) -> None:
+    saved = tmp_path / "other.safetensors"
+    model = tiny_llama(seed=9)
+    with pagedkv.wrap(model) as cache:
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        cache.save(str(saved))
+    pagedkv.unwrap(model)
+    command = ("generate", "--model", folder, "--prompt", "hello", "--prompt-cache-file")
+    assert "another model" in fails(capsys, *command, str(saved))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--prompt", ""), "the prompt is empty (--prompt)"),
+        (("--prompt", " \n"), "the prompt is empty"),
+        (("--prompt-file", "/no/such/file"), "cannot read the prompt file"),
+        (("--prompt-file", "/"), "cannot read the prompt file"),
+        (("--prompt", "x", "--max-tokens", "0"), "--max-tokens is a number from 1 up, got 0"),
+        (("--prompt", "x", "--temp", "-1"), "--temp is from 0 up"),
+        (("--prompt", "x", "--top-p", "0"), "--top-p above 0"),
+        (("--prompt", "x", "--prefill-step-size", "0"), "from 1 up"),
+        (("--prompt", "x", "--max-kv-size", "9"), "--max-kv-size 9 drops old tokens"),
+        (("--prompt", "x", "--warm", "9KB"), "warm budget 9,000 bytes is smaller than one page"),
+        (("--demo-document", "0"), "--demo-document is a number from 1 up"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: Capture, folder: str, argv: tuple[str, ...], says: str
+) -> None:
+    assert says in fails(capsys, "generate", "--model", folder, *argv)
+
+
+def test_a_prompt_file_that_is_not_text(capsys: Capture, tmp_path: Path, folder: str) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(b"abc\xff\xfe")
+    line = fails(capsys, "generate", "--model", folder, "--prompt-file", str(file))
+    assert "is not text: byte 3" in line
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(
+    capsys: Capture, folder: str, book: str
+) -> None:
+    command = ("generate", "--model", folder, "--prompt-file", book, *TIGHT, "--cold", "0")
+    assert "2,018 tokens in 2 layers do not fit" in fails(capsys, *command)
+
+
+def test_a_context_past_the_models_limit_is_a_warning(
+    capsys: Capture, tmp_path: Path, folder: str
+) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("x" * 4500)
+    command = ("generate", "--model", folder, "--prompt-file", str(file), "--max-tokens", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # ours are shown and not raised
+        code, _, err = run(capsys, *command, *TIGHT)
+    assert code == 0
+    assert err.startswith("pagedkv: warning: the context has ")
+    assert err.count("\n") == 1
+
+
+def test_a_template_that_fails_is_one_line() -> None:
+    class Broken:
+        has_chat_template = True
+
+        def apply_chat_template(self, *args: Any, **options: Any) -> str:
+            raise ValueError("no system\nrole")
+
+    with pytest.raises(pagedkv.ConfigError, match=r"fails \(no system role\): use --no-chat"):
+        loading.prompt_tokens(Broken(), "hello", template=True, continued=False)
+
+
+def test_nothing_is_left_wrapped(capsys: Capture, folder: str) -> None:
+    run(capsys, "generate", "--model", folder, "--prompt", "x", "--max-tokens", "1", *TIGHT)
+    assert not pagedkv.hook.installed()
+
+
+# Real models elsewhere
+
+
+def test_stress_of_a_real_model(capsys: Capture, folder: str) -> None:
+    command = ("stress", "--model", folder, "--tokens", "1500", "--needles", "3", "--chunk", "300")
+    code, out, _ = run(capsys, *command, *TIGHT)
+    report = json.loads(out)
+    checks = {c["name"]: c for c in report["checks"]}
+    assert code == 0, checks
+    assert (checks["placement"]["count"], checks["placement"]["skipped"]) == (3, "")
+    assert report["stats"]["cold"]["tokens"] > 0
+    _, out, _ = run(capsys, *command, *SMALL, "--warm", "64MB")
+    checks = {c["name"]: c for c in json.loads(out)["checks"]}
+    assert "no page is cold" in checks["placement"]["skipped"]
+
+
+def test_stress_finds_that_placement_changed_a_token(
+    capsys: Capture, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = ModelStress._play
+
+    def off(self: ModelStress, cache: Any, budgets: Any, suffix: str) -> Any:
+        return [row + np.float32(1e-3) * bool(suffix) for row in play(self, cache, budgets, suffix)]
+
+    monkeypatch.setattr(ModelStress, "_play", off)
+    command = ("stress", "--model", folder, "--tokens", "1500", "--needles", "2", *TIGHT)
+    code, out, _ = run(capsys, *command, "--format", "table")
+    assert code == 1
+    assert "2 wrong; decode step 0: logits differ by up to 0.001" in out
+
+
+def test_doctor_says_which_layers_are_paged(folder: str) -> None:
+    from pagedkv.cli import doctor
+
+    class Args:
+        model, dtype, quiet = folder, "auto", True
+
+    rows = list(doctor._check_model(Args(), pagedkv.TierConfig()))  # type: ignore[arg-type]
+    assert [(row.name, row.status, row.value) for row in rows] == [
+        ("paged", "ok", "2 of 2 layers: 0-1")
+    ]
+
+
+def test_the_saved_config_is_read_without_a_model(tmp_path: Path) -> None:
+    saved = str(tmp_path / "x.safetensors")
+    model = tiny_llama()
+    with pagedkv.wrap(model, pagedkv.TierConfig(kv="K8V8")) as cache:
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        cache.save(saved)
+    pagedkv.unwrap(model)
+    assert generate.saved_config(saved).kv == "K8V8"

@@ -1,0 +1,381 @@
+"""The sealed pages of one layer: where each is, and how it gets there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import (
+    KVShape,
+    OutOfPagesError,
+    PageAllocator,
+    PagedKVError,
+    PageGeometry,
+    PageTable,
+    Precision,
+    TableEntry,
+)
+from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
+from pagedkv.tiers.reader import Batch
+from pagedkv.tiers.records import ColdRecord
+from pagedkv.tiers.warm import WarmSlab
+
+if TYPE_CHECKING:
+    from pagedkv.tiers.pager import Pager
+
+RUN_TOKENS = 4096
+"""Tokens attended together; also the size of one staging batch."""
+
+
+@dataclass(eq=False)
+class Lineage:
+    """A sequence and its forks. `tick` says when one of them was last used."""
+
+    tick: int = 0
+
+
+@dataclass(eq=False)
+class Page:
+    """A sealed page: what it is, and where.
+
+    Attributes:
+        number: page number within the layer.
+        precision: how it was sealed.
+        position: token position of its first token, for demotion by distance.
+        lineage: whose it is.
+        slot: its warm slot, or None.
+        record: its cold record, or None. Exactly one of the two is set.
+    """
+
+    number: int
+    precision: Precision
+    position: int
+    lineage: Lineage
+    slot: int | None = None
+    record: ColdRecord | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive pages of one precision that are attended in one piece.
+
+    Where runs begin and end depends on page order and precision alone, never on the tier.
+
+    Attributes:
+        entries: the pages, and how many tokens of each count.
+        precision: of all of them.
+    """
+
+    entries: tuple[TableEntry, ...]
+    precision: Precision
+
+    @property
+    def tokens(self) -> int:
+        """Valid tokens in the run."""
+        return sum(e.tokens for e in self.entries)
+
+
+class LayerPager:
+    """The sealed pages of one layer, of all sequences."""
+
+    def __init__(self, pager: Pager, layer: int, shape: KVShape, hot_dtype: mx.Dtype) -> None:
+        budget = pager.budget
+        self._pager = pager
+        self.layer = layer
+        self.shape = shape
+        self.hot_dtype = hot_dtype
+        self.precisions = budget.ladder.beyond(budget.hot_tokens)
+        self.page_tokens = budget.page_tokens or PageGeometry.choose_tokens(shape, self.precisions)
+        self.codecs: dict[Precision, AffineCodec | Sixteen] = {
+            p: codec_for(shape, self.page_tokens, p, hot_dtype) for p in self.precisions
+        }
+        self.allocator = PageAllocator()
+        self.pages: dict[int, Page] = {}
+        self._slabs = self._make_slabs()
+
+    def _make_slabs(self) -> dict[Precision, WarmSlab]:
+        sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
+        slots = self._pager.budget.warm_slots(self._pager.layers, self.page_tokens, sizes)
+        return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens in a full run."""
+        return max(RUN_TOKENS, self.page_tokens)
+
+    # Tables
+
+    def table(self) -> PageTable:
+        """An empty page table over this layer's pages."""
+        return PageTable(self.allocator, self.page_tokens, self._forget)
+
+    def abandon(self, table: PageTable) -> None:
+        """Release a table's pages at the next safe point; may be called by a finalizer."""
+        self._pager.abandoned.append(table)
+
+    def _forget(self, number: int) -> None:
+        page = self.pages.pop(number)
+        if page.slot is not None:
+            self._slabs[page.precision].give(page.slot)
+        if page.record is not None:
+            self._pager.cold.free(page.record)
+            self._pager.reader.forget_freed()
+
+    # Sealing
+
+    def demand_met(self, wanted: Sequence[Precision]) -> str | None:
+        """Whether pages of these precisions can be stored; if not, the numbers that say why."""
+        for precision in dict.fromkeys(wanted):
+            count = sum(p == precision for p in wanted)
+            slab = self._slabs[precision]
+            if count <= slab.room:
+                continue  # without asking the cold store, which may not even be open
+            room = slab.room + self._cold_room(slab.page_bytes)
+            if count > room:
+                return (
+                    f"layer {self.layer} needs {count} more {precision} pages of "
+                    f"{slab.page_bytes:,} bytes and has room for {room}: warm holds "
+                    f"{slab.used} of {slab.max_slots}, cold {self._pager.cold_summary(self.layer)}"
+                )
+        return None
+
+    def _cold_room(self, page_bytes: int) -> int:
+        return self._pager.cold.room(self.layer, page_bytes) if self._pager.has_cold else 0
+
+    def seal(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        precision: Precision,
+        positions: Sequence[int],
+        lineage: Lineage,
+    ) -> list[int]:
+        """Encode whole pages and store them warm, demoting the farthest pages if need be.
+
+        Args:
+            keys: ``[kv_heads, pages * page_tokens, key_dim]``.
+            values: ``[kv_heads, pages * page_tokens, value_dim]``.
+            precision: one of `precisions`.
+            positions: first token position of each page.
+            lineage: whose pages these are.
+
+        Returns:
+            Page numbers, each with one reference that the caller owns. Fewer than asked for if
+            no tier had room for more; the pages returned are the first ones.
+        """
+        records = self.codecs[precision].encode(keys, values)
+        mx.eval(records)
+        numbers = []
+        for i, position in enumerate(positions):
+            try:
+                numbers.append(self._store(records[i : i + 1], precision, position, lineage))
+            except OutOfPagesError:
+                break
+            self._pager.counters.sealed += 1
+        return numbers
+
+    def lower(self, number: int, precision: Precision) -> int:
+        """Encode a page again at a lower precision, as a new page.
+
+        Starts from the stored numbers: the 16-bit ones are gone. The old page is untouched.
+
+        Returns:
+            The new page's number, with one reference that the caller owns.
+
+        Raises:
+            OutOfPagesError: if no tier has room.
+        """
+        old = self.pages[number]
+        codec = self.codecs[old.precision]
+        record = self._one_record(old)
+        work = mx.float32
+        keys = codec.keys(record, work)[0].swapaxes(1, 2)
+        values = codec.values(record, work)[0]
+        fresh = self.codecs[precision].encode(keys, values)
+        mx.eval(fresh)
+        self._pager.counters.lowered += 1
+        return self._store(fresh, precision, old.position, old.lineage)
+
+    def restore(
+        self, record: mx.array, precision: Precision, position: int, lineage: Lineage
+    ) -> int:
+        """Store a page that was sealed before, such as one from a saved cache.
+
+        Raises:
+            OutOfPagesError: if no tier has room.
+        """
+        return self._store(record, precision, position, lineage)
+
+    def _store(
+        self, record: mx.array, precision: Precision, position: int, lineage: Lineage
+    ) -> int:
+        slab = self._slabs[precision]
+        if not slab.room:
+            self._demote_farthest(precision)
+        slot = slab.take()
+        slab.write(slot, record)
+        page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
+        self.pages[page.number] = page
+        return page.number
+
+    def _demote_farthest(self, precision: Precision) -> None:
+        """Move one page to the cold tier: of the sequence longest unused, the oldest token's."""
+        slab = self._slabs[precision]
+        if not self._pager.has_cold:
+            raise OutOfPagesError(
+                f"warm tier full: layer {self.layer} holds {slab.used} {precision} pages "
+                f"({slab.nbytes:,} bytes) and there is no cold tier"
+            )
+        warm = (p for p in self.pages.values() if p.slot is not None and p.precision == precision)
+        page = min(warm, key=lambda p: (p.lineage.tick, p.position))
+        assert page.slot is not None
+        copy = self._pager.bounce(slab.page_bytes)
+        slab.copy_out(page.slot, copy)
+        layout = (precision.key_bits, precision.value_bits, self.page_tokens)
+        page.record = self._pager.cold.put(self.layer, page.number, layout, copy)
+        slab.give(page.slot)
+        page.slot = None
+        self._pager.counters.demoted += 1
+
+    def promote(self, entries: Sequence[TableEntry]) -> int:
+        """Bring cold pages back into free warm slots, nearest to the current token first.
+
+        Returns:
+            How many pages moved up.
+        """
+        moved = 0
+        for entry in reversed(entries):
+            page = self.pages[entry.page]
+            slab = self._slabs[page.precision]
+            if page.record is None or not slab.room:
+                continue
+            record = self._one_record(page)
+            page.slot = slab.take()
+            slab.write(page.slot, record)
+            self._pager.cold.free(page.record)
+            page.record = None
+            moved += 1
+        if moved:
+            self._pager.reader.forget_freed()
+            self._pager.counters.promoted += moved
+        return moved
+
+    # Reading
+
+    def runs(self, entries: Sequence[TableEntry]) -> list[Run]:
+        """Cut a table into runs: at every change of precision and every `RUN_TOKENS` tokens."""
+        per_run = max(1, RUN_TOKENS // self.page_tokens)
+        runs = []
+        numbered = enumerate(entries)
+        for (_, precision), group in itertools.groupby(
+            numbered, key=lambda item: (item[0] // per_run, self.pages[item[1].page].precision)
+        ):
+            runs.append(Run(tuple(entry for _, entry in group), precision))
+        return runs
+
+    def records(
+        self, runs: Sequence[Run], following: Sequence[Batch] = ()
+    ) -> Iterator[tuple[Run, mx.array, bool]]:
+        """Yield the page records of each run, in order, wherever the pages are.
+
+        Cold pages come through the staging ring, read ahead. For a run that had any, the third
+        item is True, and the caller evaluates what it makes of the records before it asks for
+        the next run: that is what keeps the memory of a long cold context bounded.
+
+        Args:
+            runs: from `runs`.
+            following: cold batches that the next layer will want.
+
+        Yields:
+            The run, its records (uint32 ``[pages, page_bytes / 4]``), and whether it had cold
+            pages.
+        """
+        batches = [self._cold_batch(run) for run in runs]
+        staged = iter(())  # type: Iterator[npt.NDArray[np.uint8]]
+        if any(batches):
+            staged = self._pager.reader.stream([b for b in batches if b], following)
+        for run, batch in zip(runs, batches, strict=True):
+            if batch:
+                yield run, self._assemble(run, next(staged)), True
+            else:
+                slots = [self._slot(e) for e in run.entries]
+                yield run, self._slabs[run.precision].records(slots), False
+
+    def cold_batches(self, entries: Sequence[TableEntry]) -> list[Batch]:
+        """The batches that attending `entries` will read, in order."""
+        return [batch for run in self.runs(entries) if (batch := self._cold_batch(run))]
+
+    def _slot(self, entry: TableEntry) -> int:
+        slot = self.pages[entry.page].slot
+        assert slot is not None
+        return slot
+
+    def _cold_batch(self, run: Run) -> Batch:
+        records = (self.pages[e.page].record for e in run.entries)
+        return tuple(r for r in records if r is not None)
+
+    def _assemble(self, run: Run, staged: npt.NDArray[np.uint8]) -> mx.array:
+        """Warm and staged pages of a run, in page order."""
+        geometry = self.codecs[run.precision].geometry
+        rows = staged.view(np.uint32).reshape(-1, geometry.page_bytes // 4)
+        pieces, row = [], 0
+        cold = lambda e: self.pages[e.page].record is not None  # noqa: E731
+        for is_cold, group in itertools.groupby(run.entries, key=cold):
+            entries = list(group)
+            if is_cold:
+                pieces.append(mx.array(rows[row : row + len(entries)]))  # copies out of staging
+                row += len(entries)
+            else:
+                slots = [self._slot(e) for e in entries]
+                pieces.append(self._slabs[run.precision].records(slots))
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=0)
+
+    def _one_record(self, page: Page) -> mx.array:
+        entry = TableEntry(page.number, self.page_tokens)
+        _, record, _ = next(self.records([Run((entry,), page.precision)]))
+        mx.eval(record)
+        return record
+
+    # Accounts
+
+    @property
+    def warm_bytes(self) -> int:
+        """Bytes allocated in warm slabs."""
+        return sum(slab.nbytes for slab in self._slabs.values())
+
+    def slab_array(self, precision: Precision) -> mx.array:
+        """The warm slab of one precision, ``uint32 [slots, page_bytes / 4]``, for kernels."""
+        return self._slabs[precision].array
+
+    def check(self, tables: Sequence[PageTable]) -> None:
+        """Conservation over pages, references, warm slots and cold records.
+
+        Args:
+            tables: every table of this layer that is alive.
+
+        Raises:
+            PagedKVError: naming what does not add up.
+        """
+        self.allocator.check([[e.page for e in table] for table in tables])
+        for table in tables:
+            table.check()
+        if self.pages.keys() != self.allocator.pages():
+            raise PagedKVError("located pages and allocated pages differ")
+        for precision, slab in self._slabs.items():
+            slab.check()
+            slots = [
+                p.slot
+                for p in self.pages.values()
+                if p.precision == precision and p.slot is not None
+            ]
+            if len(slots) != slab.used or len(set(slots)) != len(slots):
+                raise PagedKVError(f"{precision}: {len(slots)} warm pages in {slab.used} slots")
+        for page in self.pages.values():
+            if (page.slot is None) == (page.record is None):
+                raise PagedKVError(f"page {page.number} is not in exactly one tier")
