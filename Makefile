@@ -16,7 +16,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 demo: $(VENV)/lm openblas-hint  ## fetch a small model and answer a question about a long document
-	$(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document 6500 --max-tokens 48 \
+	$(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document 6100 --max-tokens 32 \
 		--hot-tokens 512 --sink-tokens 64 --kv K4V4 --warm 8MB --cold 256MB --format table
 
 test: lint unit wheel  ## everything CI runs

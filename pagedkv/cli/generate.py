@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from pagedkv import state
 from pagedkv.cache import PagedCache
-from pagedkv.cli.generate_report import Generation, document, tables
+from pagedkv.cli.generate_report import document, tables
+from pagedkv.cli.generation import Generation, Sampling, generate
 from pagedkv.cli.loading import (
     add_model_options,
-    has_gpu,
     load_model,
     prompt_tokens,
     read_prompt,
@@ -31,7 +28,6 @@ from pagedkv.cli.options import (
 )
 from pagedkv.cli.output import (
     Notes,
-    Progress,
     add_output_options,
     choose_format,
     emit,
@@ -41,7 +37,6 @@ from pagedkv.cli.plan import require_room
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.models import load, unwrap
-from pagedkv.stats import CacheStats
 
 _EPILOG = """\
 examples:
@@ -122,7 +117,13 @@ def run(args: argparse.Namespace) -> int:
         template = not args.no_chat_template
         prompt = prompt_tokens(tokenizer, text, template, continued=cache.offset > 0)
         _require_room(cache, len(prompt))
-        result = _generate(args, model, tokenizer, cache, prompt, stream=form == "table")
+        if len(prompt) > 512:
+            say(f"reading a prompt of {len(prompt):,} tokens")
+        sampling = Sampling(
+            args.max_tokens, args.temp, args.top_p, args.seed, args.prefill_step_size
+        )
+        stream = form == "table"
+        result = generate(model, tokenizer, cache, prompt, sampling, stream, args.quiet)
         if args.save_cache:
             _save(cache, args.save_cache, result)
     full = document(args.model, result)
@@ -225,81 +226,3 @@ def _save(cache: PagedCache, path: str, result: Generation) -> None:
     answer = result.tokens - (result.finish_reason == "stop")
     cache.trim(max(0, cache.offset - result.cached_tokens - result.prompt_tokens - answer))
     cache.save(str(Path(path).expanduser()))
-
-
-# Generating
-
-
-class _Clock:
-    """Notes the moment, and the cache's numbers, when the prompt but its last token is read.
-
-    What follows are single-token steps: the prompt's last token gives the first new one.
-    """
-
-    def __init__(self, cache: PagedCache, quiet: bool) -> None:
-        self._cache, self._quiet = cache, quiet
-        self._progress: Progress | None = None
-        self.started = self.read = time.perf_counter()
-        self.before: CacheStats | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        """mlx-lm's ``prompt_progress_callback``."""
-        if self._progress is None:
-            self._progress = Progress("reading the prompt", total, quiet=self._quiet)
-        self._progress.update(done)
-        if done >= total - 1 and self.before is None:
-            self.close()
-            self.read, self.before = time.perf_counter(), self._cache.stats()
-
-    def close(self) -> None:
-        """Wipe the progress line away."""
-        if self._progress is not None:
-            self._progress.close()
-
-
-def _generate(
-    args: argparse.Namespace,
-    model: Any,
-    tokenizer: Any,
-    cache: PagedCache,
-    prompt: list[int],
-    stream: bool,
-) -> Generation:
-    """Generate; prints the text as it comes if `stream`."""
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    held, clock, parts = cache.offset, _Clock(cache, args.quiet), []
-    response: Any = None
-    try:
-        for response in stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=args.max_tokens,
-            sampler=make_sampler(args.temp, args.top_p),
-            prompt_cache=cache,
-            prefill_step_size=args.prefill_step_size or (2048 if has_gpu() else 512),
-            prompt_progress_callback=clock,
-        ):
-            parts.append(response.text)
-            if stream:
-                print(response.text, end="", flush=True)
-    finally:
-        clock.close()
-        if stream and parts:
-            print(flush=True)  # whatever comes next, an error too, begins a line
-    assert response is not None and clock.before is not None  # max_tokens is at least 1
-    return Generation(
-        text="".join(parts),
-        prompt_tokens=len(prompt),
-        cached_tokens=held,
-        tokens=int(response.generation_tokens),
-        finish_reason=str(response.finish_reason),
-        prefill_seconds=clock.read - clock.started,
-        decode_seconds=time.perf_counter() - clock.read,
-        before=clock.before,
-        after=cache.stats(),
-        config=cache.context.config,
-    )

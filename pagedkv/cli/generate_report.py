@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from pagedkv.cli.generation import Generation
 from pagedkv.cli.output import Table, facts, number, seconds
-from pagedkv.config import TierConfig
 from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats, TierStats
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        text: of the answer.
-        prompt_tokens: tokens read.
-        cached_tokens: tokens that a saved cache already held.
-        tokens: tokens generated, the one that ends the answer included.
-        finish_reason: ``"stop"`` or ``"length"``.
-        prefill_seconds: for all of the prompt but its last token.
-        decode_seconds: for everything after that.
-        before: the cache when the prompt was read.
-        after: the cache at the end.
-        config: its tiers.
-    """
-
-    text: str
-    prompt_tokens: int
-    cached_tokens: int
-    tokens: int
-    finish_reason: str
-    prefill_seconds: float
-    decode_seconds: float
-    before: CacheStats
-    after: CacheStats
-    config: TierConfig
-
-    @property
-    def decode_steps(self) -> int:
-        """Single-token steps: one more than the tokens that came of them."""
-        return max(1, self.after.tokens - self.before.tokens)
-
-    @property
-    def decode_bytes(self) -> int:
-        """Bytes read from disk in those steps."""
-        return self.after.nvme_bytes_read - self.before.nvme_bytes_read
 
 
 def document(model: str, result: Generation) -> dict[str, Any]:
