@@ -32,9 +32,9 @@ class TierConfig:
         page_tokens: 256, 512 or 1024 tokens per page; None picks the size with little padding.
         hot_dtype: None keeps 16-bit models' own type and float16 for float32 models; ``"model"``
             keeps float32 as well; or ``"float16"`` / ``"bfloat16"``.
-        staging: memory for pages on their way in from disk (raised to one batch per layer if
-            less).
-        write_buffer: memory for pages on their way out to disk (raised to one page if less).
+        staging: memory for pages on their way in from disk: at least one batch of pages, at most
+            8 MiB each; room for three keeps the disk busy.
+        write_buffer: memory for pages on their way out to disk: at least one page.
         scratch: memory for one layer's dequantized pages in prefill; longer contexts are
             attended in tiles of this size.
         backend: ``"auto"``, ``"dequantize"`` or ``"quantized"``.

@@ -38,10 +38,10 @@ def test_no_tier_ever_exceeds_its_budget(kv: str) -> None:
         page_tokens=256,
         warm=1_500_000,
         cold=1_200_000,
-        staging=1_000_000,
+        staging=1_100_000,
         write_buffer=300_000,
     )
-    limits = {"warm": 1_500_000, "cold": 1_200_000, "staging": 1_000_000, "write_buffer": 300_000}
+    limits = {"warm": 1_500_000, "cold": 1_200_000, "staging": 1_100_000, "write_buffer": 300_000}
     model = tiny_llama(layers=3, heads=4, kv_heads=2, dim=128)
     peaks = dict.fromkeys(["hot", *limits], 0)
     with pagedkv.wrap(model, config) as cache:
@@ -184,3 +184,12 @@ def test_no_file_is_left_open() -> None:
     with pagedkv.wrap(model, pagedkv.TierConfig(cold="1GB")):
         pass
     assert psutil.Process().num_fds() == before
+
+
+@pytest.mark.parametrize("name", ["staging", "write_buffer"])
+def test_a_buffer_that_holds_nothing_is_refused_at_once(name: str) -> None:
+    config = pagedkv.TierConfig(page_tokens=256, warm="1MB", cold="64MB", **{name: 10_000})
+    with pytest.raises(pagedkv.ConfigError, match=f"{name} budget 10,000 bytes is smaller"):
+        pagedkv.wrap(tiny_llama(), config)
+    with pagedkv.wrap(tiny_llama(), pagedkv.TierConfig(**{**config.to_dict(), "cold": 0})):
+        pass  # without a disk nothing moves through them

@@ -79,3 +79,21 @@ class TierBudget:
                 slots[precision] = min(slots[precision], -(-reach // page_tokens) + 1)
             share -= slots[precision] * nbytes
         return slots
+
+    def require_buffers(self, page_bytes: int, pages_per_run: int) -> None:
+        """Check that the memory between tiers holds what moves at once.
+
+        Raises:
+            ConfigError: if staging holds no run of pages, or the write buffer no page.
+        """
+        if self.staging_bytes < page_bytes * pages_per_run:
+            raise ConfigError(
+                f"staging budget {self.staging_bytes:,} bytes is smaller than one batch of "
+                f"{pages_per_run} pages of {page_bytes:,}: give at least "
+                f"{page_bytes * pages_per_run:,}"
+            )
+        if self.write_buffer_bytes < page_bytes:
+            raise ConfigError(
+                f"write_buffer budget {self.write_buffer_bytes:,} bytes is smaller than one page "
+                f"of {page_bytes:,}: give at least that"
+            )

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from pagedkv.tiers.pager import Pager
 
 RUN_TOKENS = 4096
-"""Tokens attended together; also the size of one staging batch."""
+"""Tokens attended together, at most; a run of cold pages is also one read from disk."""
+
+RUN_BYTES = 8 * 2**20
+"""Bytes of a run, at most, unless a single page is larger."""
 
 
 @dataclass(eq=False)
@@ -102,12 +105,20 @@ class LayerPager:
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
         slots = self._pager.budget.warm_slots(self._pager.layers, self.page_tokens, sizes)
+        if self._pager.has_cold:
+            self._pager.budget.require_buffers(max(sizes.values()), self.pages_per_run)
         return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
+
+    @property
+    def pages_per_run(self) -> int:
+        """Pages in a full run; a matter of geometry alone, so that budgets change no result."""
+        largest = max(codec.geometry.page_bytes for codec in self.codecs.values())
+        return max(1, min(RUN_TOKENS // self.page_tokens, RUN_BYTES // largest))
 
     @property
     def run_tokens(self) -> int:
         """Tokens in a full run."""
-        return max(RUN_TOKENS, self.page_tokens)
+        return self.pages_per_run * self.page_tokens
 
     # Tables
 
@@ -269,8 +280,8 @@ class LayerPager:
     # Reading
 
     def runs(self, entries: Sequence[TableEntry]) -> list[Run]:
-        """Cut a table into runs: at every change of precision and every `RUN_TOKENS` tokens."""
-        per_run = max(1, RUN_TOKENS // self.page_tokens)
+        """Cut a table into runs: at every change of precision and every `pages_per_run` pages."""
+        per_run = self.pages_per_run
         runs = []
         numbered = enumerate(entries)
         for (_, precision), group in itertools.groupby(

@@ -64,8 +64,7 @@ def shape_of(name: str) -> ModelShape:
     file = path if path.is_file() else path / "config.json"
     if not path.exists():
         raise ConfigError(
-            f"no model folder {name!r}, and not one of {', '.join(KNOWN)}: name a folder, or give "
-            f"--layers, --kv-heads and --head-dim"
+            f"there is no model folder {name!r}: name one, or a known model ({', '.join(KNOWN)})"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
