@@ -147,26 +147,53 @@ def attend(
         ShapeError: if the query or mask does not fit.
         CorruptPageError, ColdStoreError: if a cold page cannot be read.
     """
-    _check(view, q, mask)
+    _check(view, q, mask, sinks)
     if not view.entries:
         return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
-    if q.shape[2] > DECODE_TOKENS:
-        shape = view.keys.shape[1] * (view.keys.shape[3] + view.values.shape[3])
-        if view.tokens * shape * q.dtype.size <= scratch_bytes:
+    # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
+    slow_dense = q.dtype != mx.float32 and mx.default_device() != mx.gpu
+    if q.shape[2] > DECODE_TOKENS and not slow_dense:
+        per_token = view.keys.shape[1] * (view.keys.shape[3] + view.values.shape[3])
+        if view.tokens * per_token * q.dtype.size <= scratch_bytes:
             keys, values = view.dense(q.dtype)
             return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
     return _Tiles(view, q, scale, mask, backend or choose_backend("auto")).attend(sinks)
 
 
-def _check(view: KVView, q: mx.array, mask: mx.array | str | None) -> None:
-    kv_heads, key_dim = view.keys.shape[1], view.keys.shape[3]
+def check_queries(
+    q: mx.array,
+    kv_heads: int,
+    key_dim: int,
+    tokens: int,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> None:
+    """Check queries, mask and sinks against a layer's keys.
+
+    Raises:
+        ShapeError: saying what was given and what would fit.
+    """
     if q.ndim != 4 or q.shape[0] != 1 or q.shape[3] != key_dim or q.shape[1] % kv_heads:
         raise ShapeError(
             f"queries {q.shape} do not fit a cache of {kv_heads} KV heads of {key_dim} channels: "
             f"expected [1, a multiple of {kv_heads}, L, {key_dim}]"
         )
+    if not 0 < q.shape[2] <= tokens:
+        raise ShapeError(f"{q.shape[2]} query tokens were given for {tokens} new ones")
     if isinstance(mask, str) and mask != "causal":
         raise ShapeError(f"mask is None, 'causal' or an array, got {mask!r}")
+    if sinks is not None and sinks.size != q.shape[1]:
+        raise ShapeError(f"{sinks.size} attention sinks were given for {q.shape[1]} query heads")
+
+
+def _check(view: KVView, q: mx.array, mask: mx.array | str | None, sinks: mx.array | None) -> None:
+    heads, key_dim = int(view.keys.shape[1]), int(view.keys.shape[3])
+    check_queries(q, heads, key_dim, view.tokens, mask, sinks)
+    if isinstance(mask, mx.array):
+        wanted = (1, int(q.shape[1]), int(q.shape[2]), view.tokens)
+        pairs = zip(reversed(mask.shape), reversed(wanted), strict=False)
+        if mask.ndim > 4 or any(have not in (1, want) for have, want in pairs):
+            raise ShapeError(f"mask {mask.shape} does not broadcast to {list(wanted)}")
 
 
 class _Tiles:
@@ -215,7 +242,7 @@ class _Tiles:
                 q = self._rows(start, stop)
                 part = page_partial(self._backend, q, codec, records, mask)
                 parts[i] = merged = _merge(parts[i], part)
-                if cold or len(tiles) > 1:
+                if cold or self._length > DECODE_TOKENS:
                     mx.eval(*merged)  # staging and scores are reused by the next tile
             position += run.tokens
         done = []

@@ -45,8 +45,8 @@ class Partial(NamedTuple):
         )
 
     def finish(self) -> mx.array:
-        """The attention output, float32 ``[kv_heads, rows, value_dim]``."""
-        return self.weighted / self.total
+        """The attention output, float32 ``[kv_heads, rows, value_dim]``; 0 where all is masked."""
+        return self.weighted / mx.where(self.total > 0, self.total, 1.0)
 
 
 class Backend(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv import state
+from pagedkv.attention import check_queries
 from pagedkv.config import TierConfig
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.stats import CacheStats, collect
@@ -52,7 +53,13 @@ class PagedCache(list[Any]):
         return max((cache.offset for cache in self.paged_layers), default=0)
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens in every layer; returns how many that were."""
+        """Forget the last n tokens in every layer.
+
+        Returns:
+            How many that were: 0 if a layer that is not paged cannot be trimmed.
+        """
+        if not all(cache.is_trimmable() for cache in self):
+            return 0
         return max((cache.trim(n) for cache in self), default=0)
 
     def fork(self) -> PagedCache:
@@ -61,15 +68,13 @@ class PagedCache(list[Any]):
         It uses the same budgets. Close both: threads and files go with the last cache that
         shares them.
         """
-        context = self.context.fork()
-        layers = [
-            cache.fork(context) if isinstance(cache, PagedLayerCache) else copy.deepcopy(cache)
-            for cache in self
-        ]
-        return PagedCache(layers, context)
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
-        return self.fork()
+        # Layers may come from several models: mlx-lm appends a draft model's cache to this list.
+        layers = [copy.deepcopy(cache, memo) for cache in self]
+        context = memo.get(id(self.context)) or self.context.fork()
+        return PagedCache(layers, context)
 
     def stats(self) -> CacheStats:
         """Tokens, pages and bytes per tier, traffic and waiting times, as of now."""
@@ -96,8 +101,6 @@ class PagedCache(list[Any]):
         """
         for cache in self.paged_layers:
             cache.close()
-        if not self.context.pager.users:
-            self.context.pager.close()
 
     def __enter__(self) -> PagedCache:
         return self
@@ -121,9 +124,9 @@ def attention(
     For hand-written models; models of mlx-lm need only `wrap`.
 
     Args:
-        q: ``[1, query_heads, L, key_dim]``, positions encoded.
-        k: ``[1, kv_heads, L, key_dim]``, positions encoded.
-        v: ``[1, kv_heads, L, value_dim]``.
+        q: ``[1, query_heads, L, key_dim]``, positions encoded: the last L of the new tokens.
+        k: ``[1, kv_heads, n, key_dim]`` of n new tokens, n at least L, positions encoded.
+        v: ``[1, kv_heads, n, value_dim]``.
         cache: of this layer.
         scale: multiplies the products of queries and keys, usually ``key_dim ** -0.5``.
         mask: ``"causal"``, None, or an array that broadcasts to ``[1, query_heads, L, tokens]``:
@@ -138,4 +141,6 @@ def attention(
         ShapeError: if the arrays do not fit the cache or each other.
         CorruptPageError, ColdStoreError: if a cold page cannot be read.
     """
+    if k.ndim == 4:
+        check_queries(q, int(k.shape[1]), int(k.shape[3]), int(k.shape[2]), mask, sinks)
     return cache.attend_tagged(cache.append(k, v), q, scale, mask, sinks)

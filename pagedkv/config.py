@@ -61,7 +61,8 @@ class TierConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is a number of tokens from {least} up, got {value!r}")
-        if self.page_tokens is not None and self.page_tokens not in PAGE_TOKENS:
+        known = isinstance(self.page_tokens, int) and self.page_tokens in PAGE_TOKENS
+        if self.page_tokens is not None and not known:
             raise ConfigError(
                 f"page_tokens is one of {PAGE_TOKENS} or None, got {self.page_tokens!r}"
             )
@@ -73,6 +74,8 @@ class TierConfig:
             raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if not isinstance(self.kv, str):
             raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
+        if not isinstance(self.cold_dir, (str, type(None))):
+            raise ConfigError(f"cold_dir is a path as text, or None, got {self.cold_dir!r}")
         self.budget()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv import hook, state
-from pagedkv.allocator import KVShape, PageTable, Precision
+from pagedkv.allocator import KVShape, PageTable, Precision, TableEntry
 from pagedkv.attention import DECODE_TOKENS, KVView, attend
 from pagedkv.backends import choose_backend
 from pagedkv.config import TierConfig
-from pagedkv.errors import ClosedError, OutOfPagesError, ShapeError
+from pagedkv.errors import ClosedError, ColdStoreError, OutOfPagesError, ShapeError
 from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
+from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
 
 
@@ -79,6 +81,9 @@ class PagedLayerCache:
         self._closed = False
         # Whether both tags reach attention, for one query token and for many; None is unknown.
         self.reaches_hook: dict[bool, bool | None] = {False: None, True: None}
+        self.readers = 1  # how many times per call a view is attended
+        self._unread = 0
+        self._appended = 0
         self._backend = choose_backend(context.config.backend)
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
@@ -108,7 +113,11 @@ class PagedLayerCache:
         known = self.reaches_hook[keys.shape[2] == 1]
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
-        dense = view.dense(view.keys.dtype)  # the hot arrays themselves while there are no pages
+        try:
+            dense = view.dense(view.keys.dtype)  # the hot arrays themselves if there are no pages
+        except ColdStoreError:
+            self._roll_back(self.offset - self._appended)
+            raise
         if not hook.installed():
             return dense
         if not view.entries and known is not None and not self._overflowing():
@@ -122,11 +131,17 @@ class PagedLayerCache:
         `pagedkv.attention`.
         """
         self._accept(keys, values)
-        self._settle()
-        self._admit(int(keys.shape[2]))
-        self._hot.append(keys.astype(self._dtype), values.astype(self._dtype))
-        self.offset += int(keys.shape[2])
         self._context.pager.use(self._context.lineage)
+        try:
+            self._settle()
+        except ColdStoreError:
+            self._roll_back(self.offset)
+            raise
+        self._appended = int(keys.shape[2])
+        self._admit(self._appended)
+        self._hot.append(to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype))
+        self.offset += self._appended
+        self._unread = self.readers
         self._warn_past_limit()
         return self.view()
 
@@ -147,16 +162,32 @@ class PagedLayerCache:
         mask: mx.array | str | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attention for the dispatcher: seals what a prefill chunk pushed out of the window."""
+        """Attention over a view; seals what a prefill chunk pushed out of the window.
+
+        See `pagedkv.attention.attend`. If a cold page cannot be read, the tokens of this call are
+        taken back from every layer that has them, so that the call can be made again.
+        """
         self.reaches_hook[q.shape[2] == 1] = True
-        out = attend(
-            view, q, scale, mask, sinks, self._backend, self._context.pager.budget.scratch_bytes
-        )
-        if q.shape[2] > DECODE_TOKENS and self._overflowing():
+        scratch = self._context.pager.budget.scratch_bytes
+        try:
+            out = attend(view, q, scale, mask, sinks, self._backend, scratch)
+        except ColdStoreError:
+            self._roll_back(self.offset - self._appended)
+            raise
+        self._unread -= 1
+        # Layers that share this one's keys (gemma3n) attend to the same view: wait for the last.
+        if q.shape[2] > DECODE_TOKENS and self._unread <= 0 and self._overflowing():
             # Nothing may be reading the slabs when pages are written to them.
             mx.eval(out)
             self._settle()
         return out
+
+    def _roll_back(self, length: int) -> None:
+        """Take back what a call that failed here appended past `length`, in earlier layers too."""
+        for cache in self.siblings():
+            cache.trim(max(0, cache.offset - length))
+            if cache is self:
+                return
 
     def _accept(self, keys: mx.array, values: mx.array) -> None:
         """Check the arrays; the first ones decide the layer's shape."""
@@ -167,6 +198,8 @@ class PagedLayerCache:
                 f"layer {self.layer}: keys {keys.shape} and values {values.shape} are not "
                 f"[1, kv_heads, n, dim] with the same heads and n"
             )
+        if keys.shape[2] == 0:
+            raise ShapeError(f"layer {self.layer}: no token was given")
         if keys.shape[0] != 1:
             raise ShapeError(
                 f"layer {self.layer}: a batch of {keys.shape[0]} was given, a paged cache holds "
@@ -235,15 +268,26 @@ class PagedLayerCache:
         first = next(self._context.alive(), self)
         layers: Sequence[PagedLayerCache] = [self] if first is not self else [*first.siblings()]
         for cache in layers:
-            due = cache._pages_due(count)
-            if not due or cache._pager is None:
+            if cache._pager is None or not cache._pages_due(count):
                 continue
-            wanted = cache._page_precisions(due, cache.offset + count)
-            if problem := cache._pager.demand_met(wanted):
+            problem = cache._pager.shortage(cache._pages_to_come(count))
+            if problem is None and cache is self and self._overflowing():
+                problem = "the disk failed while pages were being stored"
+            if problem:
                 raise OutOfPagesError(
                     f"out of pages at {self.offset:,} tokens (+{count:,}): {problem}; "
                     f"raise the warm or cold budget, lower the precision, or trim"
                 )
+
+    def _pages_to_come(self, count: int) -> dict[Precision, int]:
+        """By precision, pages sealed or lowered into it less pages that leave it, `count` on."""
+        assert self._pager is not None
+        offset = self.offset + count
+        more = Counter(self._page_precisions(self._pages_due(count), offset))
+        for _, entry, present, wanted in self._to_lower(offset):
+            more[wanted] += 1
+            more[present] -= self._pager.allocator.references(entry.page) == 1
+        return dict(more)
 
     def located_pages(self) -> Iterator[tuple[Page, int]]:
         """This sequence's pages in order, each with its valid tokens."""
@@ -260,6 +304,11 @@ class PagedLayerCache:
     def shape(self) -> KVShape | None:
         """Heads and channels; None before the first tokens."""
         return self._pager.shape if self._pager else None
+
+    @property
+    def hot_bits(self) -> int:
+        """Bits of a hot number."""
+        return 8 * self._dtype.size if self._pager else 16
 
     @property
     def hot_bytes(self) -> int:
@@ -281,6 +330,7 @@ class PagedLayerCache:
         if not due:
             return
         mx.eval(*self._hot.arrays)
+        self._lower()  # first: it makes room where the new pages go
         sealed = 0
         precisions = self._page_precisions(due, self.offset)
         for precision, group in itertools.groupby(precisions):
@@ -293,7 +343,6 @@ class PagedLayerCache:
             sinks = self._context.config.sink_tokens
             self._hot.remove(sinks, sealed * self._pager.page_tokens)
             mx.eval(*self._hot.arrays)
-            self._lower()
 
     def _seal(self, first: int, count: int, precision: Precision) -> int:
         """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
@@ -318,28 +367,33 @@ class PagedLayerCache:
     def _lower(self) -> None:
         """Re-encode pages that are now farther away than their precision's step."""
         assert self._pager is not None and self._table is not None
-        ladder = self._context.config.ladder
-        if len(self._pager.precisions) == 1:
+        for i, entry, _, wanted in list(self._to_lower(self.offset)):
+            try:
+                self._table.replace(i, self._pager.lower(entry.page, wanted))
+            except OutOfPagesError:
+                return  # keep the better precision until there is room
+
+    def _to_lower(self, offset: int) -> Iterator[tuple[int, TableEntry, Precision, Precision]]:
+        """Entries beyond their precision's step: index, entry, present and wanted precision."""
+        if self._pager is None or self._table is None or len(self._pager.precisions) == 1:
             return
+        ladder = self._context.config.ladder
         end = self._context.config.sink_tokens
         for i, entry in enumerate(self._table.entries):
             end += entry.tokens
             present = self._pager.pages[entry.page].precision
-            wanted = ladder.at(self.offset - end)
+            wanted = ladder.at(offset - end)
             if ladder.rank(wanted) > ladder.rank(present):
-                try:
-                    self._table.replace(i, self._pager.lower(entry.page, wanted))
-                except OutOfPagesError:
-                    return  # keep the better precision until there is room
+                yield i, entry, present, wanted
 
     def _following_batches(self) -> Sequence[Batch]:
-        """What the next paged layer will read from disk, for read-ahead."""
-        found = False
-        for cache in self._context.alive():
-            if found:
-                return cache._cold_batches()
-            found = cache is self
-        return ()
+        """What the next paged layer will read from disk, for read-ahead.
+
+        After the last layer comes the first one, of the next token.
+        """
+        layers = list(self.siblings())
+        here = next((i for i, cache in enumerate(layers) if cache is self), -1)
+        return layers[(here + 1) % len(layers)]._cold_batches() if here >= 0 else ()
 
     def _cold_batches(self) -> Sequence[Batch]:
         if self._pager is None or self._table is None or not self._context.pager.open_cold:
@@ -427,9 +481,11 @@ class PagedLayerCache:
 
     def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
         """A second cache with the same tokens: shares every page, copies page numbers only."""
+        if self._closed:
+            raise ClosedError(f"layer {self.layer}: a closed cache cannot be forked")
         twin = type(self)(context or self._context.fork(), self.layer)
         twin.offset = self.offset
-        twin.reaches_hook = dict(self.reaches_hook)
+        twin.reaches_hook, twin.readers = dict(self.reaches_hook), self.readers
         if self._pager is not None and self._table is not None:
             twin.bind(self._pager.shape, self._dtype)
             twin._adopt(self._table.fork(), self._hot.share())
@@ -442,13 +498,19 @@ class PagedLayerCache:
         self._finalizer = weakref.finalize(self, self._pager.abandon, table)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayerCache:
-        return self.fork()
+        # Layers copied together (a plain list of them) stay one sequence.
+        if id(self._context) not in memo:
+            memo[id(self._context)] = self._context.fork()
+        return self.fork(memo[id(self._context)])
 
     def __copy__(self) -> PagedLayerCache:
         return self.fork()
 
     def close(self) -> None:
-        """Release pages and memory. Closing twice is fine; using it afterwards raises."""
+        """Release pages and memory. Closing twice is fine; using it afterwards raises.
+
+        With the last open layer of a pager its threads and files go too.
+        """
         if self._table is not None:
             self._finalizer.detach()
             self._table.clear()
@@ -456,6 +518,8 @@ class PagedLayerCache:
         self.offset = 0
         self._closed = True
         self._context.pager.users.discard(self)
+        if not self._context.pager.users:
+            self._context.pager.close()
 
     # State, for mlx-lm's save and load
 

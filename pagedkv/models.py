@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, cast
@@ -34,11 +35,13 @@ class LayerProbe:
         dtype: of the keys.
         reaches_hook: whether both tags arrived at attention, for one query token (True) and for
             several (False).
+        readers: how many times they did per call; more than one where layers share keys.
     """
 
     shape: KVShape
     dtype: mx.Dtype
     reaches_hook: dict[bool, bool]
+    readers: int
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Wrapping:
             if probe := self.probes.get(i):
                 cache.bind(probe.shape, probe.dtype)
                 cache.reaches_hook.update(probe.reaches_hook)
+                cache.readers = probe.readers
             layers.append(cache)
         return PagedCache(layers, context)
 
@@ -102,7 +106,6 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     """
     config = config or TierConfig()
     _require_model(model)
-    unwrap(model)
     stock = _stock_maker(model)
     from pagedkv.mlx_lm_cache import is_pageable, register
 
@@ -132,6 +135,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         wrapping.pager.close()
         hook.uninstall()
         raise
+    unwrap(model)  # only now: a call that fails leaves an earlier wrapping as it was
     object.__setattr__(model, _WRAPPED, wrapping)
     object.__setattr__(model, "make_cache", wrapping.make_cache)
     return cache
@@ -188,6 +192,8 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
             state.restore(layer, meta, saved)
     except BaseException:
         cache.close()
+        if wrapping is None:
+            unwrap(model)
         raise
     return cache
 
@@ -235,10 +241,11 @@ def _stock_maker(model: Any) -> Callable[[], list[Any]]:
     except ImportError as e:
         raise ConfigError("wrap() needs mlx-lm: pip install 'pagedkv[lm]'") from e
 
+    # The model will hold this function: a strong reference back would keep it alive for ever.
+    reference = weakref.ref(model)
     own = getattr(type(model), "make_cache", None)
-    if own is not None:
-        return lambda: list(own(model))
-    return lambda: list(make_prompt_cache(model))
+    make = own if own is not None else make_prompt_cache
+    return lambda: list(make(reference()))
 
 
 def _context_limit(model: Any) -> int | None:
@@ -254,7 +261,7 @@ class _ProbeCache(PagedLayerCache):
         self._inner = inner
         self.offset = 0
         self.seen: tuple[KVShape, mx.Dtype] | None = None
-        self.reached = False
+        self.reached = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.seen = (
@@ -272,32 +279,40 @@ class _ProbeCache(PagedLayerCache):
         mask: mx.array | str | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        self.reached = True
+        self.reached += 1
         return mx.zeros((*q.shape[:3], view.values.shape[3]), q.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
 
+PROBE_TOKENS = (1, 2, 64)
+"""Prompt lengths at which a model's graph is looked at; models may treat short ones apart."""
+
+
 def _probe(model: Any, kinds: list[Any], pageable: list[int]) -> dict[int, LayerProbe]:
-    """Build the model's graph for one and for two tokens and note what each layer does.
+    """Build the model's graph for a few prompt lengths and note what each layer does.
 
     MLX is lazy: nothing is computed. A model that cannot be called this way is not an error; its
     layers are learned when they are first used.
     """
-    seen: dict[int, tuple[KVShape, mx.Dtype]] = {}
-    reached: dict[int, dict[bool, bool]] = {i: {} for i in pageable}
-    for single in (True, False):
-        caches = [_ProbeCache(c) if i in reached else c for i, c in enumerate(_fresh(kinds))]
+    probes: dict[int, LayerProbe] = {}
+    for tokens in PROBE_TOKENS:
+        caches = [_ProbeCache(c) if i in pageable else c for i, c in enumerate(_fresh(kinds))]
         try:
-            model(mx.array([[0]] if single else [[0, 0]]), cache=caches)
+            model(mx.zeros((1, tokens), mx.int32), cache=caches)
         except Exception:
             return {}
         for i in pageable:
-            probe = caches[i]
-            if probe.seen is not None:
-                seen[i], reached[i][single] = probe.seen, probe.reached
-    return {i: LayerProbe(*seen[i], reached[i]) for i in seen}
+            seen = caches[i].seen
+            if seen is None:
+                continue
+            shape, dtype = seen
+            known = probes.get(i) or LayerProbe(shape, dtype, {}, 1)
+            single, reached = tokens == 1, caches[i].reached
+            known.reaches_hook[single] = known.reaches_hook.get(single, True) and reached > 0
+            probes[i] = LayerProbe(shape, dtype, known.reaches_hook, max(known.readers, reached))
+    return probes
 
 
 def _fresh(kinds: list[Any]) -> Iterator[Any]:

@@ -121,12 +121,19 @@ class _Counter:
 
     def pages(self, context: int) -> dict[Precision, int]:
         """Sealed pages of one layer by precision."""
-        config = self._config
+        config, reach = self._config, self._ladder.reach
+        first_end = config.sink_tokens + self.page_tokens
         count = max(0, context - config.sink_tokens - config.hot_tokens) // self.page_tokens
         pages = dict.fromkeys(self._sizes, 0)
-        for i in range(count):
-            end = config.sink_tokens + (i + 1) * self.page_tokens
-            pages[self._ladder.at(context - end)] += 1
+        nearer = 0
+        for precision, end in zip(self._ladder.steps, (*reach, None), strict=True):
+            # Page i ends at first_end + i * page_tokens: those within `end` of the last token.
+            within = count
+            if end is not None:
+                within -= min(count, max(0, (context - first_end - end) // self.page_tokens + 1))
+            if within > nearer:
+                pages[precision] += within - nearer
+                nearer = within
         return pages
 
     def place(self, context: int) -> tuple[dict[Precision, int], dict[Precision, int]]:

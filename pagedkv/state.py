@@ -80,6 +80,7 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
         "fingerprint": context.fingerprint,
         "max_tokens": context.max_tokens,
         "sequence": context.sequence_id,
+        "sink_tokens": context.config.sink_tokens,
         "config": {**context.config.to_dict(), "cold_dir": None},
     }
     if cache._pager is not None and cache._table is not None:
@@ -168,6 +169,11 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             raise CacheStateError(
                 f"saved pages hold {meta['page_tokens']} tokens and this cache's hold "
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
+            )
+        if cache._context.config.sink_tokens != meta["sink_tokens"]:
+            raise CacheStateError(
+                f"the cache was saved with {meta['sink_tokens']} sink tokens and this one has "
+                f"{cache._context.config.sink_tokens}: load it with the same sink_tokens"
             )
         for i, (name, position, tokens) in enumerate(meta["pages"]):
             precision = Precision.parse(name)
@@ -306,7 +312,7 @@ def load_states(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     from mlx.utils import tree_unflatten
 
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         for place in _text_leaves(metadata):
             arrays[place] = "".join(chr(c) for c in arrays[place].tolist())

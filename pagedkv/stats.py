@@ -157,7 +157,7 @@ class _Places:
             self.hot_allocated += layer.hot_bytes
             if layer.shape is not None:
                 hot = layer.offset - sum(layer_tokens.values())
-                self.hot_bytes += hot * layer.shape.token_bytes()
+                self.hot_bytes += hot * layer.shape.token_bytes(layer.hot_bits)
                 self.fp16_bytes += layer.offset * layer.shape.token_bytes()
                 elements += layer.offset * _elements(layer.shape)
             if i == 0:  # layers move together; the first speaks for all

@@ -35,9 +35,10 @@ def greedy(model: Any, prompt: mx.array, n: int, cache: Any) -> tuple[list[int],
 
 def test_everything_hot_equals_the_unwrapped_model_bit_for_bit(folder: str) -> None:
     """float16, 64 greedy tokens after a prompt of 512."""
+    from pydoc_data.topics import topics
+
     from mlx_lm import load
     from mlx_lm.models.cache import make_prompt_cache
-    from pydoc_data.topics import topics
 
     model, tokenizer = load(folder)[:2]
     assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float16

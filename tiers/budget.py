@@ -80,12 +80,19 @@ class TierBudget:
             share -= slots[precision] * nbytes
         return slots
 
-    def require_buffers(self, page_bytes: int, pages_per_run: int) -> None:
-        """Check that the memory between tiers holds what moves at once.
+    def require_cold(self, layers: int, page_bytes: int, pages_per_run: int) -> None:
+        """Check that the disk takes a page, and the memory on the way what moves at once.
 
         Raises:
-            ConfigError: if staging holds no run of pages, or the write buffer no page.
+            ConfigError: if a layer's cold share or the write buffer holds no page, or staging
+                no run of pages.
         """
+        if self.cold_bytes // layers < page_bytes:
+            raise ConfigError(
+                f"cold budget {self.cold_bytes:,} bytes is smaller than one page of "
+                f"{page_bytes:,} bytes in each of {layers} layers: give at least "
+                f"{page_bytes * layers:,}, or 0 for no disk"
+            )
         if self.staging_bytes < page_bytes * pages_per_run:
             raise ConfigError(
                 f"staging budget {self.staging_bytes:,} bytes is smaller than one batch of "

@@ -159,7 +159,7 @@ class Sixteen(_Layout):
     def encode(self, keys: mx.array, values: mx.array) -> mx.array:
         """See `PageCodec.encode`."""
         dtype = self._dtypes["hot"]
-        keys, values = self._pages(_to_16_bit(keys, dtype), _to_16_bit(values, dtype))
+        keys, values = self._pages(to_16_bit(keys, dtype), to_16_bit(values, dtype))
         return self._join([keys, values])
 
     def keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -192,10 +192,10 @@ def _on_gpu() -> bool:
 
 
 def _to_float16(x: mx.array) -> mx.array:
-    return _to_16_bit(x, mx.float16)
+    return to_16_bit(x, mx.float16)
 
 
-def _to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:
+def to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """Cast; what float16 cannot hold is clamped: infinities would poison a whole group."""
     if x.dtype == dtype:
         return x

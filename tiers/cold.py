@@ -56,8 +56,22 @@ class ColdStore(Protocol):
         """Bytes taken on disk."""
         ...
 
-    def room(self, layer: int, page_bytes: int) -> int:
-        """Pages of this size that can still be put for this layer."""
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory for pages on their way to the disk."""
+        ...
+
+    @property
+    def last_error(self) -> Exception | None:
+        """Why pages cannot be written at present; None while they can."""
+        ...
+
+    def growth(self, layer: int) -> int:
+        """Bytes of new space that the layer may still take."""
+        ...
+
+    def room(self, layer: int, page_bytes: int, growth: int | None = None) -> int:
+        """Pages of this size that can still be put for this layer, with so much new space."""
         ...
 
     def put(self, layer: int, page: int, layout: tuple[int, int, int], data: Bytes) -> ColdRecord:
@@ -144,21 +158,29 @@ class FileColdStore:
         return self._buffers.nbytes
 
     @property
-    def last_error(self) -> OSError | None:
+    def last_error(self) -> Exception | None:
         """Why the disk does not take pages at present; None while it does."""
         with self._lock:
             return self._failed[0].error if self._failed else None
 
-    def room(self, layer: int, page_bytes: int) -> int:
-        """Pages that can still be put: by the disk budget, or by memory while writes fail."""
+    def room(self, layer: int, page_bytes: int, growth: int | None = None) -> int:
+        """Pages that can still be put: by the disk budget, or by memory while writes fail.
+
+        Args:
+            layer: layer number.
+            page_bytes: size of the pages.
+            growth: bytes by which the layer's files may still grow; all that is left if None.
+        """
         extent = self._extents.get((layer, page_bytes))
         free = extent.slots.free if extent else 0
-        room = free + self._growth(layer) // page_bytes
-        if self.last_error is not None:
+        growth = self.growth(layer) if growth is None else growth
+        room = free + max(0, growth) // page_bytes
+        if self.last_error is not None and not self._retry_failed():
             return min(room, self._buffers.room(page_bytes))
         return room
 
-    def _growth(self, layer: int) -> int:
+    def growth(self, layer: int) -> int:
+        """Bytes by which the layer's files may still grow within its share."""
         taken = sum(
             e.slots.capacity * e.page_bytes for (i, _), e in self._extents.items() if i == layer
         )
@@ -196,14 +218,19 @@ class FileColdStore:
         extent = self._extents.get((layer, page_bytes))
         if extent and extent.slots.free:
             return extent
-        if self._growth(layer) < page_bytes:
+        if self.growth(layer) < page_bytes:
             raise OutOfPagesError(
                 f"cold tier full: layer {layer} has used its {self._layer_budget:,} of "
                 f"{self.budget:,} bytes; raise the cold budget or trim the context"
             )
         if not extent:
             name = f"layer-{layer:04d}-{page_bytes // 1024}k.pages"
-            extent = _Extent(PageFile(self.directory / name), page_bytes)
+            try:
+                extent = _Extent(PageFile(self.directory / name), page_bytes)
+            except OSError as e:
+                raise ColdStoreError(
+                    e.errno or errno.EIO, f"cannot open {self.directory / name}: {e.strerror}"
+                ) from e
             self._extents[layer, page_bytes] = extent
         extent.slots.grow(extent.slots.capacity + 1)
         return extent
@@ -212,28 +239,30 @@ class FileColdStore:
         started = time.perf_counter()
         try:
             while (buffer := self._buffers.take(nbytes, timeout=0.05)) is None:
-                self._retry_failed()
+                if not self._retry_failed():
+                    raise self._cannot_write()
         finally:
             self.counters.write_stall_seconds += time.perf_counter() - started
         return buffer
 
-    def _retry_failed(self) -> None:
-        """Try once more to write what failed; complain if nothing got through."""
+    def _retry_failed(self) -> bool:
+        """Try once more to write what failed; whether anything got through, or nothing waits."""
         with self._lock:
             failed, self._failed = self._failed, []
-        if not failed:
-            return  # the writer is only slow
         for record in failed:
             self._writer.submit(self._write, record)
         self.flush()
         with self._lock:
+            return not failed or len(self._failed) < len(failed)
+
+    def _cannot_write(self) -> OutOfPagesError:
+        with self._lock:
             stuck, held = list(self._failed), sum(r.nbytes for r in self._failed)
-        if len(stuck) >= len(failed):
-            raise OutOfPagesError(
-                f"cold tier cannot write to {self.directory} ({stuck[0].error}): {len(stuck)} "
-                f"pages ({held:,} bytes) wait in memory and no buffer is left; free disk space "
-                f"or trim the context"
-            )
+        return OutOfPagesError(
+            f"cold tier cannot write to {self.directory} ({stuck[0].error}): {len(stuck)} "
+            f"pages ({held:,} bytes) wait in memory and no buffer is left; free disk space "
+            f"or trim the context"
+        )
 
     def _write(self, record: ColdRecord) -> None:
         """On the writer thread: pack, checksum, write, and let the buffer go."""
@@ -246,7 +275,7 @@ class FileColdStore:
             digest, stored = checksum(record.identity, page), pack(page)
             extent = self._extents[record.identity.layer, record.nbytes]
             extent.file.write(stored, record.slot * record.nbytes)
-        except OSError as e:
+        except Exception as e:  # whatever it is, the page stays readable in its buffer
             with self._lock:
                 self.counters.write_errors += 1
                 record.error = e

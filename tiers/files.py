@@ -9,6 +9,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class PageFile:
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.close(self._fd)
             raise ColdStoreError(f"{path} is not a regular file")
+        self._close = weakref.finalize(self, os.close, self._fd)  # also when merely dropped
 
     def _open(self, path: Path) -> int:
         direct = getattr(os, "O_DIRECT", 0)
@@ -134,6 +136,5 @@ class PageFile:
 
     def close(self) -> None:
         """Close; closing twice is fine."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._fd = -1
+        self._close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import (
+    ColdStoreError,
     KVShape,
     OutOfPagesError,
     PageAllocator,
@@ -106,7 +107,9 @@ class LayerPager:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
         slots = self._pager.budget.warm_slots(self._pager.layers, self.page_tokens, sizes)
         if self._pager.has_cold:
-            self._pager.budget.require_buffers(max(sizes.values()), self.pages_per_run)
+            self._pager.budget.require_cold(
+                self._pager.layers, max(sizes.values()), self.pages_per_run
+            )
         return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
 
     @property
@@ -140,24 +143,29 @@ class LayerPager:
 
     # Sealing
 
-    def demand_met(self, wanted: Sequence[Precision]) -> str | None:
-        """Whether pages of these precisions can be stored; if not, the numbers that say why."""
-        for precision in dict.fromkeys(wanted):
-            count = sum(p == precision for p in wanted)
-            slab = self._slabs[precision]
-            if count <= slab.room:
-                continue  # without asking the cold store, which may not even be open
-            room = slab.room + self._cold_room(slab.page_bytes)
-            if count > room:
-                return (
-                    f"layer {self.layer} needs {count} more {precision} pages of "
-                    f"{slab.page_bytes:,} bytes and has room for {room}: warm holds "
-                    f"{slab.used} of {slab.max_slots}, cold {self._pager.cold_summary(self.layer)}"
-                )
-        return None
+    def shortage(self, more: Mapping[Precision, int]) -> str | None:
+        """Why pages cannot be stored, with the numbers; None if they can.
 
-    def _cold_room(self, page_bytes: int) -> int:
-        return self._pager.cold.room(self.layer, page_bytes) if self._pager.has_cold else 0
+        Args:
+            more: per precision, the pages to come less the pages that leave it.
+        """
+        beyond = {p: n - self._slabs[p].room for p, n in more.items() if n > self._slabs[p].room}
+        if not beyond:
+            return None  # without asking the cold store, which may not even be open
+        growth = self._pager.cold.growth(self.layer) if self._pager.has_cold else 0
+        for precision, pages in beyond.items():
+            slab = self._slabs[precision]
+            room = 0
+            if self._pager.has_cold:
+                room = self._pager.cold.room(self.layer, slab.page_bytes, growth)
+            if pages > room:
+                return (
+                    f"layer {self.layer} needs {more[precision]} more {precision} pages of "
+                    f"{slab.page_bytes:,} bytes: warm holds {slab.used} of {slab.max_slots}, "
+                    f"cold {self._pager.cold_summary()} and takes {room}"
+                )
+            growth -= pages * slab.page_bytes
+        return None
 
     def seal(
         self,
@@ -178,7 +186,7 @@ class LayerPager:
 
         Returns:
             Page numbers, each with one reference that the caller owns. Fewer than asked for if
-            no tier had room for more; the pages returned are the first ones.
+            no tier took more (full, or the disk failed); the pages returned are the first ones.
         """
         records = self.codecs[precision].encode(keys, values)
         mx.eval(records)
@@ -186,7 +194,7 @@ class LayerPager:
         for i, position in enumerate(positions):
             try:
                 numbers.append(self._store(records[i : i + 1], precision, position, lineage))
-            except OutOfPagesError:
+            except (OutOfPagesError, ColdStoreError):
                 break
             self._pager.counters.sealed += 1
         return numbers
@@ -246,10 +254,9 @@ class LayerPager:
         warm = (p for p in self.pages.values() if p.slot is not None and p.precision == precision)
         page = min(warm, key=lambda p: (p.lineage.tick, p.position))
         assert page.slot is not None
-        copy = self._pager.bounce(slab.page_bytes)
-        slab.copy_out(page.slot, copy)
         layout = (precision.key_bits, precision.value_bits, self.page_tokens)
-        page.record = self._pager.cold.put(self.layer, page.number, layout, copy)
+        data = slab.page_view(page.slot)
+        page.record = self._pager.cold.put(self.layer, page.number, layout, data)
         slab.give(page.slot)
         page.slot = None
         self._pager.counters.demoted += 1
@@ -359,10 +366,6 @@ class LayerPager:
     def warm_bytes(self) -> int:
         """Bytes allocated in warm slabs."""
         return sum(slab.nbytes for slab in self._slabs.values())
-
-    def slab_array(self, precision: Precision) -> mx.array:
-        """The warm slab of one precision, ``uint32 [slots, page_bytes / 4]``, for kernels."""
-        return self._slabs[precision].array
 
     def check(self, tables: Sequence[PageTable]) -> None:
         """Conservation over pages, references, warm slots and cold records.

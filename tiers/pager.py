@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from pagedkv.allocator import KVShape, PageTable
 from pagedkv.tiers.budget import TierBudget
@@ -32,7 +30,8 @@ class PagerCounters:
 class Pager:
     """The tiers below the hot one, for all layers and sequences of a wrapped model.
 
-    Threads and files exist from the first demotion until `close`.
+    The cold store's directory exists from its first mention until `close`, its threads and files
+    from the first demotion.
 
     Attributes:
         budget: limits.
@@ -51,7 +50,6 @@ class Pager:
         self._layer_pagers: dict[int, LayerPager] = {}
         self._cold: FileColdStore | None = None
         self._reader: ColdReader | None = None
-        self._bounce = np.empty(0, np.uint8)
         self._tick = 0
 
     def layer(self, layer: int, shape: KVShape, hot_dtype: mx.Dtype) -> LayerPager:
@@ -101,19 +99,13 @@ class Pager:
         """The staging ring if there is one."""
         return self._reader
 
-    def cold_summary(self, layer: int) -> str:
+    def cold_summary(self) -> str:
         """The cold tier's state in a few words, for error messages."""
         if not self.has_cold:
             return "is off (cold=0)"
         error = self.cold.last_error
         state = f"has taken {self.cold.nbytes:,} of {self.budget.cold_bytes:,} bytes"
-        return f"{state} and cannot write: {error}" if error else state
-
-    def bounce(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Memory for one page between the slab and the write queue."""
-        if len(self._bounce) < nbytes:
-            self._bounce = np.empty(nbytes, np.uint8)
-        return self._bounce[:nbytes]
+        return f"{state}, cannot write ({error})" if error else state
 
     def use(self, lineage: Lineage) -> None:
         """Mark a sequence as used now, and release what dead sequences left behind."""

@@ -80,6 +80,8 @@ class ColdReader:
             CorruptPageError, ColdStoreError: from the batch that failed.
         """
         wanted = [*batches, *following]
+        for stale in self._tickets.keys() - set(wanted):
+            self._discard(stale)  # a seal or a trim changed what a batch holds
         for i, batch in enumerate(batches):
             # Ask for this one first if it is not under way, then for what comes after it.
             ticket = self._tickets.pop(batch, None) or self._require(batch)
@@ -119,7 +121,8 @@ class ColdReader:
         try:
             ticket.done.result()
         except BaseException:
-            self._buffers.give(ticket.buffer)
+            # Interrupted while the worker still writes to the buffer: give it back only then.
+            ticket.done.add_done_callback(lambda _: self._buffers.give(ticket.buffer))
             raise
         finally:
             self.counters.stall_seconds += time.perf_counter() - started

@@ -74,7 +74,7 @@ class ColdRecord:
     checksum: bytes = b""
     live: bool = True
     pending: Bytes | None = None
-    error: OSError | None = None
+    error: Exception | None = None
 
 
 def checksum(identity: PageIdentity, page: Bytes) -> bytes:

@@ -25,6 +25,7 @@ class WarmSlab:
         self.max_slots = max_slots
         self._slots = SlotPool()
         self._array = mx.zeros((0, self._words), mx.uint32)
+        mx.eval(self._array)  # a lazy array could only be evaluated by the thread that made it
 
     @property
     def nbytes(self) -> int:
@@ -76,16 +77,18 @@ class WarmSlab:
         """Pages by slot, lazily: ``uint32 [len(slots), page_bytes / 4]``."""
         return mx.take(self._array, mx.array(slots, mx.uint32), axis=0)
 
-    def copy_out(self, slot: int, out: Bytes) -> None:
-        """Copy a page's bytes into `out`, so that the slot can be reused at once."""
-        out[: self.page_bytes] = np.asarray(self._array[slot]).view(np.uint8)
+    def page_view(self, slot: int) -> Bytes:
+        """A page's bytes, to be copied before anything else happens to the slab."""
+        return np.asarray(self._array[slot]).view(np.uint8)
 
     def check(self) -> None:
         """The slot conservation law; see `SlotPool.check`."""
         self._slots.check()
 
     def _grow(self, slots: int) -> None:
-        room = mx.zeros((slots - self._slots.capacity, self._words), mx.uint32)
-        self._array = mx.concatenate([self._array, room], axis=0)
+        larger = mx.zeros((slots, self._words), mx.uint32)
+        if self._slots.capacity:
+            larger = mx.slice_update(larger, self._array, mx.array([0]), [0])  # in place
+        self._array = larger
         mx.eval(self._array)
         self._slots.grow(slots)
