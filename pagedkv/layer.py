@@ -17,7 +17,13 @@ from pagedkv.allocator import KVShape, PageTable, Precision, TableEntry
 from pagedkv.attention import DECODE_TOKENS, KVView, attend
 from pagedkv.backends import choose_backend
 from pagedkv.config import TierConfig
-from pagedkv.errors import ClosedError, ColdStoreError, OutOfPagesError, ShapeError
+from pagedkv.errors import (
+    ClosedError,
+    ColdStoreError,
+    OutOfPagesError,
+    PagedKVError,
+    ShapeError,
+)
 from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
 from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
@@ -83,6 +89,7 @@ class PagedLayerCache:
         self.reaches_hook: dict[bool, bool | None] = {False: None, True: None}
         self.readers = 1  # how many times per call a view is attended
         self._unread = 0
+        self._spent: KVView | None = None
         self._appended = 0
         self._backend = choose_backend(context.config.backend)
         context.pager.users.add(self)
@@ -141,7 +148,7 @@ class PagedLayerCache:
         self._admit(self._appended)
         self._hot.append(to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype))
         self.offset += self._appended
-        self._unread = self.readers
+        self._unread, self._spent = self.readers, None
         self._warn_past_limit()
         return self.view()
 
@@ -167,6 +174,11 @@ class PagedLayerCache:
         See `pagedkv.attention.attend`. If a cold page cannot be read, the tokens of this call are
         taken back from every layer that has them, so that the call can be made again.
         """
+        if view is self._spent:
+            raise PagedKVError(
+                f"layer {self.layer}: its keys were attended more often than when the model was "
+                f"wrapped ({self.readers} times a call); please report this model"
+            )
         self.reaches_hook[q.shape[2] == 1] = True
         scratch = self._context.pager.budget.scratch_bytes
         try:
@@ -180,6 +192,8 @@ class PagedLayerCache:
             # Nothing may be reading the slabs when pages are written to them.
             mx.eval(out)
             self._settle()
+            if len(self._context.config.ladder.steps) > 1:
+                self._spent = view  # pages that it names may have been lowered and freed
         return out
 
     def _roll_back(self, length: int) -> None:

@@ -104,8 +104,10 @@ class ColdReader:
     def _require(self, batch: Batch) -> _Ticket:
         """A ticket for a batch nobody announced; throws out announced ones if it must."""
         while (buffer := self._buffers.take(_size(batch))) is None:
-            if not self._tickets:
-                raise ValueError(f"{_size(batch):,} bytes do not fit the staging ring")
+            if not self._tickets:  # an interrupted read still has it; it comes back
+                buffer = self._buffers.take(_size(batch), timeout=None)
+                assert buffer is not None
+                break
             self._discard(next(reversed(self._tickets)))
         return self._submit(batch, buffer)
 
