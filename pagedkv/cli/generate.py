@@ -175,7 +175,9 @@ def _demo_prompt(args: argparse.Namespace, tokenizer: Any, say: Notes) -> str:
 
     wanted = positive(parse_tokens(args.demo_document, "demo-document"), "--demo-document")
     text = demo_document(wanted, lambda part: len(tokenizer.encode(part)))
-    say(f"a document of {len(tokenizer.encode(text)):,} tokens. {DEMO_QUESTION}")
+    tokens = len(tokenizer.encode(text))
+    say(f"{tokens:,} tokens of Python's manual, with a note planted in the first third")
+    say(DEMO_QUESTION)
     return f"{text}\n\n{DEMO_QUESTION}"
 
 
