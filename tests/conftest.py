@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -12,9 +11,9 @@ from pagedkv import hook
 from pagedkv.attention import stock_attention
 
 settings.register_profile(
-    "ci", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "pagedkv", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile("pagedkv")
 
 
 @pytest.fixture(autouse=True)

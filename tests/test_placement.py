@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import pagedkv
 from tests.models import random_tokens, tiny_llama
 
 LADDERS = ["K4V4", "K8V4", "K2V2", "K3V3", "fp16", "K8V8:700,K4V2", "fp16:600,K8V4:900,K4V4"]
+EXAMPLES = int(os.environ.get("PLACEMENT_EXAMPLES", "30"))  # for each of the 7 ladders
 TOKENS = random_tokens(4000, seed=1)
 MODEL = tiny_llama(layers=2, heads=4, kv_heads=2, dim=64)
 
@@ -50,8 +52,8 @@ def play(config: pagedkv.TierConfig, schedule: list[tuple[str, int]]) -> tuple[l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", LADDERS)  # 7 ladders of 30 examples each, side by side in CI
-@settings(max_examples=30)
+@pytest.mark.parametrize("kv", LADDERS)
+@settings(max_examples=EXAMPLES)
 @given(
     schedule=steps,
     hot=st.sampled_from([16, 64, 200]),
