@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,11 +121,8 @@ class PagedLayerCache:
         known = self.reaches_hook[keys.shape[2] == 1]
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
-        try:
+        with self._taken_back_to(self.offset - self._appended):
             dense = view.dense(view.keys.dtype)  # the hot arrays themselves if there are no pages
-        except ColdStoreError:
-            self._roll_back(self.offset - self._appended)
-            raise
         if not hook.installed():
             return dense
         if not view.entries and known is not None and not self._overflowing():
@@ -139,11 +137,8 @@ class PagedLayerCache:
         """
         self._accept(keys, values)
         self._context.pager.use(self._context.lineage)
-        try:
+        with self._taken_back_to(self.offset):
             self._settle()
-        except ColdStoreError:
-            self._roll_back(self.offset)
-            raise
         self._appended = int(keys.shape[2])
         self._admit(self._appended)
         self._hot.append(to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype))
@@ -181,11 +176,8 @@ class PagedLayerCache:
             )
         self.reaches_hook[q.shape[2] == 1] = True
         scratch = self._context.pager.budget.scratch_bytes
-        try:
+        with self._taken_back_to(self.offset - self._appended):
             out = attend(view, q, scale, mask, sinks, self._backend, scratch)
-        except ColdStoreError:
-            self._roll_back(self.offset - self._appended)
-            raise
         self._unread -= 1
         # Layers that share this one's keys (gemma3n) attend to the same view: wait for the last.
         if q.shape[2] > DECODE_TOKENS and self._unread <= 0 and self._overflowing():
@@ -196,12 +188,17 @@ class PagedLayerCache:
                 self._spent = view  # pages that it names may have been lowered and freed
         return out
 
-    def _roll_back(self, length: int) -> None:
-        """Take back what a call that failed here appended past `length`, in earlier layers too."""
-        for cache in self.siblings():
-            cache.trim(max(0, cache.offset - length))
-            if cache is self:
-                return
+    @contextmanager
+    def _taken_back_to(self, length: int) -> Iterator[None]:
+        """If the disk fails inside, take back what came after `length`, in earlier layers too."""
+        try:
+            yield
+        except ColdStoreError:
+            for cache in self.siblings():
+                cache.trim(max(0, cache.offset - length))
+                if cache is self:
+                    break
+            raise
 
     def _accept(self, keys: mx.array, values: mx.array) -> None:
         """Check the arrays; the first ones decide the layer's shape."""

@@ -184,7 +184,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                     f"saved page {i} is {precision}, which the ladder "
                     f"{cache._context.config.kv!r} does not have"
                 )
-            page = cache._pager.restore(record[None], precision, position, cache._context.lineage)
+            page = cache._pager.store(record[None], precision, position, cache._context.lineage)
             cache._table.append(page, tokens)
         cache._dtype = dtype
         cache._hot.load(value["hot_keys"].astype(dtype), value["hot_values"].astype(dtype))

@@ -110,7 +110,7 @@ class AffineCodec(_Layout):
 
     def encode(self, keys: mx.array, values: mx.array) -> mx.array:
         """See `PageCodec.encode`. Inputs beyond float16's range are clamped to it."""
-        keys, values = self._pages(_to_float16(keys), _to_float16(values))
+        keys, values = self._pages(to_16_bit(keys, mx.float16), to_16_bit(values, mx.float16))
         extra = self.geometry.padded_value_dim - self.geometry.shape.value_dim
         if extra:
             values = mx.pad(values, [(0, 0)] * 3 + [(0, extra)])
@@ -189,10 +189,6 @@ def codec_for(
 
 def _on_gpu() -> bool:
     return bool(mx.default_device() == mx.gpu)
-
-
-def _to_float16(x: mx.array) -> mx.array:
-    return to_16_bit(x, mx.float16)
 
 
 def to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -99,6 +99,9 @@ class LayerPager:
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
             p: codec_for(shape, self.page_tokens, p, hot_dtype) for p in self.precisions
         }
+        # A run's length is a matter of geometry alone, so that budgets change no result.
+        largest = max(codec.geometry.page_bytes for codec in self.codecs.values())
+        self.pages_per_run = max(1, min(RUN_TOKENS // self.page_tokens, RUN_BYTES // largest))
         self.allocator = PageAllocator()
         self.pages: dict[int, Page] = {}
         self._slabs = self._make_slabs()
@@ -111,12 +114,6 @@ class LayerPager:
                 self._pager.layers, max(sizes.values()), self.pages_per_run
             )
         return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
-
-    @property
-    def pages_per_run(self) -> int:
-        """Pages in a full run; a matter of geometry alone, so that budgets change no result."""
-        largest = max(codec.geometry.page_bytes for codec in self.codecs.values())
-        return max(1, min(RUN_TOKENS // self.page_tokens, RUN_BYTES // largest))
 
     @property
     def run_tokens(self) -> int:
@@ -193,7 +190,7 @@ class LayerPager:
         numbers = []
         for i, position in enumerate(positions):
             try:
-                numbers.append(self._store(records[i : i + 1], precision, position, lineage))
+                numbers.append(self.store(records[i : i + 1], precision, position, lineage))
             except (OutOfPagesError, ColdStoreError):
                 break
             self._pager.counters.sealed += 1
@@ -209,6 +206,7 @@ class LayerPager:
 
         Raises:
             OutOfPagesError: if no tier has room.
+            ColdStoreError: if the disk failed.
         """
         old = self.pages[number]
         codec = self.codecs[old.precision]
@@ -219,21 +217,18 @@ class LayerPager:
         fresh = self.codecs[precision].encode(keys, values)
         mx.eval(fresh)
         self._pager.counters.lowered += 1
-        return self._store(fresh, precision, old.position, old.lineage)
+        return self.store(fresh, precision, old.position, old.lineage)
 
-    def restore(
-        self, record: mx.array, precision: Precision, position: int, lineage: Lineage
-    ) -> int:
-        """Store a page that was sealed before, such as one from a saved cache.
+    def store(self, record: mx.array, precision: Precision, position: int, lineage: Lineage) -> int:
+        """Store a page that is encoded already, such as one from a saved cache.
+
+        Returns:
+            The page's number, with one reference that the caller owns.
 
         Raises:
             OutOfPagesError: if no tier has room.
+            ColdStoreError: if making room for it failed on the disk.
         """
-        return self._store(record, precision, position, lineage)
-
-    def _store(
-        self, record: mx.array, precision: Precision, position: int, lineage: Lineage
-    ) -> int:
         slab = self._slabs[precision]
         if not slab.room:
             self._demote_farthest(precision)
