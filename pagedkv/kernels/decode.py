@@ -1,0 +1,164 @@
+"""Decode attention: splits of a page table and of the hot tokens, attended and merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.source import LANES, AttentionSpec
+
+GROUPS_WANTED = 512
+"""Threadgroups that fill a large GPU: 132 multiprocessors of an H100, four on each."""
+
+HOT_PER_SPLIT = 256
+"""Hot tokens of a split: in bytes about what two 4-bit pages have."""
+
+MERGE_WARPS = 8
+PARAMS = 16
+SLOT_BITS = 28
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How a sequence's tokens are divided between threadgroups.
+
+    It depends on numbers of pages and tokens only, so that where pages are changes nothing.
+
+    Attributes:
+        pages_per_split: pages of one split, at most.
+        page_splits: splits that have pages.
+        hot_per_split: hot tokens of one split, at most.
+        first_hot: the first split that has hot tokens.
+        splits: all of them.
+        warps: SIMD groups of a threadgroup.
+    """
+
+    pages_per_split: int
+    page_splits: int
+    hot_per_split: int
+    first_hot: int
+    splits: int
+    warps: int
+
+    @classmethod
+    def choose(
+        cls, pages: int, hot: int, parallel: int, page_tokens: int, pages_per_run: int
+    ) -> SplitPlan:
+        """Fill the GPU, without more partials than that takes.
+
+        Args:
+            pages: of the longest sequence.
+            hot: tokens, likewise.
+            parallel: threadgroups per split: KV heads, row blocks and sequences multiplied.
+            page_tokens: tokens per page.
+            pages_per_run: pages that may be staged together; a split never crosses their border.
+        """
+        tiles = pages * page_tokens // 64 + -(-hot // 64)
+        if tiles <= 16:
+            return cls(max(1, pages), 1, max(64, hot), 0, 1, 8 if tiles > 4 else 4)
+        wanted = max(1, GROUPS_WANTED // parallel)
+        per_split = 1
+        while per_split < pages_per_run and pages > wanted * per_split:
+            per_split = next(
+                n for n in range(per_split + 1, pages_per_run + 1) if pages_per_run % n == 0
+            )
+        page_splits = -(-pages // per_split)
+        hot_splits = -(-hot // HOT_PER_SPLIT)
+        return cls(
+            per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4
+        )
+
+    def params(self, pages: int, hot: int, capacity: int, stride: int) -> list[int]:
+        """The words that the kernels read, for one sequence."""
+        words = [pages, hot, self.pages_per_split, self.page_splits, capacity, self.hot_per_split]
+        words += [stride, self.splits, self.first_hot]
+        return words + [0] * (PARAMS - len(words))
+
+
+def table_words(places: Sequence[tuple[int, int, int]]) -> list[int]:
+    """A page table as the kernels read it.
+
+    Args:
+        places: per page: source, slot, valid tokens.
+
+    Returns:
+        Two words per page, padded to at least 8: Metal keeps smaller inputs elsewhere.
+    """
+    words = [x for source, slot, valid in places for x in (source << SLOT_BITS | slot, valid)]
+    return words + [0] * (8 - len(words))
+
+
+def attend_splits(
+    launcher: Launcher,
+    spec: AttentionSpec,
+    plan: SplitPlan,
+    q: mx.array,
+    params: mx.array,
+    table: mx.array,
+    hot: tuple[mx.array, mx.array],
+    sources: Sequence[mx.array],
+    splits: int,
+) -> list[mx.array]:
+    """Launch the first kernel.
+
+    Args:
+        launcher: where.
+        spec: of the kernel.
+        plan: of the splits.
+        q: ``[sequences, query_heads, L, key_dim]``.
+        params: uint32 ``[sequences * 16]``, see `SplitPlan.params`.
+        table: uint32, see `table_words`.
+        hot: keys and values ``[sequences, kv_heads, capacity, dim]``.
+        sources: page arrays, uint32 ``[slots, page_bytes / 4]``.
+        splits: how many to run.
+
+    Returns:
+        The output and nothing of interest if the plan has one split; else partial outputs
+        ``[splits, sequences * kv_heads * rows, value_dim]`` and their peaks and totals
+        ``[splits, sequences * kv_heads * rows, 2]``, float32.
+    """
+    rows = spec.sequences * spec.heads * spec.rows
+    if spec.final:
+        shapes: list[tuple[int, ...]] = [(*q.shape[:3], spec.value_dim), (1,)]
+        dtypes = [q.dtype, mx.float32]
+    else:
+        shapes = [(splits, rows, spec.value_dim), (splits, rows, 2)]
+        dtypes = [mx.float32, mx.float32]
+    return launcher.launch(
+        spec.attend,
+        [q, params, table, *hot, *sources],
+        (splits, spec.heads * spec.row_blocks, spec.sequences),
+        LANES * plan.warps,
+        shapes,
+        dtypes,
+    )
+
+
+def merge_splits(
+    launcher: Launcher,
+    spec: AttentionSpec,
+    q: mx.array,
+    partial: mx.array,
+    stats: mx.array,
+    params: mx.array,
+    sinks: mx.array,
+) -> mx.array:
+    """Launch the second kernel: from all partials to the output, ``[…, L, value_dim]`` like q."""
+    (out,) = launcher.launch(
+        spec.merge,
+        [partial, stats, params, sinks],
+        (spec.sequences * spec.heads * spec.rows, 1, 1),
+        LANES * MERGE_WARPS,
+        [(*q.shape[:3], spec.value_dim)],
+        [q.dtype],
+    )
+    return out
+
+
+def group_count(rows: int) -> int:
+    """Row blocks of that many query rows."""
+    return math.ceil(rows / (16 if rows > 8 else 8))

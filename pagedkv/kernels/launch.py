@@ -1,0 +1,79 @@
+"""Launching a kernel text on the GPU that MLX drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from pagedkv.kernels.source import KernelText
+
+
+class Launcher(Protocol):
+    """Runs kernel texts."""
+
+    def launch(
+        self,
+        text: KernelText,
+        inputs: Sequence[mx.array],
+        groups: tuple[int, int, int],
+        threads: int,
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        """Run one kernel, lazily.
+
+        Args:
+            text: the kernel.
+            inputs: row-contiguous arrays (others are copied), one per name in the text.
+            groups: threadgroups along x, y and z.
+            threads: threads of a threadgroup, a multiple of 32.
+            shapes: of the outputs.
+            dtypes: of the outputs.
+
+        Returns:
+            The outputs.
+        """
+        ...
+
+
+class DeviceLauncher:
+    """Runs kernel texts on the GPU, through `mx.fast.metal_kernel` or `mx.fast.cuda_kernel`."""
+
+    def __init__(self) -> None:
+        self.target = "metal" if mx.metal.is_available() else "cuda"
+        self._kernels: dict[str, Callable[..., list[mx.array]]] = {}
+
+    def launch(
+        self,
+        text: KernelText,
+        inputs: Sequence[mx.array],
+        groups: tuple[int, int, int],
+        threads: int,
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        """See `Launcher.launch`."""
+        kernel = self._kernels.get(text.name)
+        if kernel is None:
+            kernel = self._kernels[text.name] = self._make(text)
+        # The grid counts threads, on both.
+        return kernel(
+            inputs=inputs,
+            output_shapes=shapes,
+            output_dtypes=dtypes,
+            grid=(groups[0] * threads, groups[1], groups[2]),
+            threadgroup=(threads, 1, 1),
+        )
+
+    def _make(self, text: KernelText) -> Callable[..., list[mx.array]]:
+        make: Any = mx.fast.metal_kernel if self.target == "metal" else mx.fast.cuda_kernel
+        kernel: Callable[..., list[mx.array]] = make(
+            name=text.name,
+            input_names=list(text.inputs),
+            output_names=list(text.outputs),
+            source=text.body(self.target),
+            header=text.header(self.target),
+        )
+        return kernel

@@ -1,0 +1,86 @@
+// The kernels' vocabulary in the Metal Shading Language: see docs/kernels.md.
+
+#include <metal_stdlib>
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+
+typedef uint u32;
+typedef ulong u64;
+
+#define FN inline
+#define THREAD thread
+#define SHARED threadgroup u32*
+#define BUFFER const device u32*
+#define OUTPUT device u32*
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+// How an 8x8 simdgroup_matrix lies in the lanes: row `g`, columns 2t and 2t+1. MLX's own matrix
+// kernels build on the same fact (steel/gemm/mma.h, BaseMMAFrag::get_coord).
+#define FRAGMENT_ROW(lane) ((((lane) >> 4) << 2) | (((lane) >> 1) & 3))
+#define FRAGMENT_PAIR(lane) ((((lane) >> 3) & 1) << 1 | ((lane) & 1))
+#define B_ALONG_K 0
+
+FN float as_float(u32 x) { return as_type<float>(x); }
+FN u32 as_word(float x) { return as_type<u32>(x); }
+FN float exp2_fast(float x) { return fast::exp2(x); }
+FN float max_of(float a, float b) { return fmax(a, b); }
+
+FN u32 load(BUFFER p, u32 i) { return p[i]; }
+FN u32 load16(BUFFER p, u32 i) { return ((const device ushort*)p)[i]; }
+struct Words2 { u32 x, y; };
+struct Words4 { u32 x, y, z, w; };
+FN Words2 load2(BUFFER p, u32 i) {
+  uint2 v = *(const device uint2*)(p + i);
+  return {v.x, v.y};
+}
+FN Words4 load4(BUFFER p, u32 i) {
+  uint4 v = *(const device uint4*)(p + i);
+  return {v.x, v.y, v.z, v.w};
+}
+FN void store(OUTPUT p, u64 i, u32 x) { p[i] = x; }
+FN void store16(OUTPUT p, u64 i, u32 x) { ((device ushort*)p)[i] = ushort(x); }
+
+FN u32 h2_fma(u32 a, u32 b, u32 c) {
+  return as_type<u32>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+FN u32 h2_mul(u32 a, u32 b) { return as_type<u32>(as_type<half2>(a) * as_type<half2>(b)); }
+FN u32 h2_pack(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
+FN float half_to_float(u32 bits) { return float(as_type<half>(ushort(bits))); }
+FN u32 float_to_half(float x) { return u32(as_type<ushort>(half(x))); }
+
+template <int BYTE> FN u32 join_at(u32 a, u32 b) {
+  return ((a >> (8 * BYTE)) & 0xffff) | ((b >> (8 * BYTE)) << 16);
+}
+FN u32 join_high(u32 a, u32 b) { return (a >> 16) | (b & 0xffff0000u); }
+
+FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+FN void simd_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }
+FN float max_over_rows(float x) {
+  x = fmax(x, simd_shuffle_xor(x, 2));
+  x = fmax(x, simd_shuffle_xor(x, 4));
+  return fmax(x, simd_shuffle_xor(x, 16));
+}
+FN float sum_over_rows(float x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
+}
+FN u32 to_b(u32 c) { return c; }
+FN void mma8(thread float* c, u32 a, u32 b) {
+  simdgroup_matrix<half, 8, 8> left, right;
+  simdgroup_matrix<float, 8, 8> sum;
+  reinterpret_cast<thread half2&>(left.thread_elements()) = as_type<half2>(a);
+  reinterpret_cast<thread half2&>(right.thread_elements()) = as_type<half2>(b);
+  reinterpret_cast<thread float2&>(sum.thread_elements()) = float2(c[0], c[1]);
+  simdgroup_multiply_accumulate(sum, left, right, sum);
+  float2 out = reinterpret_cast<thread float2&>(sum.thread_elements());
+  c[0] = out.x;
+  c[1] = out.y;
+}
+FN void mma(thread float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma8(c, a0, b0);
+  mma8(c, a2, b1);
+  mma8(c + 2, a1, b0);
+  mma8(c + 2, a3, b1);
+}

@@ -1,0 +1,222 @@
+"""Kernel texts: constants, the shared functions, and the call that each target makes of them.
+
+The functions lie beside this file (``*.h``), in the common subset of Metal and CUDA over a small
+vocabulary that a prelude defines for each target. A text is specialized by constants: shapes,
+precisions and types are known when it is compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from pagedkv.allocator import PageGeometry
+
+MAX_SOURCES = 8
+"""Page arrays that one launch can read: slabs and staging of each precision."""
+
+SHARED_LIMIT = 32 * 1024
+"""Bytes of threadgroup memory that every Apple GPU has."""
+
+LANES = 32
+"""Lanes of a SIMD group (Metal) or warp (CUDA)."""
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """One specialized kernel, for any target.
+
+    Attributes:
+        name: unique for its text.
+        inputs: names of the input arrays, 32-bit words whatever they hold.
+        outputs: names of the output arrays.
+        functions: what follows the prelude.
+        call: the function called, with a lane's position, shared memory, inputs and outputs.
+        shared: constant expression for the words of shared memory.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    functions: str
+    call: str
+    shared: str
+
+    def header(self, target: str) -> str:
+        """Prelude and functions, in a namespace of their own."""
+        prelude = _text(f"prelude_{target}.h")
+        includes, rest = _split_includes(prelude)
+        return f"{includes}\nnamespace pagedkv {{\n{rest}\n{self.functions}\n}}\n"
+
+    def body(self, target: str) -> str:
+        """The kernel's body: shared memory, and the call."""
+        position, shared = _TARGETS[target]
+        arguments = [f"(BUFFER){name}" for name in self.inputs]
+        arguments += [f"(OUTPUT){name}" for name in self.outputs]
+        declared = shared.format(words=f"pagedkv::{self.shared}")
+        return f"{declared}\npagedkv::{self.call}({position}, shared, {', '.join(arguments)});"
+
+
+_TARGETS = {
+    "cuda": (
+        "threadIdx.x & 31, threadIdx.x >> 5, blockIdx.x, blockIdx.y, blockIdx.z",
+        "using namespace pagedkv;\n__shared__ __align__(16) u32 shared[{words}];",
+    ),
+    "metal": (
+        "thread_index_in_simdgroup, simdgroup_index_in_threadgroup, "
+        "threadgroup_position_in_grid.x, threadgroup_position_in_grid.y, "
+        "threadgroup_position_in_grid.z",
+        "using namespace pagedkv;\nthreadgroup u32 shared[{words}];",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a decode kernel is specialized for.
+
+    Attributes:
+        geometries: of the page arrays, in the order of the sources; each can occur twice, for
+            the slab and for staging.
+        heads: KV heads.
+        key_dim: channels of a key, a multiple of 16.
+        value_dim: channels of a value, a multiple of 8.
+        page_tokens: tokens of a page.
+        rows: query heads of a KV head times query tokens.
+        query_tokens: query tokens, the last ones of the sequence.
+        sequences: rows of the batch.
+        scale: multiplies the products of queries and keys.
+        query_bfloat: whether queries and output are bfloat16, else float16.
+        hot_bfloat: whether hot tokens and 16-bit pages are bfloat16, else float16.
+        causal: whether query tokens see only what is before them.
+        final: whether there is one split, so that the output needs no merging.
+        has_sinks: whether the model has attention sinks.
+        warps: SIMD groups of a threadgroup.
+    """
+
+    geometries: tuple[PageGeometry, ...]
+    heads: int
+    key_dim: int
+    value_dim: int
+    page_tokens: int
+    rows: int
+    query_tokens: int
+    sequences: int
+    scale: float
+    query_bfloat: bool
+    hot_bfloat: bool
+    causal: bool
+    final: bool
+    has_sinks: bool
+    warps: int
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of query rows, each of which reads the pages once: 16 rows, or 8 if that's all."""
+        return math.ceil(self.rows / (16 if self.rows > 8 else 8))
+
+    @cached_property
+    def _constants(self) -> Mapping[str, str]:
+        padded, group = _padding(self.value_dim)
+        numbers: dict[str, int] = {
+            "HEADS": self.heads,
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "PADDED_VALUE_DIM": padded,
+            "VALUE_GROUP": group,
+            "PAGE_TOKENS": self.page_tokens,
+            "ROWS": self.rows,
+            "QUERY_TOKENS": self.query_tokens,
+            "SEQUENCES": self.sequences,
+            "WARPS": self.warps,
+        }
+        flags = {
+            "QUERY_BFLOAT": self.query_bfloat,
+            "HOT_BFLOAT": self.hot_bfloat,
+            "CAUSAL": self.causal and self.query_tokens > 1,
+            "FINAL": self.final,
+            "HAS_SINKS": self.has_sinks,
+        }
+        return {
+            **{f"constexpr int {name}": str(value) for name, value in numbers.items()},
+            **{f"constexpr bool {name}": str(value).lower() for name, value in flags.items()},
+            "constexpr float SCALE_LOG2E": f"{self.scale * math.log2(math.e):.9e}f",
+        }
+
+    def _sources(self) -> str:
+        entries = (
+            f"X({i}, {g.precision.key_bits}, {g.precision.value_bits}, {g.page_bytes // 4}u)"
+            for i, g in enumerate(self.geometries)
+        )
+        return f"#define SOURCES(X) {' '.join(entries)}"
+
+    @cached_property
+    def attend(self) -> KernelText:
+        """The kernel that attends splits."""
+        sources = tuple(f"source{i}" for i in range(len(self.geometries)))
+        return self._text(
+            "attend_pages",
+            ("q", "params", "table", "hot_keys", "hot_values", *sources),
+            ("partial", "stats"),
+            ("numbers.h", "page.h", "attend.h"),
+            "SHARED_WORDS",
+        )
+
+    @cached_property
+    def merge(self) -> KernelText:
+        """The kernel that merges splits."""
+        return self._text(
+            "merge_splits",
+            ("partial", "stats", "params", "sinks"),
+            ("out",),
+            ("numbers.h", "merge.h"),
+            "MERGE_SHARED_WORDS",
+        )
+
+    def _text(
+        self,
+        call: str,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        files: Sequence[str],
+        shared: str,
+    ) -> KernelText:
+        constants = "\n".join(f"{name} = {value};" for name, value in self._constants.items())
+        functions = "\n".join([constants, self._sources(), *(_text(name) for name in files)])
+        digest = hashlib.sha256(functions.encode()).hexdigest()[:16]
+        return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared)
+
+
+def _padding(value_dim: int) -> tuple[int, int]:
+    """Padded value channels and their group; see `PageGeometry`."""
+    group = 64 if value_dim % 64 == 0 else 32
+    return -(-value_dim // group) * group, group
+
+
+def supported(key_dim: int, value_dim: int) -> bool:
+    """Whether the kernels take these head dims."""
+    padded, _ = _padding(value_dim)
+    lane_units = -(-padded // 64)
+    whole = value_dim % (8 * lane_units) == 0 and padded % (8 * lane_units) == 0
+    return key_dim % 16 == 0 and 16 <= key_dim <= 256 and whole and value_dim <= 256
+
+
+@cache
+def _text(name: str) -> str:
+    """A file of this folder without comments and indentation: MLX hashes texts at each call."""
+    text = (Path(__file__).parent / name).read_text()
+    text = re.sub(r"//[^\n]*", "", text)
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _split_includes(text: str) -> tuple[str, str]:
+    lines = text.splitlines()
+    outside = [i for i, line in enumerate(lines) if line.startswith(("#include", "using namespace"))]
+    last = max(outside, default=-1)
+    return "\n".join(lines[: last + 1]), "\n".join(lines[last + 1 :])
