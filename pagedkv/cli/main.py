@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
-from pagedkv.cli import doctor, generate, plan, stress
+from pagedkv.cli import bench, doctor, generate, plan, stress
 from pagedkv.errors import PagedKVError
 
 _EPILOG = """\
@@ -22,6 +22,7 @@ examples:
   pagedkv plan --model llama3-8b --context 128K --warm 2GB
   pagedkv doctor
   pagedkv stress --model synthetic:llama3-8b --layers 2 --tokens 64K --warm 32MB
+  pagedkv bench all --quick
 
 `pagedkv COMMAND --help` shows every option. Exit codes: 0 well, 1 an error or a failed check,
 2 a command line that cannot be read.
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pagedkv {pagedkv.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, plan, doctor, stress):
+    for command in (generate, plan, doctor, stress, bench):
         command.add_parser(commands)
     return parser
 

@@ -20,18 +20,18 @@ constexpr int PAGE_GROUPS = PAGE_TOKENS / 64;
 // 16-bit pages store no padded channels.
 constexpr int ROW_UNITS = VALUE_DIM / 8;
 
-// Shared memory, in words: queries, then per SIMD group the scales of its tile. The merge at the
-// end uses the same words for the output of all rows.
+// Shared memory, in words: queries; per SIMD group the scales of its tile and, where tiles are
+// fetched ahead, its codes; statistics. The merge at the end takes the words before the statistics
+// for the output of all rows.
 constexpr int QUERY_WORDS = STEPS * ROW_BLOCKS * 64;
 constexpr int META_WORDS = KEY_DIM + VALUE_GROUPS * 64;
-constexpr int MERGE_WORDS = LANE_UNITS * 64 * ROW_BLOCKS * 8;
+constexpr int GROUP_WORDS = META_WORDS + STAGED_KEY_WORDS + STAGED_VALUE_WORDS;
 constexpr int STAT_WORDS = WARPS * ROW_BLOCKS * 16;
-constexpr int MAIN_WORDS = QUERY_WORDS + WARPS * META_WORDS;
-constexpr int SHARED_WORDS = (MAIN_WORDS > MERGE_WORDS ? MAIN_WORDS : MERGE_WORDS) + STAT_WORDS;
+static_assert(SHARED_WORDS >= QUERY_WORDS + WARPS * GROUP_WORDS + STAT_WORDS, "shared memory");
 
 struct Softmax {
   float output[ROW_BLOCKS][LANE_UNITS][4][4];
-  float peak[ROW_BLOCKS][2];   // of the scores, times log2(e)
+  float peak[ROW_BLOCKS][2];   // of the scores, before they are scaled
   float total[ROW_BLOCKS][2];  // this lane's tokens only, until the end
 };
 
@@ -39,27 +39,33 @@ struct Scores {
   float s[ROW_BLOCKS][4][4];
 };
 
+FN void zero(THREAD Scores& scores) {
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int m = 0; m < 4; m++)
+      UNROLL for (int e = 0; e < 4; e++) scores.s[b][m][e] = 0;
+}
+
 struct Place {
-  u32 lane, warp, g, t;
+  int lane, warp, g, t;
 };
 
 // The channel that stands at index k of a step of 16: a lane's four channels are neighbours.
-FN u32 channel_of(u32 k) { return k < 8 ? 4 * (k >> 1) + (k & 1) : 4 * ((k - 8) >> 1) + 2 + (k & 1); }
-FN u32 b_k(Place at, u32 half) { return B_ALONG_K ? 2 * at.t + half : at.g; }
-FN u32 b_column(Place at, u32 half) { return B_ALONG_K ? at.g : 2 * at.t + half; }
+FN int channel_of(int k) { return k < 8 ? 4 * (k >> 1) + (k & 1) : 4 * ((k - 8) >> 1) + 2 + (k & 1); }
+FN int b_k(Place at, int half) { return B_ALONG_K ? 2 * at.t + half : at.g; }
+FN int b_column(Place at, int half) { return B_ALONG_K ? at.g : 2 * at.t + half; }
 
 FN u32 to_half(u32 bits, bool bfloat) {
   return bfloat ? bfloat_pair(bits) & 0xffff : bits;
 }
 
 // Queries as right operands, ready to use: two words per lane, step and row block.
-FN void stage_queries(Place at, SHARED shared, BUFFER q, u32 first_row, u32 rows_before) {
-  for (u32 i = at.warp; i < STEPS * ROW_BLOCKS * 2; i += WARPS) {
-    u32 half = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
+FN void stage_queries(Place at, SHARED shared, BUFFER q, int first_row, int rows_before) {
+  for (int i = at.warp; i < STEPS * ROW_BLOCKS * 2; i += WARPS) {
+    int half = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
     u32 word = 0;
-    for (u32 h = 0; h < 2; h++) {
-      u32 row = first_row + 8 * block + b_column(at, h);
-      u32 channel = 16 * step + channel_of(b_k(at, h) + 8 * half);
+    for (int h = 0; h < 2; h++) {
+      int row = first_row + 8 * block + b_column(at, h);
+      int channel = 16 * step + channel_of(b_k(at, h) + 8 * half);
       u32 bits = 0;
       if (row < ROWS) bits = to_half(load16(q, (rows_before + row) * KEY_DIM + channel), QUERY_BFLOAT);
       word |= bits << (16 * h);
@@ -68,95 +74,173 @@ FN void stage_queries(Place at, SHARED shared, BUFFER q, u32 first_row, u32 rows
   }
 }
 
-// Scales and biases of a tile: keys as pairs of channels, values as pairs of tokens 8 apart.
+// Where the parts of a page lie: codes in words, scales and biases in 16-bit numbers.
+template <int KEY_BITS, int VALUE_BITS> struct Layout {
+  static constexpr bool coded = KEY_BITS != 16;
+  static constexpr int key_row = PAGE_TOKENS * KEY_BITS / 32;
+  static constexpr int value_row = coded ? PADDED_VALUE_DIM * VALUE_BITS / 32 : VALUE_DIM / 2;
+  static constexpr int key_scales = 2 * HEADS * KEY_DIM * key_row;
+  static constexpr int key_biases = key_scales + HEADS * KEY_DIM * PAGE_GROUPS;
+  static constexpr int values = coded ? HEADS * KEY_DIM * (key_row + PAGE_GROUPS) : HEADS * KEY_DIM * key_row;
+  static constexpr int value_scales = 2 * (values + HEADS * PAGE_TOKENS * value_row);
+  static constexpr int value_biases = value_scales + HEADS * PAGE_TOKENS * VALUE_GROUPS;
+};
+
+// Scales and biases of a tile on their way to shared memory.
+struct Scales {
+  u32 key[(KEY_DIM + 63) / 64][4];
+  u32 value[VALUE_GROUPS][4];
+};
+
 template <int KEY_BITS, int VALUE_BITS>
-FN void stage_scales(Place at, SHARED meta, BUFFER page, u32 head, u32 group) {
-  constexpr u32 key_codes = HEADS * KEY_DIM * (PAGE_TOKENS * KEY_BITS / 32);
-  constexpr u32 key_scales = HEADS * KEY_DIM * PAGE_GROUPS;  // in 16-bit numbers
-  for (u32 pair = at.lane; pair < KEY_DIM / 2; pair += 32) {
-    u32 i = 2 * key_codes + (head * KEY_DIM + 2 * pair) * PAGE_GROUPS + group;
-    meta[2 * pair] = load16(page, i) | (load16(page, i + PAGE_GROUPS) << 16);
-    meta[2 * pair + 1] = load16(page, i + key_scales) | (load16(page, i + key_scales + PAGE_GROUPS) << 16);
+FN void load_scales(Place at, THREAD Scales& out, BUFFER page, int head, int group) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  UNROLL for (int i = 0; i < (KEY_DIM + 63) / 64; i++) {
+    // The last round may have fewer channels; its other lanes load something that is there.
+    int spare = KEY_DIM % 64 && i == KEY_DIM / 64 ? KEY_DIM / 2 - 1 - 32 * i : 31;
+    int k = (head * KEY_DIM + 2 * least(at.lane, spare)) * PAGE_GROUPS + group;
+    UNROLL for (int j = 0; j < 2; j++) {
+      out.key[i][j] = load16(page, k + layout::key_scales + (64 * i + j) * PAGE_GROUPS);
+      out.key[i][2 + j] = load16(page, k + layout::key_biases + (64 * i + j) * PAGE_GROUPS);
+    }
   }
-  constexpr u32 value_codes = HEADS * PAGE_TOKENS * (PADDED_VALUE_DIM * VALUE_BITS / 32);
-  constexpr u32 value_scales = HEADS * PAGE_TOKENS * VALUE_GROUPS;
-  constexpr u32 start = 2 * (key_codes + key_scales + value_codes);
-  u32 token = 64 * group + 16 * (at.lane >> 3) + (at.lane & 7);
-  u32 i = start + (head * PAGE_TOKENS + token) * VALUE_GROUPS;
-  UNROLL for (u32 v = 0; v < VALUE_GROUPS; v++) {
-    u32 at_v = i + v, later = at_v + 8 * VALUE_GROUPS;
-    SHARED out = meta + KEY_DIM + (v * 32 + at.lane) * 2;
-    out[0] = load16(page, at_v) | (load16(page, later) << 16);
-    out[1] = load16(page, at_v + value_scales) | (load16(page, later + value_scales) << 16);
+  int token = 64 * group + 16 * (at.lane >> 3) + (at.lane & 7);
+  int k = (head * PAGE_TOKENS + token) * VALUE_GROUPS;
+  UNROLL for (int v = 0; v < VALUE_GROUPS; v++)
+    UNROLL for (int j = 0; j < 2; j++) {
+      out.value[v][j] = load16(page, k + layout::value_scales + v + 8 * j * VALUE_GROUPS);
+      out.value[v][2 + j] = load16(page, k + layout::value_biases + v + 8 * j * VALUE_GROUPS);
+    }
+}
+
+// Keys as pairs of channels, bias and scale; values as pairs of tokens 8 apart, scale and bias.
+FN void put_scales(Place at, THREAD const Scales& scales, SHARED meta) {
+  UNROLL for (int i = 0; i < (KEY_DIM + 63) / 64; i++) {
+    int pair = at.lane + 32 * i;
+    if (pair < KEY_DIM / 2) {
+      meta[2 * pair] = scales.key[i][2] | (scales.key[i][3] << 16);
+      meta[2 * pair + 1] = scales.key[i][0] | (scales.key[i][1] << 16);
+    }
   }
+  UNROLL for (int v = 0; v < VALUE_GROUPS; v++) {
+    int k = KEY_DIM + (v * 32 + at.lane) * 2;
+    meta[k] = scales.value[v][0] | (scales.value[v][1] << 16);
+    meta[k + 1] = scales.value[v][2] | (scales.value[v][3] << 16);
+  }
+}
+
+// Tiles that were fetched ahead lie in shared memory so that the four lanes of a row read from
+// different banks: key rows change places within each four, values have eight words between
+// blocks of 16 tokens.
+template <int BITS> FN int staged_key_row(int channel) {
+  return ((channel & ~3) | ((channel ^ (channel >> 2)) & 3)) * (2 * BITS);
+}
+template <int BITS> constexpr FN bool fetched() { return FETCH_AHEAD && BITS != 16; }
+
+template <int KEY_BITS, int VALUE_BITS>
+FN void fetch_keys(Place at, SHARED stage, BUFFER page, int head, int group) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  if constexpr (fetched<KEY_BITS>()) {
+    constexpr int row = 2 * KEY_BITS, chunk = row % 4 ? 2 : 4, chunks = row / chunk;
+    BUFFER from = page + (head * KEY_DIM * layout::key_row + group * row);
+    if constexpr (32 % chunks == 0 && 32 / chunks % 16 == 0) {
+      // Every round is a multiple of 16 channels further, in both places.
+      int channel = at.lane / chunks, part = at.lane % chunks * chunk;
+      int to = staged_key_row<KEY_BITS>(channel) + part, first = channel * layout::key_row + part;
+      UNROLL for (int i = 0; i < KEY_DIM; i += 32 / chunks)
+        if (KEY_DIM % (32 / chunks) == 0 || i + channel < KEY_DIM)
+          fetch<chunk>(stage, to + i * row, from, first + i * layout::key_row);
+    } else {
+      UNROLL for (int i = 0; i < KEY_DIM * chunks; i += 32) {
+        int channel = (i + at.lane) / chunks, part = (i + at.lane) % chunks * chunk;
+        if (KEY_DIM * chunks % 32 == 0 || channel < KEY_DIM)
+          fetch<chunk>(stage, staged_key_row<KEY_BITS>(channel) + part, from, channel * layout::key_row + part);
+      }
+    }
+  }
+  fetch_commit();
+}
+
+template <int KEY_BITS, int VALUE_BITS>
+FN void fetch_values(Place at, SHARED stage, BUFFER page, int head, int group) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  if constexpr (fetched<KEY_BITS>()) {
+    constexpr int block = 16 * layout::value_row;
+    BUFFER from = page + (layout::values + (head * PAGE_TOKENS + 64 * group) * layout::value_row);
+    UNROLL for (int i = 0; i < 4 * block; i += 128) {
+      int word = 4 * at.lane, blocks = block % 128 == 0 ? i / block : (i + word) / block;
+      if (4 * block % 128 == 0 || i + word < 4 * block) fetch<4>(stage, i + word + blocks * 8, from, i + word);
+    }
+  }
+  fetch_commit();
 }
 
 // A query operand times the key scales of its channels.
-FN u32 scaled(Place at, u32 q, SHARED meta, u32 step, u32 half) {
-  if (B_ALONG_K) return h2_mul(q, meta[2 * (8 * step + 2 * at.t + half)]);
-  u32 channel = 16 * step + channel_of(at.g + 8 * half);
-  u32 scale = (meta[channel & ~1u] >> (16 * (channel & 1))) & 0xffff;
+FN u32 scaled(Place at, u32 q, SHARED meta, int step, int half) {
+  if (B_ALONG_K) return h2_mul(q, meta[2 * (8 * step + 2 * at.t + half) + 1]);
+  int channel = 16 * step + channel_of(at.g + 8 * half);
+  u32 scale = (meta[(channel & ~1) + 1] >> (16 * (channel & 1))) & 0xffff;
   return h2_mul(q, scale * 0x10001u);
 }
 
-template <int KEY_BITS>
-FN void score_page(Place at, THREAD Scores& scores, SHARED queries, SHARED meta,
-                   BUFFER page, u32 head, u32 group) {
-  constexpr bool coded = KEY_BITS != 16;
+// Scores of a page's tile; `keys` is the page, or the tile where it was fetched ahead.
+template <int KEY_BITS, class Memory>
+FN void score_page(Place at, THREAD Scores& scores, SHARED queries, SHARED meta, Memory keys, int head, int group) {
+  constexpr bool coded = KEY_BITS != 16, ahead = fetched<KEY_BITS>();
   if constexpr (coded) {
     float bias[ROW_BLOCKS][4] = {};
-    UNROLL for (u32 step = 0; step < STEPS; step++) {
-      u32 low = meta[2 * (8 * step + 2 * at.t) + 1], high = meta[2 * (8 * step + 2 * at.t + 1) + 1];
-      UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) {
+    UNROLL for (int step = 0; step < STEPS; step++) {
+      // Biases stand in the operand's upper eight rows; what the lower ones give is not used, so
+      // the scales beside the biases can stay where they were loaded.
+      int k = 4 * (4 * step + at.t);
+      u32 low = meta[k], scale = meta[k + 1], high = meta[k + 2], scale2 = meta[k + 3];
+      UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
         SHARED q = queries + ((step * ROW_BLOCKS + b) * 32 + at.lane) * 2;
-        mma(bias[b], low, low, high, high, q[0], q[1]);
+        mma(bias[b], low, scale, high, scale2, q[0], q[1]);
       }
     }
-    UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-      UNROLL for (u32 m = 0; m < 4; m++)
-        UNROLL for (u32 e = 0; e < 4; e++) scores.s[b][m][e] = bias[b][e];
+    UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+      UNROLL for (int m = 0; m < 4; m++)
+        UNROLL for (int e = 0; e < 4; e++) scores.s[b][m][e] = bias[b][e & 1];
   }
-  constexpr u32 row_words = PAGE_TOKENS * KEY_BITS / 32;
-  constexpr int batch = least(STEPS, 8 / words_of(KEY_BITS));
-  u32 base = head * KEY_DIM * row_words + group * (2 * KEY_BITS);
-  UNROLL for (int first = 0; first < STEPS; first += batch) {
-    Unit units[batch][4];
-    UNROLL for (int i = 0; i < batch; i++)
-      UNROLL for (int c = 0; c < 4; c++)
-        if (first + i < STEPS)
-          units[i][c] = load_unit<KEY_BITS>(page, base + (16 * (first + i) + 4 * at.t + c) * row_words, at.g);
-    UNROLL for (int i = 0; i < batch; i++) {
-      u32 step = first + i;
-      if (step >= STEPS) break;
-      u32 low[8], high[8];
-      unpack<KEY_BITS, HOT_BFLOAT>(units[i][0], units[i][1], low);
-      unpack<KEY_BITS, HOT_BFLOAT>(units[i][2], units[i][3], high);
-      UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) {
-        SHARED q = queries + ((step * ROW_BLOCKS + b) * 32 + at.lane) * 2;
-        u32 q0 = q[0], q1 = q[1];
-        if constexpr (coded) {
-          q0 = scaled(at, q0, meta, step, 0);
-          q1 = scaled(at, q1, meta, step, 1);
-        }
-        UNROLL for (u32 m = 0; m < 4; m++)
-          mma(scores.s[b][m], low[2 * m], low[2 * m + 1], high[2 * m], high[2 * m + 1], q0, q1);
+  constexpr int row_words = PAGE_TOKENS * KEY_BITS / 32;
+  // The rows of a lane's four channels in the first step; a step further is 16 rows further.
+  int rows[4];
+  UNROLL for (int c = 0; c < 4; c++)
+    rows[c] = ahead ? staged_key_row<KEY_BITS>(4 * at.t + c)
+                    : (head * KEY_DIM + 4 * at.t + c) * row_words + group * (2 * KEY_BITS);
+  constexpr int step_words = 16 * (ahead ? 2 * KEY_BITS : row_words);
+  UNROLL for (int step = 0; step < STEPS; step++) {
+    Unit units[4];
+    UNROLL for (int c = 0; c < 4; c++) units[c] = load_unit<KEY_BITS>(keys, rows[c] + step * step_words, at.g);
+    u32 low[8], high[8];
+    unpack<KEY_BITS, HOT_BFLOAT>(units[0], units[1], low);
+    unpack<KEY_BITS, HOT_BFLOAT>(units[2], units[3], high);
+    UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
+      SHARED q = queries + ((step * ROW_BLOCKS + b) * 32 + at.lane) * 2;
+      u32 q0 = q[0], q1 = q[1];
+      if constexpr (coded) {
+        q0 = scaled(at, q0, meta, step, 0);
+        q1 = scaled(at, q1, meta, step, 1);
       }
+      UNROLL for (int m = 0; m < 4; m++)
+        mma(scores.s[b][m], low[2 * m], low[2 * m + 1], high[2 * m], high[2 * m + 1], q0, q1);
     }
   }
 }
 
 // Hot keys: rows of 16-bit channels. Rows past the end read the last one; they are masked later.
-FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, u32 last) {
-  UNROLL for (u32 m = 0; m < 4; m++) {
-    u32 row0 = least(8 * at.g + 2 * m, last) * (KEY_DIM / 2);
-    u32 row1 = least(8 * at.g + 2 * m + 1, last) * (KEY_DIM / 2);
-    UNROLL for (u32 step = 0; step < STEPS; step++) {
+FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, int last) {
+  UNROLL for (int m = 0; m < 4; m++) {
+    int row0 = least(8 * at.g + 2 * m, last) * (KEY_DIM / 2);
+    int row1 = least(8 * at.g + 2 * m + 1, last) * (KEY_DIM / 2);
+    UNROLL for (int step = 0; step < STEPS; step++) {
       Words2 x = load2(keys, row0 + 8 * step + 2 * at.t), y = load2(keys, row1 + 8 * step + 2 * at.t);
       if constexpr (HOT_BFLOAT) {
         x = {bfloat_pair(x.x), bfloat_pair(x.y)};
         y = {bfloat_pair(y.x), bfloat_pair(y.y)};
       }
-      UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) {
+      UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
         SHARED q = queries + ((step * ROW_BLOCKS + b) * 32 + at.lane) * 2;
         mma(scores.s[b][m], x.x, y.x, x.y, y.y, q[0], q[1]);
       }
@@ -168,77 +252,78 @@ FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, 
 // Weights carry a factor 2^15: float16 then resolves them down to 2^-39 of the largest.
 FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, THREAD const int (&limit)[ROW_BLOCKS][2],
                 bool all_visible) {
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) {
-    UNROLL for (u32 r = 0; r < 2; r++) {
-      float peak = LOWEST;
-      UNROLL for (u32 m = 0; m < 4; m++) {
-        UNROLL for (u32 h = 0; h < 2; h++) {
-          float s = scores.s[b][m][2 * h + r] * SCALE_LOG2E;
-          if (!all_visible && int(8 * at.g + 2 * m + h) >= limit[b][r]) s = LOWEST;
-          scores.s[b][m][2 * h + r] = s;
-          peak = max_of(peak, s);
-        }
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
+    UNROLL for (int r = 0; r < 2; r++) {
+      if (!all_visible) {
+        UNROLL for (int m = 0; m < 4; m++)
+          UNROLL for (int h = 0; h < 2; h++)
+            if (8 * at.g + 2 * m + h >= limit[b][r]) scores.s[b][m][2 * h + r] = 2 * LOWEST;
       }
+      float peak = LOWEST;
+      UNROLL for (int m = 0; m < 4; m++)
+        UNROLL for (int h = 0; h < 2; h++) peak = max_of(peak, scores.s[b][m][2 * h + r]);
       peak = max_of(state.peak[b][r], max_over_rows(peak));
-      float keep = exp2_fast(state.peak[b][r] - peak), sum = 0;
-      state.peak[b][r] = peak;
-      UNROLL for (u32 m = 0; m < 4; m++) {
-        UNROLL for (u32 h = 0; h < 2; h++) {
-          float s = scores.s[b][m][2 * h + r];
-          float p = exp2_fast(s - peak + 15.0f);
-          if (!all_visible && s == LOWEST) p = 0;
+      float keep = exp2_fast((state.peak[b][r] - peak) * SCALE_LOG2E), sum = 0;
+      float shift = 15.0f - peak * SCALE_LOG2E;
+      UNROLL for (int m = 0; m < 4; m++)
+        UNROLL for (int h = 0; h < 2; h++) {
+          float p = exp2_fast(scores.s[b][m][2 * h + r] * SCALE_LOG2E + shift);
           scores.s[b][m][2 * h + r] = p;
           sum += p;
         }
-      }
       state.total[b][r] = state.total[b][r] * keep + sum;
-      UNROLL for (u32 w = 0; w < LANE_UNITS; w++)
-        UNROLL for (u32 i = 0; i < 4; i++) {
-          state.output[b][w][i][r] *= keep;
-          state.output[b][w][i][2 + r] *= keep;
-        }
+      if (any_lane(peak > state.peak[b][r])) {
+        UNROLL for (int w = 0; w < LANE_UNITS; w++)
+          UNROLL for (int i = 0; i < 4; i++) {
+            state.output[b][w][i][r] *= keep;
+            state.output[b][w][i][2 + r] *= keep;
+          }
+      }
+      state.peak[b][r] = peak;
     }
   }
 }
 
-FN void weigh_unit(THREAD Softmax& state, u32 w, THREAD const u32 (&first)[8], THREAD const u32 (&second)[8],
+FN void weigh_unit(THREAD Softmax& state, int w, THREAD const u32 (&first)[8], THREAD const u32 (&second)[8],
                    THREAD const u32 (&p)[ROW_BLOCKS][2]) {
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-    UNROLL for (u32 i = 0; i < 4; i++)
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int i = 0; i < 4; i++)
       mma(state.output[b][w][i], first[2 * i], first[2 * i + 1], second[2 * i], second[2 * i + 1], p[b][0], p[b][1]);
 }
 
-FN void weights(THREAD const Scores& scores, u32 m, THREAD u32 (&p)[ROW_BLOCKS][2]) {
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-    UNROLL for (u32 h = 0; h < 2; h++)
+FN void weights(THREAD const Scores& scores, int m, THREAD u32 (&p)[ROW_BLOCKS][2]) {
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int h = 0; h < 2; h++)
       p[b][h] = to_b(h2_pack(scores.s[b][m][2 * h], scores.s[b][m][2 * h + 1]));
 }
 
-template <int KEY_BITS, int VALUE_BITS>
-FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state, SHARED meta,
-                   BUFFER page, u32 head, u32 group) {
-  constexpr bool coded = VALUE_BITS != 16;
+template <int KEY_BITS, int VALUE_BITS, class Memory>
+FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state, SHARED meta, Memory values, int head,
+                   int group) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  constexpr bool coded = VALUE_BITS != 16, ahead = fetched<KEY_BITS>();
   constexpr int units_in_row = coded ? UNITS : ROW_UNITS;
-  constexpr u32 row_words = coded ? PADDED_VALUE_DIM * VALUE_BITS / 32 : VALUE_DIM / 2;
-  constexpr u32 start = HEADS * KEY_DIM * (PAGE_TOKENS * KEY_BITS / 32) + (coded ? HEADS * KEY_DIM * PAGE_GROUPS : 0);
-  u32 first = at.g * LANE_UNITS < units_in_row ? at.g * LANE_UNITS : 0;
-  u32 base = start + (head * PAGE_TOKENS + 64 * group + 16 * at.t) * row_words;
-  UNROLL for (u32 m = 0; m < 4; m++) {
+  int first = at.g * LANE_UNITS < units_in_row ? at.g * LANE_UNITS : 0;
+  int base = ahead ? at.t * (16 * layout::value_row + 8)
+                   : layout::values + (head * PAGE_TOKENS + 64 * group + 16 * at.t) * layout::value_row;
+  UNROLL for (int m = 0; m < 4; m++) {
     Unit units[4][LANE_UNITS];
-    UNROLL for (u32 h = 0; h < 4; h++)
-      load_units<VALUE_BITS, LANE_UNITS>(page, base + (2 * m + (h >> 1) + 8 * (h & 1)) * row_words, first, units[h]);
+    UNROLL for (int h = 0; h < 4; h++)
+      load_units<VALUE_BITS, LANE_UNITS>(values, base + (2 * m + (h >> 1) + 8 * (h & 1)) * layout::value_row, first,
+                                         units[h]);
     u32 p[ROW_BLOCKS][2];
     weights(scores, m, p);
-    UNROLL for (u32 w = 0; w < LANE_UNITS; w++) {
+    UNROLL for (int w = 0; w < LANE_UNITS; w++) {
       u32 x[8], y[8];
       unpack<VALUE_BITS, HOT_BFLOAT>(units[0][w], units[1][w], x);
       unpack<VALUE_BITS, HOT_BFLOAT>(units[2][w], units[3][w], y);
       if constexpr (coded) {
-        u32 v = (VALUE_GROUP % (8 * LANE_UNITS) == 0 ? first : first + w) * 8 / VALUE_GROUP;
-        SHARED scale = meta + KEY_DIM + (v * 32 + 8 * at.t + 2 * m) * 2;
-        UNROLL for (u32 j = 0; j < 8; j++) {
-          x[j] = h2_fma(x[j], scale[0], scale[1]);
-          y[j] = h2_fma(y[j], scale[2], scale[3]);
+        int v = (VALUE_GROUP % (8 * LANE_UNITS) == 0 ? first : first + w) * 8 / VALUE_GROUP;
+        int k = KEY_DIM + (v * 32 + 8 * at.t + 2 * m) * 2;
+        u32 scale = meta[k], bias = meta[k + 1], scale2 = meta[k + 2], bias2 = meta[k + 3];
+        UNROLL for (int j = 0; j < 8; j++) {
+          x[j] = h2_fma(x[j], scale, bias);
+          y[j] = h2_fma(y[j], scale2, bias2);
         }
       }
       weigh_unit(state, w, x, y, p);
@@ -246,16 +331,16 @@ FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state,
   }
 }
 
-FN void weigh_hot(Place at, THREAD const Scores& scores, THREAD Softmax& state, BUFFER values, u32 last) {
-  u32 first = at.g * LANE_UNITS < ROW_UNITS ? at.g * LANE_UNITS : 0;
-  UNROLL for (u32 m = 0; m < 4; m++) {
+FN void weigh_hot(Place at, THREAD const Scores& scores, THREAD Softmax& state, BUFFER values, int last) {
+  int first = at.g * LANE_UNITS < ROW_UNITS ? at.g * LANE_UNITS : 0;
+  UNROLL for (int m = 0; m < 4; m++) {
     u32 p[ROW_BLOCKS][2];
     weights(scores, m, p);
-    UNROLL for (u32 w = 0; w < LANE_UNITS; w++) {
-      u32 unit = least(first + w, ROW_UNITS - 1);
+    UNROLL for (int w = 0; w < LANE_UNITS; w++) {
+      int unit = least(first + w, ROW_UNITS - 1);
       Unit units[4];
-      UNROLL for (u32 h = 0; h < 4; h++) {
-        u32 token = least(16 * at.t + 2 * m + (h >> 1) + 8 * (h & 1), last);
+      UNROLL for (int h = 0; h < 4; h++) {
+        int token = least(16 * at.t + 2 * m + (h >> 1) + 8 * (h & 1), last);
         units[h] = load_unit<16>(values, token * (VALUE_DIM / 2), unit);
       }
       u32 x[8], y[8];
@@ -266,86 +351,160 @@ FN void weigh_hot(Place at, THREAD const Scores& scores, THREAD Softmax& state, 
   }
 }
 
-template <int KEY_BITS, int VALUE_BITS>
-FN void page_tile(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, BUFFER page,
-                  u32 head, u32 group, int valid) {
-  Scores scores = {};
-  if constexpr (KEY_BITS != 16) {
-    simd_barrier();  // the tile before may still be reading its scales
-    stage_scales<KEY_BITS, VALUE_BITS>(at, meta, page, head, group);
-    simd_barrier();
+// The tiles of a split that one SIMD group takes, and where each is.
+struct Tiles {
+  int next, stop, first_entry;  // tile numbers; the table's words of the first page
+};
+struct Tile {
+  u32 place;  // slot | source << 28
+  int group;  // which 64 tokens of the page
+  int valid;  // visible tokens; 0 if there is no tile left
+};
+
+FN Tile take_tile(THREAD Tiles& tiles, BUFFER table) {
+  Tile tile = {0, 0, 0};
+  while (tiles.next < tiles.stop && tile.valid <= 0) {
+    int entry = tiles.first_entry + 2 * (tiles.next / PAGE_GROUPS);
+    tile.place = load(table, entry);
+    tile.group = tiles.next % PAGE_GROUPS;
+    tile.valid = int(load(table, entry + 1)) - 64 * tile.group;
+    tiles.next += WARPS;
   }
-  score_page<KEY_BITS>(at, scores, queries, meta, page, head, group);
-  int limit[ROW_BLOCKS][2];
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) limit[b][0] = limit[b][1] = valid;
-  softmax(at, scores, state, limit, valid >= 64);
-  weigh_page<KEY_BITS, VALUE_BITS>(at, scores, state, meta, page, head, group);
+  if (tile.valid < 0) tile.valid = 0;
+  return tile;
+}
+
+#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index
+#define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index
+#define ON_SOURCE(index, key_bits, value_bits, page_words)                    \
+  case index: {                                                              \
+    BUFFER page = source##index + u64(tile.place & 0xfffffff) * page_words;  \
+    DO(key_bits, value_bits)                                                 \
+  } break;
+
+// All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
+// weighed the keys of the next tile do, where the target fetches ahead.
+FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, int head, Tiles tiles,
+                   BUFFER table SOURCES(SOURCE_PARAMETER)) {
+  SHARED stage = meta + META_WORDS;
+  SHARED value_stage = stage + STAGED_KEY_WORDS;
+  Scores scores;
+  Scales scales;
+  Tile tile = take_tile(tiles, table);
+#define DO(key_bits, value_bits)                                               \
+  fetch_keys<key_bits, value_bits>(at, stage, page, head, tile.group);         \
+  if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
+  if (tile.valid) switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+#undef DO
+  while (tile.valid) {
+    Tile following = take_tile(tiles, table);
+    simd_barrier();  // the tile before may still be read
+#define DO(key_bits, value_bits)                                                                          \
+  fetch_values<key_bits, value_bits>(at, value_stage, page, head, tile.group);                            \
+  if (key_bits != 16) put_scales(at, scales, meta);                                                       \
+  fetch_wait<1>();                                                                                        \
+  simd_barrier();                                                                                         \
+  zero(scores);                                                                                           \
+  if constexpr (fetched<key_bits>())                                                                      \
+    score_page<key_bits>(at, scores, queries, meta, Staged{stage}, head, tile.group);                     \
+  else                                                                                                    \
+    score_page<key_bits>(at, scores, queries, meta, page, head, tile.group);
+    switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+#undef DO
+    int limit[ROW_BLOCKS][2];
+    UNROLL for (int b = 0; b < ROW_BLOCKS; b++) limit[b][0] = limit[b][1] = tile.valid;
+    softmax(at, scores, state, limit, tile.valid >= 64);
+    Tile current = tile;
+    tile = following;
+    simd_barrier();
+#define DO(key_bits, value_bits)                                               \
+  fetch_keys<key_bits, value_bits>(at, stage, page, head, tile.group);         \
+  if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
+    if (tile.valid) {
+      switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+    } else {
+      fetch_commit();
+    }
+#undef DO
+    tile = current;
+    fetch_wait<1>();
+    simd_barrier();
+#define DO(key_bits, value_bits)                                                                           \
+  if constexpr (fetched<key_bits>())                                                                       \
+    weigh_page<key_bits, value_bits>(at, scores, state, meta, Staged{value_stage}, head, tile.group);      \
+  else                                                                                                     \
+    weigh_page<key_bits, value_bits>(at, scores, state, meta, page, head, tile.group);
+    switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+#undef DO
+    tile = following;
+  }
 }
 
 FN void hot_tile(Place at, THREAD Softmax& state, SHARED queries, BUFFER keys, BUFFER values,
-                 int tokens, u32 first_row) {
-  Scores scores = {};
+                 int tokens, int first_row) {
+  Scores scores;
+  zero(scores);
   int limit[ROW_BLOCKS][2];
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-    UNROLL for (u32 r = 0; r < 2; r++) {
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int r = 0; r < 2; r++) {
       int query = (first_row + 8 * b + 2 * at.t + r) % QUERY_TOKENS;
       limit[b][r] = CAUSAL ? tokens - (QUERY_TOKENS - 1 - query) : tokens;
     }
-  u32 last = least(tokens, 64) - 1;
+  int last = least(tokens, 64) - 1;
   score_hot(at, scores, queries, keys, last);
   softmax(at, scores, state, limit, tokens - (CAUSAL ? QUERY_TOKENS - 1 : 0) >= 64);
   weigh_hot(at, scores, state, values, last);
 }
 
 // Where output element (w, i, e) of lane (g, t) lies during the merge: lanes side by side.
-FN u32 merge_index(Place at, u32 b, u32 w, u32 i, u32 e) {
+FN int merge_index(Place at, int b, int w, int i, int e) {
   return ((w * 8 + 2 * i + (e >> 1)) * 8 + at.g) * (8 * ROW_BLOCKS) + 8 * b + 2 * at.t + (e & 1);
 }
 
 // Merge the SIMD groups' softmaxes and write the split's partial, or the output if it is alone.
-FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, u32 rows) {
+FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, int rows) {
   SHARED peaks = shared + (SHARED_WORDS - STAT_WORDS);
   SHARED totals = peaks + STAT_WORDS / 2;
-  constexpr u32 width = 8 * ROW_BLOCKS;
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-    UNROLL for (u32 r = 0; r < 2; r++) {
+  constexpr int width = 8 * ROW_BLOCKS;
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int r = 0; r < 2; r++) {
       float total = sum_over_rows(state.total[b][r]);
       if (at.g == 0) {
-        u32 row = at.warp * width + 8 * b + 2 * at.t + r;
-        peaks[row] = as_word(state.peak[b][r]);
+        int row = at.warp * width + 8 * b + 2 * at.t + r;
+        peaks[row] = as_word(state.peak[b][r] * SCALE_LOG2E);
         totals[row] = as_word(total);
       }
     }
   barrier();
   float factor[ROW_BLOCKS][2];
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-    UNROLL for (u32 r = 0; r < 2; r++) {
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+    UNROLL for (int r = 0; r < 2; r++) {
       float peak = LOWEST;
-      for (u32 w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + 8 * b + 2 * at.t + r]));
-      factor[b][r] = exp2_fast(state.peak[b][r] - peak);
+      for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + 8 * b + 2 * at.t + r]));
+      factor[b][r] = exp2_fast(state.peak[b][r] * SCALE_LOG2E - peak);
     }
-  for (u32 turn = 0; turn < WARPS; turn++) {
+  for (int turn = 0; turn < WARPS; turn++) {
     if (turn == at.warp) {
-      UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++)
-        UNROLL for (u32 w = 0; w < LANE_UNITS; w++)
-          UNROLL for (u32 i = 0; i < 4; i++)
-            UNROLL for (u32 e = 0; e < 4; e++) {
-              u32 k = merge_index(at, b, w, i, e);
+      UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+        UNROLL for (int w = 0; w < LANE_UNITS; w++)
+          UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int e = 0; e < 4; e++) {
+              int k = merge_index(at, b, w, i, e);
               float before = turn ? as_float(shared[k]) : 0.0f;
               shared[k] = as_word(before + state.output[b][w][i][e] * factor[b][e & 1]);
             }
     }
     barrier();
   }
-  u32 thread = at.warp * 32 + at.lane;
-  for (u32 i = thread; i < rows * VALUE_DIM; i += 32 * WARPS) {
-    u32 row = i / VALUE_DIM, channel = i % VALUE_DIM, unit = channel / 8;
-    u32 k = (((unit % LANE_UNITS) * 8 + channel % 8) * 8 + unit / LANE_UNITS) * width + row;
+  int thread = at.warp * 32 + at.lane;
+  for (int i = thread; i < rows * VALUE_DIM; i += 32 * WARPS) {
+    int row = i / VALUE_DIM, channel = i % VALUE_DIM, unit = channel / 8;
+    int k = (((unit % LANE_UNITS) * 8 + channel % 8) * 8 + unit / LANE_UNITS) * width + row;
     float x = as_float(shared[k]);
     if (FINAL) {
       float peak = LOWEST, total = 0;
-      for (u32 w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + row]));
-      for (u32 w = 0; w < WARPS; w++)
+      for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + row]));
+      for (int w = 0; w < WARPS; w++)
         total += as_float(totals[w * width + row]) * exp2_fast(as_float(peaks[w * width + row]) - peak);
       store_number(partial, (row0 + row) * VALUE_DIM + channel, total > 0 ? x / total : 0.0f);
     } else {
@@ -354,64 +513,50 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
   }
   if (!FINAL && thread < rows) {
     float peak = LOWEST, total = 0;
-    for (u32 w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + thread]));
-    for (u32 w = 0; w < WARPS; w++)
+    for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + thread]));
+    for (int w = 0; w < WARPS; w++)
       total += as_float(totals[w * width + thread]) * exp2_fast(as_float(peaks[w * width + thread]) - peak);
     store(stats, 2 * (row0 + thread), as_word(peak));
     store(stats, 2 * (row0 + thread) + 1, as_word(total));
   }
 }
 
-#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index
-#define SOURCE_CASE(index, key_bits, value_bits, page_words)                                          \
-  case index:                                                                                         \
-    page_tile<key_bits, value_bits>(at, state, shared, meta, source##index + u64(slot) * page_words,  \
-                                    head, group, valid);                                              \
-    break;
-
 // Grid: x splits, y KV heads times row blocks, z sequences of the batch.
-// params, 16 words per sequence: pages, hot tokens, pages per split, splits that have pages, hot
+// params, 16 words per sequence: pages, hot tokens, tiles per split, splits that have pages, hot
 // capacity, hot tokens per split, pages per row of the table, splits, first split that has hot
 // tokens.
 // table, two words per page: slot | source << 28, valid tokens.
 FN void attend_pages(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
                      BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER),
                      OUTPUT partial, OUTPUT stats) {
-  Place at = {lane, warp, FRAGMENT_ROW(lane), FRAGMENT_PAIR(lane)};
-  u32 head = head_block % HEADS, first_row = head_block / HEADS * (8 * ROW_BLOCKS);
-  u32 fixed = 16 * sequence;
-  u32 pages = load(params, fixed), hot = load(params, fixed + 1), per_split = load(params, fixed + 2);
-  u32 page_splits = load(params, fixed + 3), capacity = load(params, fixed + 4);
-  u32 hot_per_split = load(params, fixed + 5), stride = load(params, fixed + 6);
-  u32 first_hot_split = load(params, fixed + 8);
-  u32 head_row = sequence * HEADS + head;
+  Place at = {int(lane), int(warp), int(FRAGMENT_ROW(lane)), int(FRAGMENT_PAIR(lane))};
+  int head = head_block % HEADS, first_row = head_block / HEADS * (8 * ROW_BLOCKS);
+  int head_row = sequence * HEADS + head, number = split;
+  int fixed = 16 * sequence;
+  int pages = load(params, fixed), hot = load(params, fixed + 1), per_split = load(params, fixed + 2);
+  int page_splits = load(params, fixed + 3), capacity = load(params, fixed + 4);
+  int hot_per_split = load(params, fixed + 5), stride = load(params, fixed + 6);
+  int first_hot_split = load(params, fixed + 8);
   stage_queries(at, shared, q, first_row, head_row * ROWS);
   barrier();
   Softmax state = {};
-  UNROLL for (u32 b = 0; b < ROW_BLOCKS; b++) state.peak[b][0] = state.peak[b][1] = LOWEST;
-  SHARED meta = shared + QUERY_WORDS + warp * META_WORDS;
-  if (split < page_splits) {
-    u32 first = split * per_split, stop = first + per_split < pages ? first + per_split : pages;
-    for (u32 tile = first * PAGE_GROUPS + warp; tile < stop * PAGE_GROUPS; tile += WARPS) {
-      u32 group = tile % PAGE_GROUPS, entry = 2 * (sequence * stride + tile / PAGE_GROUPS);
-      u32 slot = load(table, entry);
-      int valid = int(load(table, entry + 1)) - int(64 * group);
-      if (valid <= 0) continue;
-      u32 source = slot >> 28;
-      slot &= 0xfffffff;
-      switch (source) { SOURCES(SOURCE_CASE) }
-    }
+  UNROLL for (int b = 0; b < ROW_BLOCKS; b++) state.peak[b][0] = state.peak[b][1] = LOWEST;
+  SHARED meta = shared + QUERY_WORDS + at.warp * GROUP_WORDS;
+  if (number < page_splits) {
+    int first = number * per_split;
+    Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * int(sequence) * stride};
+    page_tiles(at, state, shared, meta, head, tiles, table SOURCES(SOURCE_ARGUMENT));
   }
-  if (split >= first_hot_split) {
-    u32 first = (split - first_hot_split) * hot_per_split, stop = first + hot_per_split < hot ? first + hot_per_split : hot;
-    for (u32 token = first + 64 * warp; token < stop; token += 64 * WARPS) {
+  if (number >= first_hot_split) {
+    int first = (number - first_hot_split) * hot_per_split, stop = least(first + hot_per_split, hot);
+    for (int token = first + 64 * at.warp; token < stop; token += 64 * WARPS) {
       u64 row = u64(head_row) * capacity + token;
-      hot_tile(at, state, shared, hot_keys + row * (KEY_DIM / 2), hot_values + row * (VALUE_DIM / 2),
-               int(hot - token), first_row);
+      hot_tile(at, state, shared, hot_keys + row * (KEY_DIM / 2), hot_values + row * (VALUE_DIM / 2), hot - token,
+               first_row);
     }
   }
   barrier();  // the merge takes the words of queries and scales
-  u32 rows = least(ROWS - first_row, 8 * ROW_BLOCKS);
+  int rows = least(ROWS - first_row, 8 * ROW_BLOCKS);
   u64 row0 = (u64(split) * SEQUENCES * HEADS + head_row) * ROWS + first_row;
   finish(at, state, shared, partial, stats, row0, rows);
 }

@@ -11,8 +11,8 @@ import mlx.core as mx
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.source import LANES, AttentionSpec
 
-GROUPS_WANTED = 512
-"""Threadgroups that fill a large GPU: 132 multiprocessors of an H100, four on each."""
+GROUPS_WANTED = 396
+"""Threadgroups that run at once on a large GPU: three on each of an H100's 132 multiprocessors."""
 
 HOT_PER_SPLIT = 256
 """Hot tokens of a split: in bytes about what two 4-bit pages have."""
@@ -29,7 +29,7 @@ class SplitPlan:
     It depends on numbers of pages and tokens only, so that where pages are changes nothing.
 
     Attributes:
-        pages_per_split: pages of one split, at most.
+        tiles_per_split: tiles of 64 tokens of one split, at most: whole pages, or a page's part.
         page_splits: splits that have pages.
         hot_per_split: hot tokens of one split, at most.
         first_hot: the first split that has hot tokens.
@@ -37,7 +37,7 @@ class SplitPlan:
         warps: SIMD groups of a threadgroup.
     """
 
-    pages_per_split: int
+    tiles_per_split: int
     page_splits: int
     hot_per_split: int
     first_hot: int
@@ -48,33 +48,35 @@ class SplitPlan:
     def choose(
         cls, pages: int, hot: int, parallel: int, page_tokens: int, pages_per_run: int
     ) -> SplitPlan:
-        """Fill the GPU, without more partials than that takes.
+        """Fill the GPU in as few rounds as possible, each of them full.
 
         Args:
             pages: of the longest sequence.
             hot: tokens, likewise.
             parallel: threadgroups per split: KV heads, row blocks and sequences multiplied.
             page_tokens: tokens per page.
-            pages_per_run: pages that may be staged together; a split never crosses their border.
+            pages_per_run: pages of a split, at most: what may be staged together.
         """
-        tiles = pages * page_tokens // 64 + -(-hot // 64)
-        if tiles <= 16:
-            return cls(max(1, pages), 1, max(64, hot), 0, 1, 8 if tiles > 4 else 4)
-        wanted = max(1, GROUPS_WANTED // parallel)
-        per_split = 1
-        while per_split < pages_per_run and pages > wanted * per_split:
-            per_split = next(
-                n for n in range(per_split + 1, pages_per_run + 1) if pages_per_run % n == 0
-            )
-        page_splits = -(-pages // per_split)
+        groups = page_tokens // 64
+        tiles = pages * groups
         hot_splits = -(-hot // HOT_PER_SPLIT)
+        if tiles + -(-hot // 64) <= 16:
+            warps = 8 if tiles > 4 else 4
+            return cls(max(1, tiles), 1, max(64, hot), 0, 1, warps)
+        per_split = 4
+        at_once = max(1, GROUPS_WANTED // parallel)
+        if tiles > 4 * at_once:
+            rounds = -(-tiles // (at_once * pages_per_run * groups))
+            per_split = -(-pages // max(1, rounds * at_once - hot_splits)) * groups
+            per_split = min(per_split, pages_per_run * groups)
+        page_splits = -(-tiles // per_split)
         return cls(
             per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4
         )
 
     def params(self, pages: int, hot: int, capacity: int, stride: int) -> list[int]:
         """The words that the kernels read, for one sequence."""
-        words = [pages, hot, self.pages_per_split, self.page_splits, capacity, self.hot_per_split]
+        words = [pages, hot, self.tiles_per_split, self.page_splits, capacity, self.hot_per_split]
         words += [stride, self.splits, self.first_hot]
         return words + [0] * (PARAMS - len(words))
 

@@ -11,7 +11,13 @@ from pagedkv.kernels.source import KernelText
 
 
 class Launcher(Protocol):
-    """Runs kernel texts."""
+    """Runs kernel texts.
+
+    Attributes:
+        fetch_ahead: whether tiles go to threadgroup memory while others are worked on.
+    """
+
+    fetch_ahead: bool
 
     def launch(
         self,
@@ -43,6 +49,7 @@ class DeviceLauncher:
 
     def __init__(self) -> None:
         self.target = "metal" if mx.metal.is_available() else "cuda"
+        self.fetch_ahead = self.target == "cuda"
         self._kernels: dict[str, Callable[..., list[mx.array]]] = {}
 
     def launch(
@@ -69,11 +76,13 @@ class DeviceLauncher:
 
     def _make(self, text: KernelText) -> Callable[..., list[mx.array]]:
         make: Any = mx.fast.metal_kernel if self.target == "metal" else mx.fast.cuda_kernel
+        options = {"shared_memory": 4 * text.shared_words} if self.target == "cuda" else {}
         kernel: Callable[..., list[mx.array]] = make(
             name=text.name,
             input_names=list(text.inputs),
             output_names=list(text.outputs),
             source=text.body(self.target),
             header=text.header(self.target),
+            **options,
         )
         return kernel

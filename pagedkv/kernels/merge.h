@@ -4,7 +4,6 @@
 // attention sink is one more term of the denominator. Splits are summed in a fixed order.
 
 constexpr int LANE_CHANNELS = (VALUE_DIM + 31) / 32;
-constexpr int MERGE_SHARED_WORDS = WARPS * VALUE_DIM + 2 * WARPS;
 
 FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFER partial, BUFFER stats, BUFFER params,
                      BUFFER sinks, OUTPUT out) {

@@ -10,7 +10,7 @@ struct Unit {
 
 FN constexpr int words_of(int bits) { return bits == 16 ? 4 : bits == 8 ? 2 : 1; }
 
-template <int BITS> FN Unit load_unit(BUFFER p, u32 row, u32 unit) {
+template <int BITS, class Memory> FN Unit load_unit(Memory p, int row, int unit) {
   Unit u;
   if constexpr (BITS == 16) {
     Words4 v = load4(p, row + 4 * unit);
@@ -22,7 +22,7 @@ template <int BITS> FN Unit load_unit(BUFFER p, u32 row, u32 unit) {
     u.w[0] = load(p, row + unit);
   } else if constexpr (BITS == 3) {
     // Three bytes that may lie across two words.
-    u32 at = (3 * unit) >> 2, shift = 8 * ((3 * unit) & 3);
+    int at = (3 * unit) >> 2, shift = 8 * ((3 * unit) & 3);
     u32 low = load(p, row + at) >> shift;
     u.w[0] = shift > 8 ? low | (load(p, row + at + 1) << (32 - shift)) : low;
   } else {
@@ -32,7 +32,7 @@ template <int BITS> FN Unit load_unit(BUFFER p, u32 row, u32 unit) {
 }
 
 // COUNT neighbouring units, with as few loads as alignment allows.
-template <int BITS, int COUNT> FN void load_units(BUFFER p, u32 row, u32 first, THREAD Unit* out) {
+template <int BITS, int COUNT, class Memory> FN void load_units(Memory p, int row, int first, THREAD Unit* out) {
   if constexpr (BITS * COUNT == 16 && BITS != 16 && BITS != 3) {
     Words4 v = load4(p, row + first * BITS / 4);
     u32 w[4] = {v.x, v.y, v.z, v.w};
@@ -74,7 +74,7 @@ FN u32 bfloat_pair(u32 x) {
 // code * 2^pos to it exactly; one multiply-add takes the 1024 off and scales back, exactly too.
 template <int BITS> FN u32 field(u32 pair, int pos) {
   u32 mask = ((1u << BITS) - 1) << pos;
-  u32 magic = (pair & (mask * 0x10001u)) | 0x64006400u;
+  u32 magic = and_or(pair, mask * 0x10001u, 0x64006400u);
   u32 factor = u32(15 - pos) << 10, offset = 0x8000u | (u32(25 - pos) << 10);
   return h2_fma(magic, factor * 0x10001u, offset * 0x10001u);
 }

@@ -20,24 +20,54 @@ FN u32 as_word(float x) { return __float_as_uint(x); }
 FN float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 FN float max_of(float a, float b) { return fmaxf(a, b); }
 
-FN u32 load(BUFFER p, u32 i) { return __ldg(p + i); }
-FN u32 load16(BUFFER p, u32 i) { return __ldg((const unsigned short*)p + i); }
+FN u32 load(BUFFER p, int i) { return __ldg(p + i); }
+FN u32 load16(BUFFER p, int i) { return __ldg((const unsigned short*)p + i); }
 struct Words2 { u32 x, y; };
 struct Words4 { u32 x, y, z, w; };
-FN Words2 load2(BUFFER p, u32 i) {
+FN Words2 load2(BUFFER p, int i) {
   uint2 v = __ldg((const uint2*)(p + i));
   return {v.x, v.y};
 }
-FN Words4 load4(BUFFER p, u32 i) {
+FN Words4 load4(BUFFER p, int i) {
   uint4 v = __ldg((const uint4*)(p + i));
   return {v.x, v.y, v.z, v.w};
 }
 FN void store(OUTPUT p, u64 i, u32 x) { p[i] = x; }
 FN void store16(OUTPUT p, u64 i, u32 x) { ((unsigned short*)p)[i] = (unsigned short)x; }
 
+
+// Tiles go to shared memory while others are worked on.
+struct Staged {
+  const u32* p;
+};
+FN u32 load(Staged m, int i) { return m.p[i]; }
+FN Words2 load2(Staged m, int i) {
+  uint2 v = *(const uint2*)(m.p + i);
+  return {v.x, v.y};
+}
+FN Words4 load4(Staged m, int i) {
+  uint4 v = *(const uint4*)(m.p + i);
+  return {v.x, v.y, v.z, v.w};
+}
+template <int WORDS> FN void fetch(SHARED to, int i, BUFFER from, int j) {
+  u32 address = (u32)__cvta_generic_to_shared(to + i);
+  if constexpr (WORDS == 4)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + j) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from + j) : "memory");
+}
+FN void fetch_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> FN void fetch_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
 FN u32 h2_fma(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// (x & mask) | bits in one instruction, which has room for one of the two constants.
+FN u32 and_or(u32 x, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
   return d;
 }
 FN u32 h2_mul(u32 a, u32 b) {
@@ -58,6 +88,7 @@ template <int BYTE> FN u32 join_at(u32 a, u32 b) {
 }
 FN u32 join_high(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
+FN bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 FN void barrier() { __syncthreads(); }
 FN void simd_barrier() { __syncwarp(); }
 FN float simd_shuffle_xor(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -32,6 +33,13 @@ namespace emulator {
 
 constexpr size_t STACK_BYTES = 512 * 1024;
 
+struct Fetch {
+  const u32* source;
+  u32* target;
+  u32 words;
+  u64 group;
+};
+
 struct Fiber {
   ucontext_t context;
   char* stack = nullptr;
@@ -39,6 +47,8 @@ struct Fiber {
   bool done = false;
   u64 waits_for = 0;  // generation that must pass before it can go on
   bool in_simd = false;
+  std::deque<Fetch> fetches;
+  u64 fetch_group = 0;
 };
 
 struct Meeting {
@@ -189,15 +199,15 @@ struct Buffer {
   int64_t words = 0;  // from `data` on
   int64_t before = 0;  // words that lie before `data`
   const char* name = "";
-  u32* at(u64 i, u32 count, u32 align) const {
-    if (i + count > u64(words) || int64_t(i) < -before)
+  u32* at(int64_t i, u32 count, u32 align) const {
+    if (i + count > words || i < -before)
       fail(std::string(name) + ": word " + std::to_string(i) + " of " + std::to_string(words));
     u32* p = data + i;
     if (reinterpret_cast<uintptr_t>(p) % (4 * align)) fail(std::string(name) + ": a load of " + std::to_string(align) + " words is not aligned");
     return p;
   }
-  Buffer operator+(u64 offset) const {
-    return {data + offset, words - int64_t(offset), before + int64_t(offset), name};
+  Buffer operator+(int64_t offset) const {
+    return {data + offset, words - offset, before + offset, name};
   }
 };
 
@@ -211,12 +221,11 @@ struct SharedWords {
     Word& operator=(u32 x) { *p = x; return *this; }
     Word& operator=(const Word& other) { *p = *other.p; return *this; }
   };
-  Word operator[](u64 i) const {
-    int64_t k = int64_t(i);
+  Word operator[](int64_t k) const {
     if (k >= words || k < -before) fail("shared memory: word " + std::to_string(k) + " of " + std::to_string(words));
     return {data + k};
   }
-  SharedWords operator+(u64 offset) const { return {data + offset, words - int64_t(offset), before + int64_t(offset)}; }
+  SharedWords operator+(int64_t offset) const { return {data + offset, words - offset, before + offset}; }
 };
 
 }  // namespace emulator
@@ -244,15 +253,48 @@ FN u32 from_float16(half h) { uint16_t b; std::memcpy(&b, &h, 2); return b; }
 
 struct Words2 { u32 x, y; };
 struct Words4 { u32 x, y, z, w; };
-FN u32 load(const BUFFER& p, u32 i) { return *p.at(i, 1, 1); }
-FN u32 load16(const BUFFER& p, u32 i) { return (*p.at(i / 2, 1, 1) >> (16 * (i & 1))) & 0xffff; }
-FN Words2 load2(const BUFFER& p, u32 i) { const u32* v = p.at(i, 2, 2); return {v[0], v[1]}; }
-FN Words4 load4(const BUFFER& p, u32 i) { const u32* v = p.at(i, 4, 4); return {v[0], v[1], v[2], v[3]}; }
+FN u32 load(const BUFFER& p, int i) { return *p.at(i, 1, 1); }
+FN u32 load16(const BUFFER& p, int i) { return (*p.at(i / 2, 1, 1) >> (16 * (i & 1))) & 0xffff; }
+FN Words2 load2(const BUFFER& p, int i) { const u32* v = p.at(i, 2, 2); return {v[0], v[1]}; }
+FN Words4 load4(const BUFFER& p, int i) { const u32* v = p.at(i, 4, 4); return {v[0], v[1], v[2], v[3]}; }
 FN void store(const OUTPUT& p, u64 i, u32 x) { *p.at(i, 1, 1) = x; }
 FN void store16(const OUTPUT& p, u64 i, u32 x) {
   u32* word = p.at(i / 2, 1, 1);
   u32 shift = 16 * (i & 1);
   *word = (*word & ~(0xffffu << shift)) | ((x & 0xffff) << shift);
+}
+
+
+// Fetching ahead: a copy happens when it is asked for or when it is waited for, by chance. What
+// is read too early or overwritten too early shows as a wrong result.
+struct Staged {
+  emulator::SharedWords p;
+};
+FN const u32* staged(const Staged& m, int i, u32 count) {
+  m.p[i + count - 1];
+  if (reinterpret_cast<uintptr_t>(&*m.p[i].p) % (4 * count)) emulator::fail("shared memory: a load is not aligned");
+  return m.p[i].p;
+}
+FN u32 load(const Staged& m, int i) { return *staged(m, i, 1); }
+FN Words2 load2(const Staged& m, int i) { const u32* v = staged(m, i, 2); return {v[0], v[1]}; }
+FN Words4 load4(const Staged& m, int i) { const u32* v = staged(m, i, 4); return {v[0], v[1], v[2], v[3]}; }
+template <int WORDS> FN void fetch(emulator::SharedWords to, int i, const BUFFER& from, int j) {
+  const u32* source = from.at(j, WORDS, WORDS);
+  u32* target = const_cast<u32*>(staged(Staged{to}, i, WORDS));
+  emulator::Fiber& me = emulator::group->fibers[emulator::thread()];
+  if (emulator::group->order() & 1)
+    std::copy(source, source + WORDS, target);
+  else
+    me.fetches.push_back({source, target, WORDS, me.fetch_group});
+}
+FN void fetch_commit() { emulator::group->fibers[emulator::thread()].fetch_group++; }
+template <int LEFT> FN void fetch_wait() {
+  emulator::Fiber& me = emulator::group->fibers[emulator::thread()];
+  while (!me.fetches.empty() && me.fetches.front().group + LEFT < me.fetch_group) {
+    const auto& f = me.fetches.front();
+    std::copy(f.source, f.source + f.words, f.target);
+    me.fetches.pop_front();
+  }
 }
 
 FN u32 each_half(u32 a, u32 b, u32 c, double (*f)(double, double, double)) {
@@ -262,6 +304,7 @@ FN u32 each_half(u32 a, u32 b, u32 c, double (*f)(double, double, double)) {
   return out;
 }
 FN u32 h2_fma(u32 a, u32 b, u32 c) { return each_half(a, b, c, [](double x, double y, double z) { return x * y + z; }); }
+FN u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 FN u32 h2_mul(u32 a, u32 b) { return each_half(a, b, 0, [](double x, double y, double) { return x * y; }); }
 FN u32 h2_pack(float low, float high) { return from_float16(half(low)) | (from_float16(half(high)) << 16); }
 FN float half_to_float(u32 bits) { return float(to_float16(bits)); }
@@ -270,6 +313,13 @@ FN u32 float_to_half(float x) { return from_float16(half(x)); }
 template <int BYTE> FN u32 join_at(u32 a, u32 b) { return ((a >> (8 * BYTE)) & 0xffff) | ((b >> (8 * BYTE)) << 16); }
 FN u32 join_high(u32 a, u32 b) { return (a >> 16) | (b & 0xffff0000u); }
 
+FN bool any_lane(bool x) {
+  u32 mine = x;
+  const u32* all = emulator::exchange(&mine, 1);
+  for (u32 i = 0; i < 32; i++)
+    if (all[8 * i]) return true;
+  return false;
+}
 FN void barrier() { emulator::meet(emulator::group->all, false); }
 FN void simd_barrier() { emulator::meet(emulator::group->simds[emulator::thread() / 32], true); }
 FN float simd_shuffle_xor(float x, u32 mask) {

@@ -26,24 +26,37 @@ FN u32 as_word(float x) { return as_type<u32>(x); }
 FN float exp2_fast(float x) { return fast::exp2(x); }
 FN float max_of(float a, float b) { return fmax(a, b); }
 
-FN u32 load(BUFFER p, u32 i) { return p[i]; }
-FN u32 load16(BUFFER p, u32 i) { return ((const device ushort*)p)[i]; }
+FN u32 load(BUFFER p, int i) { return p[i]; }
+FN u32 load16(BUFFER p, int i) { return ((const device ushort*)p)[i]; }
 struct Words2 { u32 x, y; };
 struct Words4 { u32 x, y, z, w; };
-FN Words2 load2(BUFFER p, u32 i) {
+FN Words2 load2(BUFFER p, int i) {
   uint2 v = *(const device uint2*)(p + i);
   return {v.x, v.y};
 }
-FN Words4 load4(BUFFER p, u32 i) {
+FN Words4 load4(BUFFER p, int i) {
   uint4 v = *(const device uint4*)(p + i);
   return {v.x, v.y, v.z, v.w};
 }
 FN void store(OUTPUT p, u64 i, u32 x) { p[i] = x; }
 FN void store16(OUTPUT p, u64 i, u32 x) { ((device ushort*)p)[i] = ushort(x); }
 
+
+// Tiles are read where they are: 32 KB of threadgroup memory would hold too few of them.
+struct Staged {
+  threadgroup u32* p;
+};
+FN u32 load(Staged m, int i) { return m.p[i]; }
+FN Words2 load2(Staged m, int i) { return {m.p[i], m.p[i + 1]}; }
+FN Words4 load4(Staged m, int i) { return {m.p[i], m.p[i + 1], m.p[i + 2], m.p[i + 3]}; }
+template <int WORDS> FN void fetch(threadgroup u32*, int, BUFFER, int) {}
+FN void fetch_commit() {}
+template <int LEFT> FN void fetch_wait() {}
+
 FN u32 h2_fma(u32 a, u32 b, u32 c) {
   return as_type<u32>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
 }
+FN u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 FN u32 h2_mul(u32 a, u32 b) { return as_type<u32>(as_type<half2>(a) * as_type<half2>(b)); }
 FN u32 h2_pack(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
 FN float half_to_float(u32 bits) { return float(as_type<half>(ushort(bits))); }
@@ -54,6 +67,7 @@ template <int BYTE> FN u32 join_at(u32 a, u32 b) {
 }
 FN u32 join_high(u32 a, u32 b) { return (a >> 16) | (b & 0xffff0000u); }
 
+FN bool any_lane(bool x) { return simd_any(x); }
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 FN void simd_barrier() { simdgroup_barrier(mem_flags::mem_threadgroup); }
 FN float max_over_rows(float x) {

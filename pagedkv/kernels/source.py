@@ -37,7 +37,7 @@ class KernelText:
         outputs: names of the output arrays.
         functions: what follows the prelude.
         call: the function called, with a lane's position, shared memory, inputs and outputs.
-        shared: constant expression for the words of shared memory.
+        shared_words: words of shared memory of a threadgroup.
     """
 
     name: str
@@ -45,7 +45,7 @@ class KernelText:
     outputs: tuple[str, ...]
     functions: str
     call: str
-    shared: str
+    shared_words: int
 
     def header(self, target: str) -> str:
         """Prelude and functions, in a namespace of their own."""
@@ -58,14 +58,14 @@ class KernelText:
         position, shared = _TARGETS[target]
         arguments = [f"(BUFFER){name}" for name in self.inputs]
         arguments += [f"(OUTPUT){name}" for name in self.outputs]
-        declared = shared.format(words=f"pagedkv::{self.shared}")
+        declared = shared.format(words=self.shared_words)
         return f"{declared}\npagedkv::{self.call}({position}, shared, {', '.join(arguments)});"
 
 
 _TARGETS = {
     "cuda": (
         "threadIdx.x & 31, threadIdx.x >> 5, blockIdx.x, blockIdx.y, blockIdx.z",
-        "using namespace pagedkv;\n__shared__ __align__(16) u32 shared[{words}];",
+        "using namespace pagedkv;\nextern __shared__ __align__(16) u32 shared[];",
     ),
     "metal": (
         "thread_index_in_simdgroup, simdgroup_index_in_threadgroup, "
@@ -97,6 +97,7 @@ class AttentionSpec:
         final: whether there is one split, so that the output needs no merging.
         has_sinks: whether the model has attention sinks.
         warps: SIMD groups of a threadgroup.
+        fetch_ahead: whether tiles are copied to threadgroup memory while others are worked on.
     """
 
     geometries: tuple[PageGeometry, ...]
@@ -114,6 +115,7 @@ class AttentionSpec:
     final: bool
     has_sinks: bool
     warps: int
+    fetch_ahead: bool
 
     @property
     def row_blocks(self) -> int:
@@ -134,6 +136,8 @@ class AttentionSpec:
             "QUERY_TOKENS": self.query_tokens,
             "SEQUENCES": self.sequences,
             "WARPS": self.warps,
+            "STAGED_KEY_WORDS": self._staged[0],
+            "STAGED_VALUE_WORDS": self._staged[1],
         }
         flags = {
             "QUERY_BFLOAT": self.query_bfloat,
@@ -141,12 +145,34 @@ class AttentionSpec:
             "CAUSAL": self.causal and self.query_tokens > 1,
             "FINAL": self.final,
             "HAS_SINKS": self.has_sinks,
+            "FETCH_AHEAD": self.fetch_ahead,
         }
         return {
             **{f"constexpr int {name}": str(value) for name, value in numbers.items()},
             **{f"constexpr bool {name}": str(value).lower() for name, value in flags.items()},
             "constexpr float SCALE_LOG2E": f"{self.scale * math.log2(math.e):.9e}f",
         }
+
+    @cached_property
+    def _staged(self) -> tuple[int, int]:
+        """Words of shared memory for the keys and values of a tile of 64 tokens."""
+        coded = [g.precision for g in self.geometries if g.precision.quantized]
+        if not (self.fetch_ahead and coded):
+            return 0, 0
+        padded, _ = _padding(self.value_dim)
+        keys = self.key_dim * 2 * max(p.key_bits for p in coded)
+        values = 2 * padded * max(p.value_bits for p in coded) + 32
+        return keys, values
+
+    @property
+    def shared_words(self) -> int:
+        """Words of shared memory of a threadgroup that attends; laid out in ``attend.h``."""
+        padded, group = _padding(self.value_dim)
+        blocks = 2 if self.rows > 8 else 1
+        queries = self.key_dim * blocks * 4
+        per_warp = self.key_dim + padded // group * 64 + sum(self._staged)
+        merge = -(-padded // 64) * 64 * blocks * 8
+        return max(queries + self.warps * per_warp, merge) + self.warps * blocks * 16
 
     def _sources(self) -> str:
         entries = (
@@ -164,7 +190,7 @@ class AttentionSpec:
             ("q", "params", "table", "hot_keys", "hot_values", *sources),
             ("partial", "stats"),
             ("numbers.h", "page.h", "attend.h"),
-            "SHARED_WORDS",
+            self.shared_words,
         )
 
     @cached_property
@@ -175,7 +201,7 @@ class AttentionSpec:
             ("partial", "stats", "params", "sinks"),
             ("out",),
             ("numbers.h", "merge.h"),
-            "MERGE_SHARED_WORDS",
+            self.warps * (self.value_dim + 2),
         )
 
     def _text(
@@ -184,12 +210,13 @@ class AttentionSpec:
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         files: Sequence[str],
-        shared: str,
+        shared_words: int,
     ) -> KernelText:
-        constants = "\n".join(f"{name} = {value};" for name, value in self._constants.items())
+        values = {**self._constants, "constexpr int SHARED_WORDS": str(shared_words)}
+        constants = "\n".join(f"{name} = {value};" for name, value in values.items())
         functions = "\n".join([constants, self._sources(), *(_text(name) for name in files)])
         digest = hashlib.sha256(functions.encode()).hexdigest()[:16]
-        return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared)
+        return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared_words)
 
 
 def _padding(value_dim: int) -> tuple[int, int]:

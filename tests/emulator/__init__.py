@@ -20,7 +20,7 @@ MAIN = """
 static emulator::Buffer input_buffers[32], output_buffers[8];
 static u32 *shared_memory, position[3];
 static void lane_body(u32 thread) {{
-  emulator::SharedWords shared{{shared_memory, int64_t(pagedkv::{shared}), 0}};
+  emulator::SharedWords shared{{shared_memory, int64_t({shared}), 0}};
   pagedkv::{call}(thread & 31, thread >> 5, position[0], position[1], position[2], shared{arguments});
 }}
 extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64_t* words, u32 seed) {{
@@ -29,8 +29,8 @@ extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64
   for (int i = 0; i < {inputs}; i++) input_buffers[i] = {{data[i], words[i], 0, names[i]}};
   for (int i = 0; i < {outputs}; i++)
     output_buffers[i] = {{data[{inputs} + i], words[{inputs} + i], 0, names[{inputs} + i]}};
-  std::vector<u32> memory(pagedkv::{shared} + 4);
-  shared_memory = memory.data();
+  std::vector<u32> memory({shared} + 8);
+  shared_memory = (u32*)((uintptr_t(memory.data()) + 15) & ~uintptr_t(15));
   for (position[2] = 0; position[2] < grid[2]; position[2]++)
     for (position[1] = 0; position[1] < grid[1]; position[1]++)
       for (position[0] = 0; position[0] < grid[0]; position[0]++) {{
@@ -52,7 +52,7 @@ def source(text: KernelText) -> str:
     arguments = [f", input_buffers[{i}]" for i in range(len(text.inputs))]
     arguments += [f", output_buffers[{i}]" for i in range(len(text.outputs))]
     main = MAIN.format(
-        shared=text.shared,
+        shared=text.shared_words,
         call=text.call,
         arguments="".join(arguments),
         names=", ".join(f'"{name}"' for name in (*text.inputs, *text.outputs)),
@@ -84,6 +84,9 @@ def _library(program: str) -> ctypes.CDLL:
 
 class HostLauncher:
     """Launches kernels in the emulator; outputs are poisoned with NaN before each run."""
+
+    def __init__(self, fetch_ahead: bool = True) -> None:
+        self.fetch_ahead = fetch_ahead
 
     def launch(
         self,

@@ -1,0 +1,130 @@
+"""The campaign behind docs/performance.md, in pieces that fit a few minutes each.
+
+    python benchmarks/h100.py --part attention --out benchmarks/results/h100 --seconds 540
+    python benchmarks/h100.py --part decode    --out benchmarks/results/h100 --seconds 540
+    python benchmarks/h100.py --part prefill   --out benchmarks/results/h100 --seconds 540
+    python benchmarks/h100.py --part page      --out benchmarks/results/h100
+
+A part writes DIR/PART.json, whole again after every group of rows, and draws its plots. Started
+again, it goes on where the time was up; what was measured is not measured again. What cannot run
+is a row that says why. `page` fills docs/performance.md from all parts, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from pagedkv.bench import (
+    AttentionShape,
+    BenchSettings,
+    Campaign,
+    Deadline,
+    Result,
+    Task,
+    random_llama,
+)
+from pagedkv.bench.page import fill_page
+from pagedkv.bench.plots import HINT, available, draw
+from pagedkv.bench.report import COLUMNS, markdown, yardstick_line
+from pagedkv.bench.seal import seal_tokens
+from pagedkv.cli.bench import synthetic_shape
+from pagedkv.errors import PagedKVError
+
+K = 1024
+KV = ("K8V4", "K4V4", "K4V2", "K2V2")
+LONG = (512, *(K * n for n in (1, 4, 8, 16, 32, 64, 128, 256)))
+SHORT = (256, 512, K, 2 * K, 4 * K)
+ATTENTION = {
+    "32/8x128": LONG,
+    "32/4x128": LONG,
+    "12/2x128": (*SHORT, 128 * K),
+    "4/1x256": SHORT,
+}
+DECODE = tuple(K * n for n in (1, 8, 32, 100, 128))
+PREFILL = (64 * K,)
+MODEL = "llama3-8b"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+
+
+def tasks(part: str, settings: BenchSettings) -> list[Task]:
+    if part == "attention":
+        return [
+            Task(part, depth, AttentionShape.parse(shape))
+            for shape, depths in ATTENTION.items()
+            for depth in depths
+        ]
+    if part == "decode":
+        return [Task(part, depth) for depth in DECODE]
+    return [*(Task(part, depth) for depth in PREFILL), Task("seal", seal_tokens(settings))]
+
+
+def scaled(found: list[Task], most: int | None) -> list[Task]:
+    """The tasks up to a depth, for a trial."""
+    return [task for task in found if most is None or task.depth <= most]
+
+
+def campaign(args: argparse.Namespace) -> Result:
+    gpu = mx.default_device() == mx.gpu
+    dtype = mx.float16 if gpu else mx.float32
+    kv = ("K4V4",) if args.part == "prefill" else KV
+    settings = BenchSettings(kv=kv, rounds=args.rounds, steps=args.steps, repeats=args.repeats)
+    record = {**settings.to_dict(), "part": args.part, "model": args.model}
+    result = Result(record, args.out / f"{args.part}.json")
+    if before := result.resume():
+        print(f"going on after {before} rows", file=sys.stderr)
+
+    def model() -> Any:
+        return random_llama(synthetic_shape(args.model, args.layers), dtype)
+
+    name = f"synthetic:{args.model}" + (f", layers={args.layers}" if args.layers else "")
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    deadline = Deadline(args.seconds)
+    Campaign(settings, dtype, name, model, result, deadline, say).run(
+        scaled(tasks(args.part, settings), args.most)
+    )
+    return result
+
+
+def report(args: argparse.Namespace, result: Result) -> None:
+    for part in COLUMNS:
+        if table := markdown(part, result.rows):
+            mine = [row for row in result.rows if row["part"] == part]
+            print(f"\n{part}: {yardstick_line(mine)}\n\n{table}")
+    if available():
+        draw(result.rows, args.out)
+    else:
+        print(HINT, file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parts = ("attention", "decode", "prefill", "page")
+    parser.add_argument("--part", required=True, choices=parts)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after this long")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--model", default=MODEL, help="synthetic model (default: llama3-8b)")
+    parser.add_argument("--layers", type=int, help="cut the model, for a trial")
+    parser.add_argument("--most", type=int, metavar="TOKENS", help="no deeper, for a trial")
+    args = parser.parse_args()
+    try:
+        if args.part == "page":
+            filled = fill_page(PAGE, sorted(args.out.glob("*.json")))
+            print(f"{PAGE.name}: {', '.join(filled) or 'nothing to fill'}")
+        else:
+            report(args, campaign(args))
+    except (PagedKVError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Rows of a result, and the file that they are written to one by one."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import psutil
+
+import pagedkv
+from pagedkv.errors import ConfigError
+
+SCHEMA = 1
+_IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source", "blas")
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+
+Row = dict[str, Any]
+"""One measurement. Every row has ``part``, ``depth``, ``what``, ``status`` and ``note``; rows of
+attention have ``shape`` and ``queries``, the others ``model``. Times carry their unit in their
+name, with ``_p10`` and ``_p90`` beside the median; ``bytes`` must be read; ``achieved`` is the
+roofline over the time; ``limit`` is what bounds the row."""
+
+
+def succeeded(row: Row) -> Row:
+    """The row, marked as measured."""
+    return {**row, "status": OK, "note": row.get("note", "")}
+
+
+def failed(row: Row, note: str) -> Row:
+    """The row, marked as one that could not be measured."""
+    return {**row, "status": FAILED, "note": note}
+
+
+def skipped(row: Row, note: str) -> Row:
+    """The row, marked as one that was not tried, for lack of time."""
+    return {**row, "status": SKIPPED, "note": note}
+
+
+def first_words(error: BaseException, most: int = 100) -> str:
+    """The beginning of an error, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def group_of(row: Row) -> tuple[Any, ...]:
+    """What was measured together with a row: part, shape or model, depth, query tokens."""
+    return (row["part"], row.get("model") or row["shape"], row["depth"], row.get("queries"))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, memory, system and versions, as text and numbers."""
+    info = mx.device_info()
+    gpu = mx.default_device() == mx.gpu
+    return {
+        "device": str(info.get("device_name", platform.processor())),
+        "gpu": bool(gpu),
+        "backend": "metal" if gpu and mx.metal.is_available() else "cuda" if gpu else "cpu",
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "mlx": _version("mlx") or getattr(mx, "__version__", None),
+        "mlx_lm": _version("mlx-lm"),
+        "pagedkv": pagedkv.__version__,
+        "source": _source_digest(),
+        "blas": _preloaded(),
+    }
+
+
+def _source_digest() -> str:
+    """Names the code that was measured: a version number says little between releases."""
+    root = Path(pagedkv.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.glob("**/*.py")):
+        place = path.relative_to(root).as_posix()
+        if not place.startswith(("bench/", "cli/")):
+            digest.update(place.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _preloaded() -> str | None:
+    """Libraries loaded before others, such as a fast BLAS; None where that is unusual."""
+    if sys.platform != "linux":
+        return None
+    names = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
+    return ", ".join(names) or None
+
+
+class Result:
+    """A run's machine, settings and rows; a file of them is rewritten after every row.
+
+    Attributes:
+        rows: so far.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], path: Path | None = None) -> None:
+        """Start a result.
+
+        Args:
+            settings: of the run, for the record.
+            path: of the file; none is written if None. Its folder is made if need be.
+
+        Raises:
+            OSError: if the folder cannot be made.
+        """
+        self._path = path
+        self._head: dict[str, Any] = {
+            "schema": SCHEMA,
+            "benchmark": "pagedkv bench",
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": describe_machine(),
+            "settings": dict(settings),
+        }
+        self.rows: list[Row] = []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def resume(self) -> int:
+        """Take over the rows of an earlier run from the file; groups it had no time for aside.
+
+        Returns:
+            How many rows that were; 0 if there is no file.
+
+        Raises:
+            ConfigError: if the file is of another machine, or of other versions of the code.
+        """
+        if self._path is None or not self._path.exists():
+            return 0
+        before = read_result(self._path)
+        now, then = self._head["machine"], before["machine"]
+        differ = [name for name in _IDENTITY if now[name] != then.get(name)]
+        if differ:
+            raise ConfigError(
+                f"{str(self._path)!r} was measured elsewhere ({', '.join(differ)} differ): rows of "
+                f"two machines or versions do not belong in one file; give another folder"
+            )
+        again = {group_of(row) for row in before["rows"] if row["status"] == SKIPPED}
+        self.rows = [row for row in before["rows"] if group_of(row) not in again]
+        return len(self.rows)
+
+    def has(self, group: tuple[Any, ...]) -> bool:
+        """Whether a group was measured already; see `group_of`."""
+        return any(group_of(row) == group for row in self.rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows and write the file."""
+        self.rows += rows
+        if self._path is None:
+            return
+        draft = self._path.with_suffix(".part")
+        draft.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
+        draft.replace(self._path)
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self._head, "rows": self.rows}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        ConfigError: if it cannot be read, or is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the result {str(path)!r}: {first_words(e)}") from e
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ConfigError(f"{str(path)!r} is no result of pagedkv bench (schema {SCHEMA})")
+    return document
