@@ -40,6 +40,7 @@ class PageTable:
         self._page_tokens = page_tokens
         self._on_free = on_free or (lambda page: None)
         self._entries: list[TableEntry] = []
+        self._snapshot: tuple[TableEntry, ...] | None = None
         self._tokens = 0
 
     @property
@@ -49,8 +50,10 @@ class PageTable:
 
     @property
     def entries(self) -> tuple[TableEntry, ...]:
-        """A snapshot of the table, oldest page first."""
-        return tuple(self._entries)
+        """A snapshot of the table, oldest page first: the same object until the table changes."""
+        if self._snapshot is None:
+            self._snapshot = tuple(self._entries)
+        return self._snapshot
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -69,6 +72,7 @@ class PageTable:
         if not 0 < n <= self._page_tokens:
             raise PagedKVError(f"a page of {self._page_tokens} tokens cannot hold {n}")
         self._entries.append(TableEntry(page, n))
+        self._snapshot = None
         self._tokens += n
 
     def trim(self, tokens: int) -> int:
@@ -82,6 +86,7 @@ class PageTable:
         """
         dropped = min(max(tokens, 0), self._tokens)
         left = dropped
+        self._snapshot = None
         while left:
             last = self._entries.pop()
             if last.tokens > left:
@@ -108,6 +113,7 @@ class PageTable:
         """
         old = self._entries[index]
         self._entries[index] = TableEntry(page, old.tokens)
+        self._snapshot = None
         self._release(old.page)
 
     def clear(self) -> None:

@@ -13,7 +13,9 @@ is a row that says why. `page` fills docs/performance.md from all parts, and nee
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,48 +48,45 @@ ATTENTION = {
     "4/1x256": SHORT,
 }
 DECODE = tuple(K * n for n in (1, 8, 32, 100, 128))
-PREFILL = (64 * K,)
+PREFILL, PREFILL_KV = (64 * K,), ("K4V4",)
 MODEL = "llama3-8b"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
-def tasks(part: str, settings: BenchSettings) -> list[Task]:
+def tasks(part: str) -> list[Task]:
     if part == "attention":
         return [
             Task(part, depth, AttentionShape.parse(shape))
             for shape, depths in ATTENTION.items()
             for depth in depths
         ]
-    if part == "decode":
-        return [Task(part, depth) for depth in DECODE]
-    return [*(Task(part, depth) for depth in PREFILL), Task("seal", seal_tokens(settings))]
-
-
-def scaled(found: list[Task], most: int | None) -> list[Task]:
-    """The tasks up to a depth, for a trial."""
-    return [task for task in found if most is None or task.depth <= most]
+    return [Task(part, depth) for depth in (DECODE if part == "decode" else PREFILL)]
 
 
 def campaign(args: argparse.Namespace) -> Result:
-    gpu = mx.default_device() == mx.gpu
-    dtype = mx.float16 if gpu else mx.float32
-    kv = ("K4V4",) if args.part == "prefill" else KV
-    settings = BenchSettings(kv=kv, rounds=args.rounds, steps=args.steps, repeats=args.repeats)
-    record = {**settings.to_dict(), "part": args.part, "model": args.model}
-    result = Result(record, args.out / f"{args.part}.json")
+    dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
+    settings = BenchSettings(kv=KV, rounds=args.rounds, steps=args.steps, repeats=args.repeats)
+    name = f"synthetic:{args.model}" + (f", layers={args.layers}" if args.layers else "")
+    result = Result({**settings.to_dict(), "model": name}, args.out / f"{args.part}.json")
     if before := result.resume():
-        print(f"going on after {before} rows", file=sys.stderr)
+        say(f"going on after {before} rows")
 
+    @functools.cache
     def model() -> Any:
         return random_llama(synthetic_shape(args.model, args.layers), dtype)
 
-    name = f"synthetic:{args.model}" + (f", layers={args.layers}" if args.layers else "")
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     deadline = Deadline(args.seconds)
-    Campaign(settings, dtype, name, model, result, deadline, say).run(
-        scaled(tasks(args.part, settings), args.most)
-    )
+    todo = [task for task in tasks(args.part) if args.most is None or task.depth <= args.most]
+    here = replace(settings, kv=PREFILL_KV) if args.part == "prefill" else settings
+    Campaign(here, dtype, name, model, result, deadline, say).run(todo)
+    if args.part == "prefill":
+        seal = Task("seal", seal_tokens(settings))
+        Campaign(settings, dtype, name, model, result, deadline, say).run([seal])
     return result
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def report(args: argparse.Namespace, result: Result) -> None:
@@ -98,7 +97,7 @@ def report(args: argparse.Namespace, result: Result) -> None:
     if available():
         draw(result.rows, args.out)
     else:
-        print(HINT, file=sys.stderr)
+        say(HINT)
 
 
 def main() -> int:
@@ -111,13 +110,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--model", default=MODEL, help="synthetic model (default: llama3-8b)")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what page fills")
     parser.add_argument("--layers", type=int, help="cut the model, for a trial")
     parser.add_argument("--most", type=int, metavar="TOKENS", help="no deeper, for a trial")
     args = parser.parse_args()
     try:
         if args.part == "page":
-            filled = fill_page(PAGE, sorted(args.out.glob("*.json")))
-            print(f"{PAGE.name}: {', '.join(filled) or 'nothing to fill'}")
+            filled = fill_page(args.page, sorted(args.out.glob("*.json")))
+            print(f"{args.page}: {', '.join(filled) or 'nothing to fill'}")
         else:
             report(args, campaign(args))
     except (PagedKVError, OSError) as e:

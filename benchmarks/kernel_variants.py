@@ -106,7 +106,6 @@ def ours(
         False, False, True, plan.splits == 1, False, plan.warps, launcher.fetch_ahead,
     )  # fmt: skip
     spec = replace(spec, **changes)
-    merge = replace(spec, warps=decode.MERGE_WARPS)
     params = mx.array(plan.params(pages, 0, 64, pages), mx.uint32)
     sinks = mx.zeros(8)
     mx.eval(tables, params, hot, slab, sinks)
@@ -114,9 +113,9 @@ def ours(
     def call(q: mx.array, i: int) -> mx.array:
         table = tables[i % layers]
         out, stats = attend_splits(
-            launcher, spec, plan, q, params, table, (hot[0], hot[1]), [slab], plan.splits
+            launcher, spec, plan, q, params, table, (hot[0], hot[1]), [slab, slab], plan.splits
         )
-        return out if spec.final else merge_splits(launcher, merge, q, out, stats, params, sinks)
+        return out if spec.final else merge_splits(launcher, spec, q, out, stats, params, sinks)
 
     return call
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
 from pagedkv.allocator import TableEntry
 from pagedkv.backends import (
     Backend,
+    KernelBackend,
     Partial,
     choose_backend,
     dense_partial,
@@ -17,7 +19,7 @@ from pagedkv.backends import (
     sink_partial,
 )
 from pagedkv.errors import ShapeError
-from pagedkv.tiers import LayerPager, Run
+from pagedkv.tiers import HotTokens, LayerPager, Run
 from pagedkv.tiers.reader import Batch
 
 stock_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
@@ -40,18 +42,26 @@ class KVView:
     Attributes:
         pager: the layer's pages.
         entries: the pages of this sequence, oldest first.
-        keys: hot keys ``[1, kv_heads, hot, key_dim]``.
-        values: hot values ``[1, kv_heads, hot, value_dim]``.
+        hot: the hot tokens.
         sinks: how many of the hot tokens come before the pages.
         following: the next layer's pages, to be read ahead.
     """
 
     pager: LayerPager | None
     entries: tuple[TableEntry, ...]
-    keys: mx.array
-    values: mx.array
+    hot: HotTokens
     sinks: int
     following: Callable[[], Sequence[Batch]] = tuple
+
+    @cached_property
+    def keys(self) -> mx.array:
+        """Hot keys ``[1, kv_heads, hot, key_dim]``."""
+        return self.hot.keys[:, :, : self.hot.used]
+
+    @cached_property
+    def values(self) -> mx.array:
+        """Hot values ``[1, kv_heads, hot, value_dim]``."""
+        return self.hot.values[:, :, : self.hot.used]
 
     @property
     def paged_tokens(self) -> int:
@@ -61,7 +71,7 @@ class KVView:
     @property
     def tokens(self) -> int:
         """Tokens in all."""
-        return self.paged_tokens + int(self.keys.shape[2])
+        return self.paged_tokens + self.hot.used
 
     def runs(self) -> Iterator[tuple[Run, mx.array, bool]]:
         """The page records, run by run; see `LayerPager.records`."""
@@ -150,14 +160,36 @@ def attend(
     _check(view, q, mask, sinks)
     if not view.entries:
         return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
+    backend = backend or choose_backend("auto")
+    if isinstance(backend, KernelBackend) and not isinstance(mask, mx.array):
+        out = _fused(view, q, scale, mask == "causal", sinks, backend)
+        if out is not None:
+            return out
     # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
     slow_dense = q.dtype != mx.float32 and mx.default_device() != mx.gpu
     if q.shape[2] > DECODE_TOKENS and not slow_dense:
-        per_token = view.keys.shape[1] * (view.keys.shape[3] + view.values.shape[3])
+        per_token = view.hot.keys.shape[1] * (view.hot.keys.shape[3] + view.hot.values.shape[3])
         if view.tokens * per_token * q.dtype.size <= scratch_bytes:
             keys, values = view.dense(q.dtype)
             return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
-    return _Tiles(view, q, scale, mask, backend or choose_backend("auto")).attend(sinks)
+    return _Tiles(view, q, scale, mask, backend).attend(sinks)
+
+
+def _fused(
+    view: KVView,
+    q: mx.array,
+    scale: float,
+    causal: bool,
+    sinks: mx.array | None,
+    backend: KernelBackend,
+) -> mx.array | None:
+    """A few query tokens in the fused kernel; None if it is not made for this call."""
+    if q.shape[2] > DECODE_TOKENS:
+        return None
+    assert view.pager is not None
+    return backend.decode(
+        view.pager, view.entries, view.hot, q, scale, causal, sinks, view.following
+    )
 
 
 def check_queries(
@@ -187,7 +219,7 @@ def check_queries(
 
 
 def _check(view: KVView, q: mx.array, mask: mx.array | str | None, sinks: mx.array | None) -> None:
-    heads, key_dim = int(view.keys.shape[1]), int(view.keys.shape[3])
+    heads, key_dim = int(view.hot.keys.shape[1]), int(view.hot.keys.shape[3])
     check_queries(q, heads, key_dim, view.tokens, mask, sinks)
     if isinstance(mask, mx.array):
         wanted = (1, int(q.shape[1]), int(q.shape[2]), view.tokens)

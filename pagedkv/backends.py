@@ -7,11 +7,16 @@ online softmax of Milakov & Gimelshein, arXiv:1805.02867, as FlashAttention uses
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from pagedkv.tiers import AffineCodec, Sixteen
+from pagedkv.allocator import TableEntry
+from pagedkv.fused import FusedDecode, takes
+from pagedkv.kernels.launch import Launcher, device_launcher
+from pagedkv.tiers import AffineCodec, HotTokens, LayerPager, Sixteen
+from pagedkv.tiers.reader import Batch
 
 FEW_ROWS = 8
 """Rows (query heads of a KV head times query tokens) up to which the CPU multiplies codes."""
@@ -136,6 +141,50 @@ class QuantizedBackend(DequantizeBackend):
         return out[..., : codec.geometry.shape.value_dim]
 
 
+class KernelBackend(QuantizedBackend):
+    """Decodes in fused kernels; what they are not made for goes the composed way.
+
+    One for each layer's cache: it keeps the page table on the device between steps.
+    """
+
+    name = "kernel"
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self._decode = FusedDecode(launcher or device_launcher())
+        self._composed: Backend = composed_for_gpu()
+
+    def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.scores`."""
+        return self._composed.scores(q, codec, records)
+
+    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+        """See `Backend.weigh`."""
+        return self._composed.weigh(p, codec, records)
+
+    def decode(
+        self,
+        pager: LayerPager,
+        entries: tuple[TableEntry, ...],
+        hot: HotTokens,
+        q: mx.array,
+        scale: float,
+        causal: bool,
+        sinks: mx.array | None,
+        following: Callable[[], Sequence[Batch]],
+    ) -> mx.array | None:
+        """See `FusedDecode.attend`; None if the kernels are not made for this call."""
+        if not takes(pager, hot, q, scale):
+            return None
+        ahead = following() if pager.any_cold else ()
+        return self._decode.attend(pager, entries, hot, q, scale, causal, sinks, ahead)
+
+    def cold_batches(
+        self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int
+    ) -> list[Batch]:
+        """See `FusedDecode.cold_batches`."""
+        return self._decode.cold_batches(pager, entries, hot, rows)
+
+
 class CpuBackend:
     """Products of codes for a few rows, dequantized pages for many; what pays on the CPU.
 
@@ -220,11 +269,17 @@ def sink_partial(sinks: mx.array, kv_heads: int, query_tokens: int, value_dim: i
     return Partial(peak, mx.ones_like(peak), mx.zeros((*peak.shape[:2], value_dim)))
 
 
+def composed_for_gpu() -> Backend:
+    """What suits a GPU where no kernel of ours runs."""
+    # On CUDA MLX's quantized product has no implementation for many batched shapes.
+    return QuantizedBackend() if mx.metal.is_available() else DequantizeBackend()
+
+
 def choose_backend(name: str) -> Backend:
     """The backend of that name; ``"auto"`` takes what suits the default device."""
+    on_gpu = mx.default_device() == mx.gpu
+    if name == "kernel" or (name == "auto" and on_gpu):
+        return KernelBackend()
     if name == "auto":
-        if mx.default_device() != mx.gpu:
-            return CpuBackend()
-        # On CUDA MLX's quantized product has no implementation for many batched shapes.
-        name = "quantized" if mx.metal.is_available() else "dequantize"
+        return CpuBackend()
     return QuantizedBackend() if name == "quantized" else DequantizeBackend()

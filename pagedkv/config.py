@@ -11,7 +11,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
 from pagedkv.tiers.budget import TierBudget
 
-BACKENDS = ("auto", "dequantize", "quantized")
+BACKENDS = ("auto", "kernel", "quantized", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TierConfig:
         write_buffer: memory for pages on their way out to disk: at least one page.
         scratch: memory for one layer's dequantized pages in prefill; longer contexts are
             attended in tiles of this size.
-        backend: ``"auto"``, ``"dequantize"`` or ``"quantized"``.
+        backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
         ConfigError: naming the option, what was given, and what would do.

@@ -7,6 +7,7 @@ A cache hands the model its keys and values as *tagged* arrays: instances of a s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -61,12 +62,20 @@ def tag_pair(
 
 def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
     """NaN arrays with the shape of the view's keys and values, without their memory."""
-    nan = mx.array(float("nan"), view.keys.dtype)
-    heads, tokens = view.keys.shape[1], view.tokens
+    keys, values, _ = view.hot
+    heads, tokens = keys.shape[1], view.tokens
+    nan = _nan(keys.dtype)
     return (
-        mx.broadcast_to(nan, (1, heads, tokens, view.keys.shape[3])),
-        mx.broadcast_to(nan, (1, heads, tokens, view.values.shape[3])),
+        mx.broadcast_to(nan, (1, heads, tokens, keys.shape[3])),
+        mx.broadcast_to(nan, (1, heads, tokens, values.shape[3])),
     )
+
+
+@cache
+def _nan(dtype: mx.Dtype) -> mx.array:
+    nan = mx.array(float("nan"), dtype)
+    mx.eval(nan)
+    return nan
 
 
 def _dispatch(

@@ -16,7 +16,7 @@ import mlx.core as mx
 from pagedkv import hook, state
 from pagedkv.allocator import KVShape, PageTable, Precision, TableEntry
 from pagedkv.attention import DECODE_TOKENS, KVView, attend
-from pagedkv.backends import choose_backend
+from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.config import TierConfig
 from pagedkv.errors import (
     ClosedError,
@@ -93,6 +93,7 @@ class PagedLayerCache:
         self._spent: KVView | None = None
         self._appended = 0
         self._backend = choose_backend(context.config.backend)
+        self._rows = 0  # query rows per KV head of the last decode step, for reading ahead
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
 
@@ -122,7 +123,7 @@ class PagedLayerCache:
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
         with self._taken_back_to(self.offset - self._appended):
-            dense = view.dense(view.keys.dtype)  # the hot arrays themselves if there are no pages
+            dense = view.dense(view.hot.keys.dtype)  # the hot arrays themselves if there are no pages
         if not hook.installed():
             return dense
         if not view.entries and known is not None and not self._overflowing():
@@ -151,9 +152,8 @@ class PagedLayerCache:
         """The present contents, for attention."""
         assert self._table is not None
         sinks = min(self._context.config.sink_tokens, self._hot.used)
-        keys, values = self._hot.view()
         return KVView(
-            self._pager, self._table.entries, keys, values, sinks, self._following_batches
+            self._pager, self._table.entries, self._hot.tokens, sinks, self._following_batches
         )
 
     def attend_tagged(
@@ -175,6 +175,8 @@ class PagedLayerCache:
                 f"wrapped ({self.readers} times a call); please report this model"
             )
         self.reaches_hook[q.shape[2] == 1] = True
+        few = q.shape[2] <= DECODE_TOKENS
+        self._rows = q.shape[1] * q.shape[2] // view.hot.keys.shape[1] if few else 0
         scratch = self._context.pager.budget.scratch_bytes
         with self._taken_back_to(self.offset - self._appended):
             out = attend(view, q, scale, mask, sinks, self._backend, scratch)
@@ -409,6 +411,10 @@ class PagedLayerCache:
     def _cold_batches(self) -> Sequence[Batch]:
         if self._pager is None or self._table is None or not self._context.pager.open_cold:
             return ()
+        if isinstance(self._backend, KernelBackend) and self._rows:
+            return self._backend.cold_batches(
+                self._pager, self._table.entries, self._hot.used, self._rows
+            )
         return self._pager.cold_batches(self._table.entries)
 
     def _warn_past_limit(self) -> None:

@@ -35,7 +35,7 @@ from pagedkv.bench import (
     read_result,
     report,
 )
-from pagedkv.bench.caches import budgeted, bytes_read, fill
+from pagedkv.bench.caches import budgeted, bytes_read, fill, fill_model
 from pagedkv.bench.contenders import Contender, Place
 from pagedkv.bench.decode import count_launches
 from pagedkv.bench.prefill import prefill_bytes
@@ -188,7 +188,15 @@ def test_tables_and_csv(run: tuple[Document, Path, str], monkeypatch: pytest.Mon
         ["4/2x64", "1K", "K4V4"],
     ]
     _, out, _ = call("bench", "all", "--quick", "--format", "csv", "--quiet")
-    assert [row["what"] for row in csv.DictReader(io.StringIO(out))] == sum(KINDS.values(), [])
+    assert [row["what"] for row in csv.DictReader(io.StringIO(out))] == [
+        name for names in KINDS.values() for name in names
+    ]
+
+
+def test_help_has_examples() -> None:
+    code, out, _ = call("bench", "--help")
+    assert code == 0
+    assert "  pagedkv bench " in out.partition("examples:")[2]
 
 
 def test_out_of_time_is_a_row_and_no_success() -> None:
@@ -323,6 +331,18 @@ def test_budgets_are_just_enough() -> None:
     assert config.cold == 0
     assert isinstance(config.warm, int)
     assert not pagedkv.plan(shape, 4, 16384, replace(config, warm=config.warm * 85 // 100)).fits
+
+
+def test_filled_caches_share_no_memory(small: pagedkv.TierConfig) -> None:
+    from mlx_lm.models.cache import KVCache
+
+    shape = pagedkv.KVShape(2, 64, 64)
+    keep = replace(small, hot_tokens=512, hot_dtype="model", cold=0)
+    with pagedkv.PagedCache.standalone(4, keep) as cache:
+        for caches in ([KVCache() for _ in range(4)], cache):
+            before = mx.get_active_memory()
+            fill_model(caches, [shape] * 4, 512, 2048, mx.float32)
+            assert mx.get_active_memory() - before >= 4 * 512 * shape.token_bytes(32)
 
 
 def test_shuffled_pages_hold_the_same(small: pagedkv.TierConfig) -> None:
@@ -508,11 +528,11 @@ def test_the_campaign_covers_what_is_promised() -> None:
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    found = script.tasks("attention", BenchSettings())
+    found = script.tasks("attention")
     depths = {s: {t.depth for t in found if str(t.shape) == s} for s in script.ATTENTION}
     assert {512, 1024, 131072, 262144} < depths["32/8x128"] == depths["32/4x128"]
     assert (
         depths["12/2x128"] == depths["4/1x256"] | {131072} == {256, 512, 1024, 2048, 4096, 131072}
     )
-    assert [t.depth for t in script.tasks("decode", BenchSettings())][-2:] == [102400, 131072]
-    assert [t.part for t in script.tasks("prefill", BenchSettings())] == ["prefill", "seal"]
+    assert [t.depth for t in script.tasks("decode")][-2:] == [102400, 131072]
+    assert script.tasks("prefill") == [Task("prefill", 65536)]

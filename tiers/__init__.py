@@ -7,7 +7,7 @@ numpy memory and files.
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.codec import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
 from pagedkv.tiers.cold import ColdStore, FileColdStore
-from pagedkv.tiers.hot import HotBuffer
+from pagedkv.tiers.hot import HotBuffer, HotTokens
 from pagedkv.tiers.layer_pager import LayerPager, Lineage, Page, Run
 from pagedkv.tiers.pager import Pager
 from pagedkv.tiers.reader import ColdReader
@@ -21,6 +21,7 @@ __all__ = [
     "ColdStore",
     "FileColdStore",
     "HotBuffer",
+    "HotTokens",
     "LayerPager",
     "Lineage",
     "Page",

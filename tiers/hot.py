@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 STEP = 256
 """Tokens by which the buffer grows while the sequence is short (as mlx-lm's KVCache does)."""
+
+
+class HotTokens(NamedTuple):
+    """The hot tokens of one moment; later writes do not change it.
+
+    Attributes:
+        keys: ``[batch, kv_heads, capacity, key_dim]``, of which the first `used` tokens count.
+        values: ``[batch, kv_heads, capacity, value_dim]``, likewise.
+        used: tokens.
+    """
+
+    keys: mx.array
+    values: mx.array
+    used: int
 
 
 class HotBuffer:
@@ -56,15 +72,27 @@ class HotBuffer:
         if self.used > self.capacity:
             self._reserve(start, keys, values)
         assert self._keys is not None and self._values is not None
+        # New handles: assigning to an array changes it for whoever else holds the object.
+        self._keys, self._values = self._keys[...], self._values[...]
         self._keys[:, :, start : self.used] = keys
         self._values[:, :, start : self.used] = values
+
+    @property
+    def tokens(self) -> HotTokens:
+        """The present contents.
+
+        Raises:
+            ValueError: if the buffer is empty.
+        """
+        if self._keys is None or self._values is None:
+            raise ValueError("the hot buffer is empty")
+        return HotTokens(self._keys, self._values, self.used)
 
     def view(self, start: int = 0, stop: int | None = None) -> tuple[mx.array, mx.array]:
         """Keys and values of tokens ``start … stop``, as lazy slices."""
         if self._keys is None or self._values is None:
             raise ValueError("the hot buffer is empty")
         stop = self.used if stop is None else stop
-        # Always a slice: handing out the array itself would let a later write change the view.
         return self._keys[:, :, start:stop], self._values[:, :, start:stop]
 
     def truncate(self, tokens: int) -> None:

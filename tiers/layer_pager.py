@@ -104,6 +104,7 @@ class LayerPager:
         self.pages_per_run = max(1, min(RUN_TOKENS // self.page_tokens, RUN_BYTES // largest))
         self.allocator = PageAllocator()
         self.pages: dict[int, Page] = {}
+        self.moves = 0  # how often a page went to another tier
         self._slabs = self._make_slabs()
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
@@ -254,6 +255,7 @@ class LayerPager:
         page.record = self._pager.cold.put(self.layer, page.number, layout, data)
         slab.give(page.slot)
         page.slot = None
+        self.moves += 1
         self._pager.counters.demoted += 1
 
     def promote(self, entries: Sequence[TableEntry]) -> int:
@@ -273,6 +275,7 @@ class LayerPager:
             slab.write(page.slot, record)
             self._pager.cold.free(page.record)
             page.record = None
+            self.moves += 1
             moved += 1
         if moved:
             self._pager.reader.forget_freed()
@@ -319,6 +322,25 @@ class LayerPager:
             else:
                 slots = [self._slot(e) for e in run.entries]
                 yield run, self._slabs[run.precision].records(slots), False
+
+    @property
+    def slabs(self) -> list[mx.array]:
+        """The page arrays, uint32 ``[slots, page_bytes / 4]``, in the order of `codecs`.
+
+        Read them, never assign to them or keep them across a seal.
+        """
+        return [slab.array for slab in self._slabs.values()]
+
+    @property
+    def any_cold(self) -> bool:
+        """Whether pages of any layer have gone to disk."""
+        return self._pager.open_cold is not None
+
+    def stream(
+        self, batches: Sequence[Batch], following: Sequence[Batch] = ()
+    ) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of cold batches, in order; see `ColdReader.stream`."""
+        return self._pager.reader.stream(batches, following) if batches else iter(())
 
     def cold_batches(self, entries: Sequence[TableEntry]) -> list[Batch]:
         """The batches that attending `entries` will read, in order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv.attention import DECODE_TOKENS
+from pagedkv.bench.caches import release
 from pagedkv.bench.contenders import (
     CACHE_BYTES,
     COLD,
@@ -107,13 +107,13 @@ def measure_attention(place: Place, deadline: Deadline | None = None) -> list[Ro
                 races.append(race)
         except Exception as e:  # whatever a backend lacks or runs out of is a row, not the end
             rows.append(failed(base | {"what": name}, f"does not run: {first_words(e)}"))
+            release()
     yard = _run(races, place, deadline)
     rows = [*_rows(races, base, yard), *rows]
     for race in races:
         race.contender.close()
     races.clear()
-    gc.collect()
-    mx.clear_cache()
+    release()
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -78,6 +79,11 @@ def chunks(
         yield random_tokens(shape, start, min(chunk, depth - start), dtype)
 
 
+def own(x: mx.array) -> mx.array:
+    """A copy: a cache may keep what it is given, and caches must not share memory here."""
+    return x * 1
+
+
 def append_and_seal(layer: PagedLayerCache, keys: mx.array, values: mx.array) -> tuple[float, int]:
     """Append a chunk, and seal what it pushes out of the hot window as after its attention.
 
@@ -100,7 +106,7 @@ def fill(
     """Append the same random tokens to paged layers of one shape, sealing as a prompt would."""
     for keys, values in chunks(shape, depth, chunk, dtype):
         for layer in layers:
-            append_and_seal(layer, keys, values)
+            append_and_seal(layer, own(keys), own(values))
 
 
 def fill_model(
@@ -119,11 +125,19 @@ def fill_model(
         count = min(chunk, depth - start)
         fresh = {shape: random_tokens(shape, start, count, dtype) for shape in set(shapes)}
         for cache, shape in zip(caches, shapes, strict=True):
+            keys, values = map(own, fresh[shape])
             if isinstance(cache, PagedLayerCache):
-                append_and_seal(cache, *fresh[shape])
+                append_and_seal(cache, keys, values)
             else:
-                cache.update_and_fetch(*fresh[shape])
+                cache.update_and_fetch(keys, values)
         mx.eval([cache.state for cache in caches])
+
+
+def release() -> None:
+    """Give memory that nothing holds back to the machine."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
 
 
 def bytes_read(layer: PagedLayerCache) -> int:

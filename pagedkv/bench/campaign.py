@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv.bench.attention import measure_attention
+from pagedkv.bench.caches import release
 from pagedkv.bench.contenders import Place
 from pagedkv.bench.decode import measure_decode
-from pagedkv.bench.model_caches import release
 from pagedkv.bench.prefill import measure_prefill
 from pagedkv.bench.result import Result, Row, failed, first_words, group_of, skipped
 from pagedkv.bench.seal import measure_seal, seal_tokens
@@ -116,6 +116,8 @@ class Campaign:
             self.say(f"making {self.model}")
             subject = Subject(self.model, self.opener())
             _ = subject.shapes  # says now whether its caches can be filled
+            mx.eval(subject.model.parameters())  # casts of them would be counted with the caches
+            release()
             self._subject = subject
         return self._subject
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from pagedkv.attention import attend, stock_attention
 from pagedkv.backends import choose_backend
-from pagedkv.bench.caches import budgeted, bytes_read, chunks, fill
+from pagedkv.bench.caches import budgeted, bytes_read, chunks, fill, own
 from pagedkv.bench.settings import AttentionShape, BenchSettings, short_dtype
 from pagedkv.bench.shuffle import LEAST_PAGES, shuffle_pages
 from pagedkv.bench.timing import Call
@@ -111,13 +111,12 @@ def stock(place: Place) -> Contender:
     """`mx.fast.scaled_dot_product_attention` over plain arrays."""
     keys, values = _dense(place)
     nbytes = keys.nbytes + values.nbytes
-    one = mx.array(1.0, place.dtype)
     scale, mask = place.shape.scale, place.mask
 
     def call(k: mx.array, v: mx.array) -> Call:
         return lambda q: stock_attention(q, k, v, scale=scale, mask=mask)
 
-    pairs = [(keys * one, values * one) for _ in range(place.layers(nbytes))]
+    pairs = [(own(keys), own(values)) for _ in range(place.layers(nbytes))]
     mx.eval(pairs)
     return Contender(stock_name(place.dtype), [call(k, v) for k, v in pairs], nbytes)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-
-import mlx.core as mx
 
 from pagedkv.bench.caches import budgeted, bytes_read, stock_bytes_read
 from pagedkv.bench.contenders import QUANTIZED_BITS, QUANTIZED_GROUP, QUANTIZED_NAME
@@ -54,7 +51,7 @@ def kinds(subject: Subject, settings: BenchSettings) -> list[CacheKind]:
 def opened(
     kind: CacheKind, subject: Subject, tokens: int, tiers: TierConfig
 ) -> Iterator[list[Any]]:
-    """Empty caches for a model, one per layer; call `release` when nothing holds them any more.
+    """Empty caches for a model, one per layer; call `caches.release` when nothing holds them.
 
     Args:
         kind: of cache.
@@ -81,13 +78,6 @@ def _stock(kind: CacheKind, subject: Subject) -> list[Any]:
     if kind.kind == QUANTIZED:
         return [QuantizedKVCache(QUANTIZED_GROUP, QUANTIZED_BITS) for _ in subject.shapes]
     return list(make_prompt_cache(subject.model))
-
-
-def release() -> None:
-    """Give memory that nothing holds back to the machine."""
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
 
 
 def cache_bytes_read(caches: list[Any]) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from pagedkv.bench.model_caches import CacheKind, cache_bytes_read, kinds, opened, release
+from pagedkv.bench.caches import release
+from pagedkv.bench.model_caches import CacheKind, cache_bytes_read, kinds, opened
 from pagedkv.bench.result import Row, failed, first_words, skipped, succeeded
 from pagedkv.bench.settings import BenchSettings
 from pagedkv.bench.subject import Subject

@@ -7,8 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from pagedkv.allocator import KVShape
-from pagedkv.bench.caches import append_and_seal, budgeted, random_tokens
-from pagedkv.bench.model_caches import release
+from pagedkv.bench.caches import append_and_seal, budgeted, own, random_tokens, release
 from pagedkv.bench.result import Row, failed, first_words, succeeded
 from pagedkv.bench.settings import BenchSettings
 from pagedkv.bench.subject import Subject
@@ -34,7 +33,7 @@ class _Sealer:
 
     def chunk(self, keys: mx.array, values: mx.array, keep: bool) -> None:
         """Append a chunk, and time what it pushes out of the window."""
-        seconds, sealed = append_and_seal(self.cache[0], keys, values)
+        seconds, sealed = append_and_seal(self.cache[0], own(keys), own(values))
         if keep and sealed:
             self.vectors_per_call = sealed * _vectors(self._shape)
             self.times.append(seconds / self.vectors_per_call)

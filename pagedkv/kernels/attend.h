@@ -356,7 +356,7 @@ struct Tiles {
   int next, stop, first_entry;  // tile numbers; the table's words of the first page
 };
 struct Tile {
-  u32 place;  // slot | source << 28
+  u32 place;  // slot | precision << 28 | staged << 31
   int group;  // which 64 tokens of the page
   int valid;  // visible tokens; 0 if there is no tile left
 };
@@ -374,12 +374,13 @@ FN Tile take_tile(THREAD Tiles& tiles, BUFFER table) {
   return tile;
 }
 
-#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index
-#define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index
-#define ON_SOURCE(index, key_bits, value_bits, page_words)                    \
-  case index: {                                                              \
-    BUFFER page = source##index + u64(tile.place & 0xfffffff) * page_words;  \
-    DO(key_bits, value_bits)                                                 \
+// Each precision has two arrays of pages: the slab, and pages on their way through from disk.
+#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index, BUFFER staged##index
+#define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index, staged##index
+#define ON_SOURCE(index, key_bits, value_bits, page_words)                                                      \
+  case index: {                                                                                                 \
+    BUFFER page = (tile.place >> 31 ? staged##index : source##index) + u64(tile.place & 0xfffffff) * page_words; \
+    DO(key_bits, value_bits)                                                                                    \
   } break;
 
 // All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
@@ -394,7 +395,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
 #define DO(key_bits, value_bits)                                               \
   fetch_keys<key_bits, value_bits>(at, stage, page, head, tile.group);         \
   if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
-  if (tile.valid) switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+  if (tile.valid) switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
   while (tile.valid) {
     Tile following = take_tile(tiles, table);
@@ -409,7 +410,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
     score_page<key_bits>(at, scores, queries, meta, Staged{stage}, head, tile.group);                     \
   else                                                                                                    \
     score_page<key_bits>(at, scores, queries, meta, page, head, tile.group);
-    switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+    switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
     int limit[ROW_BLOCKS][2];
     UNROLL for (int b = 0; b < ROW_BLOCKS; b++) limit[b][0] = limit[b][1] = tile.valid;
@@ -421,7 +422,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
   fetch_keys<key_bits, value_bits>(at, stage, page, head, tile.group);         \
   if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
     if (tile.valid) {
-      switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+      switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
     } else {
       fetch_commit();
     }
@@ -434,7 +435,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
     weigh_page<key_bits, value_bits>(at, scores, state, meta, Staged{value_stage}, head, tile.group);      \
   else                                                                                                     \
     weigh_page<key_bits, value_bits>(at, scores, state, meta, page, head, tile.group);
-    switch (tile.place >> 28) { SOURCES(ON_SOURCE) }
+    switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
     tile = following;
   }
@@ -524,15 +525,15 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
 // Grid: x splits, y KV heads times row blocks, z sequences of the batch.
 // params, 16 words per sequence: pages, hot tokens, tiles per split, splits that have pages, hot
 // capacity, hot tokens per split, pages per row of the table, splits, first split that has hot
-// tokens.
-// table, two words per page: slot | source << 28, valid tokens.
+// tokens, first split of this launch.
+// table, two words per page: slot | precision << 28 | staged << 31, valid tokens.
 FN void attend_pages(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
                      BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER),
                      OUTPUT partial, OUTPUT stats) {
   Place at = {int(lane), int(warp), int(FRAGMENT_ROW(lane)), int(FRAGMENT_PAIR(lane))};
   int head = head_block % HEADS, first_row = head_block / HEADS * (8 * ROW_BLOCKS);
-  int head_row = sequence * HEADS + head, number = split;
-  int fixed = 16 * sequence;
+  int head_row = sequence * HEADS + head, fixed = 16 * sequence;
+  int number = split + load(params, fixed + 9);
   int pages = load(params, fixed), hot = load(params, fixed + 1), per_split = load(params, fixed + 2);
   int page_splits = load(params, fixed + 3), capacity = load(params, fixed + 4);
   int hot_per_split = load(params, fixed + 5), stride = load(params, fixed + 6);

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from pagedkv.kernels.launch import Launcher
-from pagedkv.kernels.source import LANES, AttentionSpec
+from pagedkv.kernels.source import LANES, MERGE_WARPS, AttentionSpec
 
 GROUPS_WANTED = 396
 """Threadgroups that run at once on a large GPU: three on each of an H100's 132 multiprocessors."""
@@ -17,9 +17,9 @@ GROUPS_WANTED = 396
 HOT_PER_SPLIT = 256
 """Hot tokens of a split: in bytes about what two 4-bit pages have."""
 
-MERGE_WARPS = 8
 PARAMS = 16
-SLOT_BITS = 28
+PRECISION_SHIFT = 28
+STAGED = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,20 @@ class SplitPlan:
             per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4
         )
 
-    def params(self, pages: int, hot: int, capacity: int, stride: int) -> list[int]:
-        """The words that the kernels read, for one sequence."""
+    def params(
+        self, pages: int, hot: int, capacity: int, stride: int, first: int = 0
+    ) -> list[int]:
+        """The words that the kernels read, for one sequence.
+
+        Args:
+            pages: of this sequence.
+            hot: its hot tokens.
+            capacity: tokens that the hot arrays have room for.
+            stride: pages per row of the table.
+            first: the first split of the launch.
+        """
         words = [pages, hot, self.tiles_per_split, self.page_splits, capacity, self.hot_per_split]
-        words += [stride, self.splits, self.first_hot]
+        words += [stride, self.splits, self.first_hot, first]
         return words + [0] * (PARAMS - len(words))
 
 
@@ -85,12 +95,12 @@ def table_words(places: Sequence[tuple[int, int, int]]) -> list[int]:
     """A page table as the kernels read it.
 
     Args:
-        places: per page: source, slot, valid tokens.
+        places: per page: number of its precision, slot (`STAGED` set if in staging), valid tokens.
 
     Returns:
         Two words per page, padded to at least 8: Metal keeps smaller inputs elsewhere.
     """
-    words = [x for source, slot, valid in places for x in (source << SLOT_BITS | slot, valid)]
+    words = [x for kind, slot, valid in places for x in (kind << PRECISION_SHIFT | slot, valid)]
     return words + [0] * (8 - len(words))
 
 
@@ -115,7 +125,8 @@ def attend_splits(
         params: uint32 ``[sequences * 16]``, see `SplitPlan.params`.
         table: uint32, see `table_words`.
         hot: keys and values ``[sequences, kv_heads, capacity, dim]``.
-        sources: page arrays, uint32 ``[slots, page_bytes / 4]``.
+        sources: page arrays, uint32 ``[slots, page_bytes / 4]``: slab and staging of each
+            precision.
         splits: how many to run.
 
     Returns:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from pagedkv.allocator import ConfigError
 from pagedkv.kernels.source import KernelText
 
 
@@ -86,3 +88,18 @@ class DeviceLauncher:
             **options,
         )
         return kernel
+
+
+@cache
+def device_launcher() -> DeviceLauncher:
+    """The GPU's launcher, with its compiled kernels; one for the process.
+
+    Raises:
+        ConfigError: if MLX drives no GPU here.
+    """
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        raise ConfigError(
+            "backend 'kernel' needs a GPU that MLX drives, and there is none here: "
+            "take backend='auto'"
+        )
+    return DeviceLauncher()

@@ -17,11 +17,16 @@ from pathlib import Path
 
 from pagedkv.allocator import PageGeometry
 
-MAX_SOURCES = 8
-"""Page arrays that one launch can read: slabs and staging of each precision."""
+MAX_PRECISIONS = 8
+"""Precisions of pages that one launch can read: three bits of a table's word."""
+
+_KINDS = ("source", "staged")
 
 SHARED_LIMIT = 32 * 1024
 """Bytes of threadgroup memory that every Apple GPU has."""
+
+MERGE_WARPS = 8
+"""SIMD groups of a threadgroup that merges."""
 
 LANES = 32
 """Lanes of a SIMD group (Metal) or warp (CUDA)."""
@@ -81,8 +86,7 @@ class AttentionSpec:
     """What a decode kernel is specialized for.
 
     Attributes:
-        geometries: of the page arrays, in the order of the sources; each can occur twice, for
-            the slab and for staging.
+        geometries: of the pages, one per precision.
         heads: KV heads.
         key_dim: channels of a key, a multiple of 16.
         value_dim: channels of a value, a multiple of 8.
@@ -136,6 +140,7 @@ class AttentionSpec:
             "QUERY_TOKENS": self.query_tokens,
             "SEQUENCES": self.sequences,
             "WARPS": self.warps,
+            "MERGE_WARPS": MERGE_WARPS,
             "STAGED_KEY_WORDS": self._staged[0],
             "STAGED_VALUE_WORDS": self._staged[1],
         }
@@ -184,7 +189,7 @@ class AttentionSpec:
     @cached_property
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
-        sources = tuple(f"source{i}" for i in range(len(self.geometries)))
+        sources = [f"{kind}{i}" for i in range(len(self.geometries)) for kind in _KINDS]
         return self._text(
             "attend_pages",
             ("q", "params", "table", "hot_keys", "hot_values", *sources),
@@ -201,7 +206,7 @@ class AttentionSpec:
             ("partial", "stats", "params", "sinks"),
             ("out",),
             ("numbers.h", "merge.h"),
-            self.warps * (self.value_dim + 2),
+            MERGE_WARPS * (self.value_dim + 2),
         )
 
     def _text(

@@ -1,0 +1,328 @@
+"""The fused decode path: a sequence's view as one or two kernel launches.
+
+Warm pages, hot tokens and pages staged from disk are attended by the same kernel, split by split.
+Where splits begin depends on numbers of tokens alone, and each split is computed on its own, so
+the bits of the result do not depend on where pages are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import TableEntry
+from pagedkv.kernels.decode import (
+    PRECISION_SHIFT,
+    STAGED,
+    SplitPlan,
+    attend_splits,
+    group_count,
+    merge_splits,
+)
+from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, supported
+from pagedkv.tiers import HotTokens, LayerPager
+from pagedkv.tiers.reader import Batch
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive splits that are launched together.
+
+    Attributes:
+        first: number of the first split.
+        splits: how many.
+        cold: records to stage for them, in page order; none if all pages are warm.
+        kinds: for each record, the number of its precision.
+    """
+
+    first: int
+    splits: int
+    cold: Batch = ()
+    kinds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A page table on the device, and how it is launched.
+
+    Attributes:
+        entries: the pages it was made of.
+        moves: the pager's count of moves then.
+        plan: the division that the stretches follow.
+        words: two per page, kept to be extended.
+        array: the same on the device.
+        stretches: more than one only where pages are cold.
+    """
+
+    entries: tuple[TableEntry, ...]
+    moves: int
+    plan: SplitPlan
+    words: npt.NDArray[np.uint32]
+    array: mx.array
+    stretches: tuple[_Stretch, ...]
+
+    @property
+    def any_cold(self) -> bool:
+        """Whether a page has to be staged."""
+        return any(stretch.cold for stretch in self.stretches)
+
+
+class FusedDecode:
+    """Attention of a few query tokens over one layer's views."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._table: _Table | None = None
+        self._specs: dict[tuple[object, ...], AttentionSpec] = {}
+
+    def attend(
+        self,
+        pager: LayerPager,
+        entries: tuple[TableEntry, ...],
+        hot: HotTokens,
+        q: mx.array,
+        scale: float,
+        causal: bool,
+        sinks: mx.array | None,
+        following: Sequence[Batch] = (),
+    ) -> mx.array:
+        """Softmax attention over hot tokens and pages.
+
+        Args:
+            pager: the layer's pages.
+            entries: the sequence's pages, oldest first.
+            hot: the hot tokens.
+            q: ``[1, query_heads, L, key_dim]``, float16 or bfloat16.
+            scale: multiplies the products of queries and keys; positive.
+            causal: whether a query token sees only what is before it.
+            sinks: the model's attention sinks, ``[query_heads]``.
+            following: cold batches that the next layer will want.
+
+        Returns:
+            ``[1, query_heads, L, value_dim]`` in q's type.
+
+        Raises:
+            CorruptPageError, ColdStoreError: if a cold page cannot be read.
+        """
+        rows = q.shape[1] * q.shape[2] // pager.shape.kv_heads
+        plan = _plan(pager, len(entries), hot.used, rows)
+        table = self._prepare(pager, entries, plan)
+        spec = self._spec(pager, q, scale, causal, sinks is not None, plan)
+        capacity = int(hot.keys.shape[2])
+        pieces: list[list[mx.array]] = []
+        for stretch, sources in _sources(pager, table, following):
+            params = _params(plan, len(entries), hot.used, capacity, stretch.first)
+            piece = attend_splits(
+                self._launcher,
+                spec,
+                plan,
+                q,
+                params,
+                table.array,
+                (hot.keys, hot.values),
+                sources,
+                stretch.splits,
+            )
+            if spec.final:
+                return piece[0]
+            if stretch.cold:
+                mx.async_eval(*piece)
+                if pieces:  # at most two stretches' pages are in memory
+                    mx.eval(*pieces[-1])
+            pieces.append(piece)
+        partial, stats = (
+            pieces[0] if len(pieces) == 1 else map(mx.concatenate, zip(*pieces, strict=True))
+        )
+        params = _params(plan, len(entries), hot.used, capacity, 0)
+        return merge_splits(self._launcher, spec, q, partial, stats, params, _logits(sinks))
+
+    def cold_batches(
+        self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int
+    ) -> list[Batch]:
+        """What `attend` will read from disk, in order.
+
+        Args:
+            pager: the layer's pages.
+            entries: the sequence's pages.
+            hot: hot tokens.
+            rows: query rows per KV head.
+        """
+        plan = _plan(pager, len(entries), hot, rows)
+        return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
+
+    def _spec(
+        self,
+        pager: LayerPager,
+        q: mx.array,
+        scale: float,
+        causal: bool,
+        has_sinks: bool,
+        plan: SplitPlan,
+    ) -> AttentionSpec:
+        """The kernel for this call; made once for each kind of call."""
+        final = plan.splits == 1 and not has_sinks
+        key = (q.shape[1], q.shape[2], q.dtype, scale, causal, has_sinks, final, plan.warps)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._specs[key] = AttentionSpec(
+                geometries=tuple(codec.geometry for codec in pager.codecs.values()),
+                heads=pager.shape.kv_heads,
+                key_dim=pager.shape.key_dim,
+                value_dim=pager.shape.value_dim,
+                page_tokens=pager.page_tokens,
+                rows=q.shape[1] * q.shape[2] // pager.shape.kv_heads,
+                query_tokens=int(q.shape[2]),
+                sequences=1,
+                scale=scale,
+                query_bfloat=q.dtype == mx.bfloat16,
+                hot_bfloat=pager.hot_dtype == mx.bfloat16,
+                causal=causal,
+                final=final,
+                has_sinks=has_sinks,
+                warps=plan.warps,
+                fetch_ahead=self._launcher.fetch_ahead,
+            )
+        return spec
+
+    def _prepare(
+        self, pager: LayerPager, entries: tuple[TableEntry, ...], plan: SplitPlan
+    ) -> _Table:
+        """The table on the device: kept while nothing moves, extended when pages are appended."""
+        old = self._table
+        if old is None or old.moves != pager.moves or (old.any_cold and old.plan != plan):
+            words = _words(pager, entries)
+        elif old.entries is entries:
+            if old.plan == plan:
+                return old
+            words = old.words
+        elif not old.any_cold and entries[: len(old.entries)] == old.entries:
+            words = np.concatenate([old.words, _words(pager, entries[len(old.entries) :])])
+        else:
+            words = _words(pager, entries)
+        stretches = tuple(_stretches(pager, entries, plan, words))
+        flat = np.zeros(max(8, words.size), np.uint32)  # Metal keeps smaller inputs elsewhere
+        flat[: words.size] = words.reshape(-1)
+        self._table = _Table(entries, pager.moves, plan, words, mx.array(flat), stretches)
+        return self._table
+
+
+def takes(pager: LayerPager, hot: HotTokens, q: mx.array, scale: float) -> bool:
+    """Whether the kernels are made for this call; other calls take the composed path."""
+    sixteen = (mx.float16, mx.bfloat16)
+    return (
+        q.dtype in sixteen
+        and hot.keys.dtype in sixteen
+        and scale > 0
+        and len(pager.codecs) <= MAX_PRECISIONS
+        and supported(pager.shape.key_dim, pager.shape.value_dim)
+    )
+
+
+def _plan(pager: LayerPager, pages: int, hot: int, rows: int) -> SplitPlan:
+    parallel = pager.shape.kv_heads * group_count(rows)
+    return _choose(pages, hot, parallel, pager.page_tokens, pager.pages_per_run)
+
+
+_choose = lru_cache(maxsize=64)(SplitPlan.choose)
+
+
+@lru_cache(maxsize=64)
+def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) -> mx.array:
+    """Sizes on the device; the layers of a model share them, step by step."""
+    return mx.array(plan.params(pages, hot, capacity, pages, first), mx.uint32)
+
+
+def _logits(sinks: mx.array | None) -> mx.array:
+    """Attention sinks in float32, at least eight."""
+    if sinks is None:
+        return _no_sinks()
+    logits = sinks.astype(mx.float32).reshape(-1)
+    return logits if logits.size >= 8 else mx.pad(logits, (0, 8 - logits.size))
+
+
+@lru_cache(maxsize=1)
+def _no_sinks() -> mx.array:
+    zeros = mx.zeros(8)
+    mx.eval(zeros)
+    return zeros
+
+
+def _words(pager: LayerPager, entries: Sequence[TableEntry]) -> npt.NDArray[np.uint32]:
+    """Two words per page; a cold page's slot is told by `_stretches`."""
+    kinds = {precision: i for i, precision in enumerate(pager.codecs)}
+    words = np.zeros((len(entries), 2), np.uint32)
+    for i, entry in enumerate(entries):
+        page = pager.pages[entry.page]
+        slot = STAGED if page.slot is None else page.slot
+        words[i] = (kinds[page.precision] << PRECISION_SHIFT | slot, entry.tokens)
+    return words
+
+
+def _stretches(
+    pager: LayerPager,
+    entries: Sequence[TableEntry],
+    plan: SplitPlan,
+    words: npt.NDArray[np.uint32],
+) -> Iterator[_Stretch]:
+    """Cut the splits where staging ends; cold pages get their place in staging in `words`."""
+    cold_pages = np.flatnonzero(words[:, 0] & STAGED)
+    if not len(cold_pages):
+        yield _Stretch(0, plan.splits)
+        return
+    groups = pager.page_tokens // 64
+    pages_of_split = max(1, plan.tiles_per_split // groups)
+    step = max(1, pager.pages_per_run // pages_of_split) * pages_of_split
+    begin = 0  # the first split that has not been launched
+    for start in range(0, len(entries), step):
+        stop = min(start + step, len(entries))
+        stop_split = -(-stop * groups // plan.tiles_per_split)
+        cold = cold_pages[(cold_pages >= start) & (cold_pages < stop)]
+        if not len(cold):
+            continue
+        first = start * groups // plan.tiles_per_split
+        if first > begin:
+            yield _Stretch(begin, first - begin)
+        taken = [0] * MAX_PRECISIONS
+        kinds, records = [], []
+        for i in cold:
+            record = pager.pages[entries[i].page].record
+            assert record is not None
+            kind = int(words[i, 0] >> PRECISION_SHIFT) & (MAX_PRECISIONS - 1)
+            words[i, 0] = STAGED | kind << PRECISION_SHIFT | taken[kind]
+            taken[kind] += 1
+            kinds.append(kind)
+            records.append(record)
+        yield _Stretch(first, stop_split - first, tuple(records), tuple(kinds))
+        begin = stop_split
+    if begin < plan.splits:
+        yield _Stretch(begin, plan.splits - begin)
+
+
+def _sources(
+    pager: LayerPager, table: _Table, following: Sequence[Batch]
+) -> Iterator[tuple[_Stretch, list[mx.array]]]:
+    """Each stretch with the page arrays to read: slab and staging of every precision."""
+    slabs = pager.slabs
+    staged = pager.stream([s.cold for s in table.stretches if s.cold], following)
+    for stretch in table.stretches:
+        sources = [array for slab in slabs for array in (slab, slab)]
+        if stretch.cold:
+            rows = next(staged)
+            sizes = [record.nbytes for record in stretch.cold]
+            starts = np.cumsum([0, *sizes])
+            for kind in set(stretch.kinds):
+                mine = [
+                    rows[a : a + n]
+                    for a, n, k in zip(starts, sizes, stretch.kinds, strict=False)
+                    if k == kind
+                ]
+                pages = np.stack(mine) if len(set(stretch.kinds)) > 1 else rows
+                words = slabs[kind].shape[1]
+                # Copies out of staging.
+                sources[2 * kind + 1] = mx.array(pages.view(np.uint32).reshape(-1, words))
+        yield stretch, sources
