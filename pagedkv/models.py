@@ -21,7 +21,7 @@ from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache, SequenceContext
-from pagedkv.tiers import Pager
+from pagedkv.tiers import HotTokens, Pager
 
 _WRAPPED = "_pagedkv_wrapping"
 
@@ -268,7 +268,7 @@ class _ProbeCache(PagedLayerCache):
             KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])),
             keys.dtype,
         )
-        view = KVView(None, (), keys, values, 0)
+        view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2])), 0)
         return hook.tag_pair(self, view, keys, values, placeholder=False)
 
     def attend_tagged(

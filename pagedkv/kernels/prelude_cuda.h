@@ -112,3 +112,16 @@ FN void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// Words of expand.h and seal.h.
+FN void store2(OUTPUT p, u64 i, Words2 v) { *(uint2*)(p + i) = make_uint2(v.x, v.y); }
+FN void store4(OUTPUT p, u64 i, Words4 v) { *(uint4*)(p + i) = make_uint4(v.x, v.y, v.z, v.w); }
+FN void put2(SHARED p, int i, Words2 v) { *(uint2*)(p + i) = make_uint2(v.x, v.y); }
+FN void put4(SHARED p, int i, Words4 v) { *(uint4*)(p + i) = make_uint4(v.x, v.y, v.z, v.w); }
+FN u32 b2_pack(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+FN float divide(float a, float b) { return __fdiv_rn(a, b); }
+FN float round_even(float x) { return rintf(x); }

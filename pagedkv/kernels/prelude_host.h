@@ -358,3 +358,28 @@ FN void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     c[e] = sum;
   }
 }
+
+// Words of expand.h and seal.h.
+FN void store2(const OUTPUT& p, u64 i, Words2 v) {
+  u32* to = p.at(i, 2, 2);
+  to[0] = v.x; to[1] = v.y;
+}
+FN void store4(const OUTPUT& p, u64 i, Words4 v) {
+  u32* to = p.at(i, 4, 4);
+  to[0] = v.x; to[1] = v.y; to[2] = v.z; to[3] = v.w;
+}
+FN void put2(emulator::SharedWords p, int i, Words2 v) {
+  staged(Staged{p}, i, 2);
+  p[i] = v.x; p[i + 1] = v.y;
+}
+FN void put4(emulator::SharedWords p, int i, Words4 v) {
+  staged(Staged{p}, i, 4);
+  p[i] = v.x; p[i + 1] = v.y; p[i + 2] = v.z; p[i + 3] = v.w;
+}
+FN u32 b2_one(float x) {
+  u32 bits = as_word(x);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+FN u32 b2_pack(float low, float high) { return b2_one(low) | (b2_one(high) << 16); }
+FN float divide(float a, float b) { return a / b; }
+FN float round_even(float x) { return std::nearbyint(x); }

@@ -98,3 +98,17 @@ FN void mma(thread float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   mma8(c + 2, a1, b0);
   mma8(c + 2, a3, b1);
 }
+
+// Words of expand.h and seal.h.
+FN void store2(OUTPUT p, u64 i, Words2 v) { *(device uint2*)(p + i) = uint2(v.x, v.y); }
+FN void store4(OUTPUT p, u64 i, Words4 v) { *(device uint4*)(p + i) = uint4(v.x, v.y, v.z, v.w); }
+FN void put2(SHARED p, int i, Words2 v) { *(threadgroup uint2*)(p + i) = uint2(v.x, v.y); }
+FN void put4(SHARED p, int i, Words4 v) { *(threadgroup uint4*)(p + i) = uint4(v.x, v.y, v.z, v.w); }
+FN u32 b2_one(float x) {
+  u32 bits = as_word(x);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest even
+}
+FN u32 b2_pack(float low, float high) { return b2_one(low) | (b2_one(high) << 16); }
+// MLX compiles kernels in safe math mode, where this is rounded correctly.
+FN float divide(float a, float b) { return a / b; }
+FN float round_even(float x) { return rint(x); }

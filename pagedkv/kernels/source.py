@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from pagedkv.allocator import PageGeometry
+from pagedkv.allocator import KVShape, PageGeometry
 
 MAX_PRECISIONS = 8
 """Precisions of pages that one launch can read: three bits of a table's word."""
@@ -128,7 +128,7 @@ class AttentionSpec:
 
     @cached_property
     def _constants(self) -> Mapping[str, str]:
-        padded, group = _padding(self.value_dim)
+        padded, group = padding(self.value_dim)
         numbers: dict[str, int] = {
             "HEADS": self.heads,
             "KEY_DIM": self.key_dim,
@@ -164,7 +164,7 @@ class AttentionSpec:
         coded = [g.precision for g in self.geometries if g.precision.quantized]
         if not (self.fetch_ahead and coded):
             return 0, 0
-        padded, _ = _padding(self.value_dim)
+        padded, _ = padding(self.value_dim)
         keys = self.key_dim * 2 * max(p.key_bits for p in coded)
         values = 2 * padded * max(p.value_bits for p in coded) + 32
         return keys, values
@@ -172,24 +172,17 @@ class AttentionSpec:
     @property
     def shared_words(self) -> int:
         """Words of shared memory of a threadgroup that attends; laid out in ``attend.h``."""
-        padded, group = _padding(self.value_dim)
+        padded, group = padding(self.value_dim)
         blocks = 2 if self.rows > 8 else 1
         queries = self.key_dim * blocks * 4
         per_warp = self.key_dim + padded // group * 64 + sum(self._staged)
         merge = -(-padded // 64) * 64 * blocks * 8
         return max(queries + self.warps * per_warp, merge) + self.warps * blocks * 16
 
-    def _sources(self) -> str:
-        entries = (
-            f"X({i}, {g.precision.key_bits}, {g.precision.value_bits}, {g.page_bytes // 4}u)"
-            for i, g in enumerate(self.geometries)
-        )
-        return f"#define SOURCES(X) {' '.join(entries)}"
-
     @cached_property
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
-        sources = [f"{kind}{i}" for i in range(len(self.geometries)) for kind in _KINDS]
+        sources = source_names(len(self.geometries))
         return self._text(
             "attend_pages",
             ("q", "params", "table", "hot_keys", "hot_values", *sources),
@@ -217,14 +210,64 @@ class AttentionSpec:
         files: Sequence[str],
         shared_words: int,
     ) -> KernelText:
-        values = {**self._constants, "constexpr int SHARED_WORDS": str(shared_words)}
-        constants = "\n".join(f"{name} = {value};" for name, value in values.items())
-        functions = "\n".join([constants, self._sources(), *(_text(name) for name in files)])
-        digest = hashlib.sha256(functions.encode()).hexdigest()[:16]
-        return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared_words)
+        constants = [f"{name} = {value};" for name, value in self._constants.items()]
+        constants.append(sources_macro(self.geometries))
+        return specialize(call, inputs, outputs, files, constants, shared_words)
 
 
-def _padding(value_dim: int) -> tuple[int, int]:
+def specialize(
+    call: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    files: Sequence[str],
+    constants: Sequence[str],
+    shared_words: int,
+) -> KernelText:
+    """One kernel: constants, then the functions of some files of this folder.
+
+    Args:
+        call: the function that is the kernel.
+        inputs: names of the input arrays.
+        outputs: names of the output arrays.
+        files: in this order.
+        constants: definitions that the files need; `SHARED_WORDS` is added.
+        shared_words: words of shared memory of a threadgroup.
+    """
+    size = f"constexpr int SHARED_WORDS = {shared_words};"
+    functions = "\n".join([*constants, size, *(_text(name) for name in files)])
+    digest = hashlib.sha256(functions.encode()).hexdigest()[:16]
+    return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared_words)
+
+
+def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
+    """Definitions that ``layout.h`` needs."""
+    padded, group = padding(shape.value_dim)
+    numbers = {
+        "HEADS": shape.kv_heads,
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "PADDED_VALUE_DIM": padded,
+        "VALUE_GROUP": group,
+        "PAGE_TOKENS": page_tokens,
+    }
+    return [f"constexpr int {name} = {value};" for name, value in numbers.items()]
+
+
+def sources_macro(geometries: Sequence[PageGeometry]) -> str:
+    """The list of precisions over which a kernel's switches are made: see ``layout.h``."""
+    entries = (
+        f"X({i}, {g.precision.key_bits}, {g.precision.value_bits}, {g.page_bytes // 4}u)"
+        for i, g in enumerate(geometries)
+    )
+    return f"#define SOURCES(X) {' '.join(entries)}"
+
+
+def source_names(precisions: int) -> tuple[str, ...]:
+    """Names of the page arrays, two for each precision: the slab and what is staged."""
+    return tuple(f"{kind}{i}" for i in range(precisions) for kind in _KINDS)
+
+
+def padding(value_dim: int) -> tuple[int, int]:
     """Padded value channels and their group; see `PageGeometry`."""
     group = 64 if value_dim % 64 == 0 else 32
     return -(-value_dim // group) * group, group
@@ -232,7 +275,7 @@ def _padding(value_dim: int) -> tuple[int, int]:
 
 def supported(key_dim: int, value_dim: int) -> bool:
     """Whether the kernels take these head dims."""
-    padded, _ = _padding(value_dim)
+    padded, _ = padding(value_dim)
     lane_units = -(-padded // 64)
     whole = value_dim % (8 * lane_units) == 0 and padded % (8 * lane_units) == 0
     return key_dim % 16 == 0 and 16 <= key_dim <= 256 and whole and value_dim <= 256
@@ -249,6 +292,6 @@ def _text(name: str) -> str:
 
 def _split_includes(text: str) -> tuple[str, str]:
     lines = text.splitlines()
-    outside = [i for i, line in enumerate(lines) if line.startswith(("#include", "using namespace"))]
-    last = max(outside, default=-1)
+    outer = ("#include", "using namespace")
+    last = max((i for i, line in enumerate(lines) if line.startswith(outer)), default=-1)
     return "\n".join(lines[: last + 1]), "\n".join(lines[last + 1 :])

@@ -1,0 +1,188 @@
+// Prefill: a page table and the hot tokens as dense 16-bit keys and values.
+//
+// One threadgroup writes 64 tokens of one head. Codes of values lie in the order in which they are
+// written. Those of keys lie channel by channel: they go through shared memory, as codes and not
+// as numbers, so that a tile is a few KB; a lane then unpacks eight tokens of eight channels, whose
+// pairs of neighbouring channels are already what a row of the output holds.
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int KEY_UNITS = KEY_DIM / 8;      // units of eight channels in a row of keys
+constexpr int VALUE_UNITS = VALUE_DIM / 8;  // padded channels are dropped
+
+struct Tile {
+  u32 place;  // slot | precision << 28 | staged << 31
+  int head, group, tokens;
+  u64 key_row, value_row;  // words of the output before the tile's first row
+};
+
+// Two numbers in the output's type. In float16 the multiply-add rounds once, in bfloat16 the
+// product and, but for its last bit, the sum are exact in float32.
+FN u32 number_pair(u32 codes, u32 scales, u32 biases) {
+  if constexpr (OUT_BFLOAT) {
+    float low = half_to_float(codes & 0xffff) * half_to_float(scales & 0xffff) + half_to_float(biases & 0xffff);
+    float high = half_to_float(codes >> 16) * half_to_float(scales >> 16) + half_to_float(biases >> 16);
+    return b2_pack(low, high);
+  } else {
+    return h2_fma(codes, scales, biases);
+  }
+}
+
+// Two numbers of the cache's 16-bit type in the output's.
+FN u32 converted(u32 pair) {
+  if constexpr (HOT_BFLOAT == OUT_BFLOAT)
+    return pair;
+  else if constexpr (HOT_BFLOAT)
+    return bfloat_pair(pair);
+  else
+    return b2_pack(half_to_float(pair & 0xffff), half_to_float(pair >> 16));
+}
+
+FN Words4 converted(Words4 v) { return {converted(v.x), converted(v.y), converted(v.z), converted(v.w)}; }
+
+// Rows that are 16-bit numbers already, `units` times eight to a row.
+FN void copy_rows(int thread, BUFFER from, OUTPUT to, u64 row, int units, int tokens) {
+  for (int i = thread; i < tokens * units; i += THREADS) store4(to, row + 4 * i, converted(load4(from, 4 * i)));
+}
+
+FN u32 two_halves(BUFFER page, int first, int step) { return load16(page, first) | (load16(page, first + step) << 16); }
+
+// Scales and biases of the tile's keys, as pairs of neighbouring channels.
+template <int KEY_BITS, int VALUE_BITS>
+FN void stage_key_scales(int thread, SHARED scales, BUFFER page, Tile tile) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  if constexpr (layout::coded) {
+    for (int i = thread; i < KEY_DIM / 2; i += THREADS) {
+      int k = (tile.head * KEY_DIM + 2 * i) * PAGE_GROUPS + tile.group;
+      put2(scales, 2 * i, {two_halves(page, layout::key_scales + k, PAGE_GROUPS),
+                           two_halves(page, layout::key_biases + k, PAGE_GROUPS)});
+    }
+  }
+}
+
+// Key codes of up to CHUNK channels. A few words between each eight channels let the lanes of a
+// row, which read eight channels apart, read from different banks.
+template <int BITS> FN constexpr int staged_unit() { return 16 * BITS + (BITS == 16 ? 4 : 2); }
+
+template <int BITS> FN void stage_keys(int thread, SHARED stage, BUFFER page, Tile tile, int first) {
+  constexpr int row = 2 * BITS, page_row = PAGE_TOKENS * BITS / 32, wide = row % 4 ? 2 : 4, parts = row / wide;
+  int channels = least(CHUNK, KEY_DIM - first);
+  int from = (tile.head * KEY_DIM + first) * page_row + tile.group * row;
+  for (int i = thread; i < channels * parts; i += THREADS) {
+    int channel = i / parts, part = i % parts * wide;
+    int to = channel / 8 * staged_unit<BITS>() + channel % 8 * row + part;
+    if constexpr (wide == 4) {
+      Words4 v = load4(page, from + channel * page_row + part);
+      if constexpr (BITS == 16) {
+        put4(stage, to, v);
+      } else {
+        put2(stage, to, {v.x, v.y});
+        put2(stage, to + 2, {v.z, v.w});
+      }
+    } else {
+      put2(stage, to, load2(page, from + channel * page_row + part));
+    }
+  }
+}
+
+template <int BITS>
+FN void write_keys(int thread, SHARED scales, SHARED stage, OUTPUT keys, Tile tile, int first) {
+  int octets = least(CHUNK, KEY_DIM - first) / 8;
+  for (int i = thread; i < octets * 8; i += THREADS) {
+    int octet = i % octets, unit = i / octets;
+    u32 pairs[4][8];  // neighbouring channels, tokens
+    UNROLL for (int p = 0; p < 4; p++) {
+      int row = octet * staged_unit<BITS>() + 2 * p * (2 * BITS);
+      Unit a = load_unit<BITS>(Staged{stage}, row, unit), b = load_unit<BITS>(Staged{stage}, row + 2 * BITS, unit);
+      unpack<BITS, false>(a, b, pairs[p]);
+      if constexpr (BITS != 16) {
+        Words2 k = load2(Staged{scales}, first + 8 * octet + 2 * p);
+        UNROLL for (int j = 0; j < 8; j++) pairs[p][j] = number_pair(pairs[p][j], k.x, k.y);
+      }
+    }
+    u64 to = tile.key_row + u64(8 * unit) * (KEY_DIM / 2) + (first / 2 + 4 * octet);
+    UNROLL for (int j = 0; j < 8; j++) {
+      Words4 v = {pairs[0][j], pairs[1][j], pairs[2][j], pairs[3][j]};
+      if constexpr (BITS == 16) v = converted(v);
+      if (8 * unit + j < tile.tokens) store4(keys, to + j * (KEY_DIM / 2), v);
+    }
+  }
+}
+
+// Two tokens at a time: unpacking joins two units, here the same channels of neighbouring tokens.
+template <int KEY_BITS, int VALUE_BITS> FN void write_values(int thread, BUFFER page, OUTPUT values, Tile tile) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  int first = tile.head * PAGE_TOKENS + 64 * tile.group;
+  if constexpr (layout::coded) {
+    for (int i = thread; i < 32 * VALUE_UNITS; i += THREADS) {
+      int unit = i % VALUE_UNITS, token = i / VALUE_UNITS * 2;
+      int row = layout::values + (first + token) * layout::value_row;
+      int k = (first + token) * VALUE_GROUPS + unit / (VALUE_GROUP / 8);
+      Unit a = load_unit<VALUE_BITS>(page, row, unit), b = load_unit<VALUE_BITS>(page, row + layout::value_row, unit);
+      u32 scale = two_halves(page, layout::value_scales + k, VALUE_GROUPS);
+      u32 bias = two_halves(page, layout::value_biases + k, VALUE_GROUPS);
+      u32 x[8];
+      unpack<VALUE_BITS, false>(a, b, x);
+      UNROLL for (int j = 0; j < 8; j++) x[j] = number_pair(x[j], scale, bias);
+      u64 to = tile.value_row + u64(token) * (VALUE_DIM / 2) + 4 * unit;
+      if (token < tile.tokens)
+        store4(values, to, {join_at<0>(x[0], x[1]), join_at<0>(x[2], x[3]), join_at<0>(x[4], x[5]), join_at<0>(x[6], x[7])});
+      if (token + 1 < tile.tokens)
+        store4(values, to + VALUE_DIM / 2,
+               {join_high(x[0], x[1]), join_high(x[2], x[3]), join_high(x[4], x[5]), join_high(x[6], x[7])});
+    }
+  } else {
+    copy_rows(thread, page + (layout::values + first * layout::value_row), values, tile.value_row, VALUE_UNITS,
+              tile.tokens);
+  }
+}
+
+template <int KEY_BITS, int VALUE_BITS>
+FN void expand_tile(int thread, SHARED shared, BUFFER page, OUTPUT keys, OUTPUT values, Tile tile) {
+  SHARED stage = shared + KEY_DIM;
+  stage_key_scales<KEY_BITS, VALUE_BITS>(thread, shared, page, tile);
+  stage_keys<KEY_BITS>(thread, stage, page, tile, 0);
+  write_values<KEY_BITS, VALUE_BITS>(thread, page, values, tile);
+  barrier();
+  write_keys<KEY_BITS>(thread, shared, stage, keys, tile, 0);
+  for (int first = CHUNK; first < KEY_DIM; first += CHUNK) {
+    barrier();
+    stage_keys<KEY_BITS>(thread, stage, page, tile, first);
+    barrier();
+    write_keys<KEY_BITS>(thread, shared, stage, keys, tile, first);
+  }
+}
+
+// Hot tokens of a tile; the first `sinks` of them stand before the pages, the others after.
+FN void copy_hot(int thread, BUFFER hot_keys, BUFFER hot_values, OUTPUT keys, OUTPUT values, int head, int first,
+                 int hot, int sinks, int capacity, int tokens) {
+  int stop = least(first + 64, hot), middle = first < sinks ? least(stop, sinks) : first;
+  for (int part = 0; part < 2; part++) {
+    int begin = part ? middle : first, end = part ? stop : middle;
+    u64 from = u64(head) * capacity + begin, to = u64(head) * tokens + (part ? tokens - hot + begin : begin);
+    copy_rows(thread, hot_keys + from * (KEY_DIM / 2), keys, to * (KEY_DIM / 2), KEY_UNITS, end - begin);
+    copy_rows(thread, hot_values + from * (VALUE_DIM / 2), values, to * (VALUE_DIM / 2), VALUE_UNITS, end - begin);
+  }
+}
+
+// Grid: x tiles of 64 tokens (those of the pages first, then those of the hot tokens), y KV heads.
+// params: pages, hot tokens, hot tokens before the pages, hot capacity, tokens of the output.
+// table, four words per page: slot | precision << 28 | staged << 31, valid tokens, token of the
+// output where it starts, 0.
+FN void expand_pages(u32 lane, u32 warp, u32 number, u32 head, u32, SHARED shared, BUFFER params, BUFFER table,
+                     BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER), OUTPUT keys, OUTPUT values) {
+  int thread = 32 * warp + lane, pages = load(params, 0), hot = load(params, 1), sinks = load(params, 2);
+  int capacity = load(params, 3), tokens = load(params, 4);
+  int entry = number / PAGE_GROUPS;
+  if (entry < pages) {
+    int group = number % PAGE_GROUPS, valid = int(load(table, 4 * entry + 1)) - 64 * group;
+    if (valid <= 0) return;
+    u64 row = u64(head) * tokens + load(table, 4 * entry + 2) + 64 * group;
+    Tile tile = {load(table, 4 * entry), int(head), group, least(valid, 64), row * (KEY_DIM / 2), row * (VALUE_DIM / 2)};
+#define DO(key_bits, value_bits) expand_tile<key_bits, value_bits>(thread, shared, page, keys, values, tile);
+    switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
+#undef DO
+  } else {
+    int first = 64 * (int(number) - pages * PAGE_GROUPS);
+    copy_hot(thread, hot_keys, hot_values, keys, values, head, first, hot, sinks, capacity, tokens);
+  }
+}

@@ -1,0 +1,141 @@
+"""Prefill: a page table and the hot tokens as dense keys and values, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from pagedkv.allocator import KVShape, PageGeometry
+from pagedkv.allocator.precision import GROUP_TOKENS
+from pagedkv.kernels.decode import PARAMS, PRECISION_SHIFT
+from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.source import (
+    LANES,
+    KernelText,
+    page_constants,
+    source_names,
+    sources_macro,
+    specialize,
+)
+
+CHUNK = 128
+"""Channels of keys that lie in shared memory at once: 16 KiB of them, at 16 bit."""
+
+
+@dataclass(frozen=True)
+class ExpandSpec:
+    """What an expanding kernel is specialized for.
+
+    Attributes:
+        geometries: of the pages, one per precision; all have the same shape and page size.
+        shape: heads and channels; keys a multiple of 16, values of 8, both up to 256.
+        page_tokens: tokens of a page.
+        bfloat: whether the output is bfloat16, else float16.
+        hot_bfloat: whether hot tokens and 16-bit pages are bfloat16, else float16.
+    """
+
+    geometries: tuple[PageGeometry, ...]
+    shape: KVShape
+    page_tokens: int
+    bfloat: bool
+    hot_bfloat: bool
+
+    @property
+    def warps(self) -> int:
+        """SIMD groups of a threadgroup: one lane for 64 numbers of a tile's keys."""
+        return 4 if self.shape.key_dim > 64 else 2
+
+    @property
+    def shared_words(self) -> int:
+        """Words of shared memory: scales and codes of a tile's keys, laid out in ``expand.h``."""
+        bits = max((g.precision.key_bits for g in self.geometries), default=0)
+        octet = 16 * bits + (4 if bits == 16 else 2)
+        return self.shape.key_dim + min(CHUNK, self.shape.key_dim) // 8 * octet
+
+    @cached_property
+    def text(self) -> KernelText:
+        """The kernel."""
+        constants = [
+            *page_constants(self.shape, self.page_tokens),
+            f"constexpr int WARPS = {self.warps};",
+            f"constexpr int CHUNK = {min(CHUNK, self.shape.key_dim)};",
+            f"constexpr bool OUT_BFLOAT = {str(self.bfloat).lower()};",
+            f"constexpr bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
+            sources_macro(self.geometries),
+        ]
+        return specialize(
+            "expand_pages",
+            ("params", "table", "hot_keys", "hot_values", *source_names(len(self.geometries))),
+            ("keys", "values"),
+            ("page.h", "layout.h", "expand.h"),
+            constants,
+            self.shared_words,
+        )
+
+
+def expand_table(places: Sequence[tuple[int, int, int]], sinks: int) -> list[int]:
+    """A page table as the kernel reads it.
+
+    Args:
+        places: per page: number of its precision, slot (`STAGED` set if in staging), valid
+            tokens: more than 0.
+        sinks: hot tokens that stand before the pages.
+
+    Returns:
+        Four words per page, padded to at least 8: Metal keeps smaller inputs elsewhere.
+    """
+    words: list[int] = []
+    token = sinks
+    for kind, slot, valid in places:
+        words += [kind << PRECISION_SHIFT | slot, valid, token, 0]
+        token += valid
+    return words + [0] * (8 - len(words))
+
+
+def expand_pages(
+    launcher: Launcher,
+    spec: ExpandSpec,
+    places: Sequence[tuple[int, int, int]],
+    hot: tuple[mx.array, mx.array],
+    hot_tokens: int,
+    sinks: int,
+    sources: Sequence[mx.array],
+) -> tuple[mx.array, mx.array]:
+    """Launch the kernel: sinks, pages, then the other hot tokens.
+
+    Args:
+        launcher: where.
+        spec: of the kernel.
+        places: the page table, see `expand_table`.
+        hot: keys and values ``[1, kv_heads, capacity, dim]``, of the spec's 16-bit type.
+        hot_tokens: how many of them there are.
+        sinks: how many of those stand before the pages, at most `hot_tokens`.
+        sources: page arrays, uint32 ``[slots, page_bytes / 4]``: slab and staging of each
+            precision.
+
+    Returns:
+        Keys ``[1, kv_heads, tokens, key_dim]`` and values ``[1, kv_heads, tokens, value_dim]``,
+        of the spec's type, where tokens are the pages' valid ones and the hot ones together.
+        Codes are dequantized in one rounding; bfloat16 numbers that float16 cannot hold are
+        clamped if that is the output's type.
+    """
+    pages = len(places)
+    tokens = hot_tokens + sum(valid for _, _, valid in places)
+    words = [pages, hot_tokens, sinks, hot[0].shape[2], tokens]
+    params = mx.array(words + [0] * (PARAMS - len(words)), mx.uint32)
+    table = mx.array(expand_table(places, sinks), mx.uint32)
+    tiles = pages * (spec.page_tokens // GROUP_TOKENS) + -(-hot_tokens // GROUP_TOKENS)
+    heads, shape = spec.shape.kv_heads, spec.shape
+    dtype = mx.bfloat16 if spec.bfloat else mx.float16
+    keys, values = launcher.launch(
+        spec.text,
+        [params, table, *hot, *sources],
+        (tiles, heads, 1),
+        LANES * spec.warps,
+        [(1, heads, tokens, shape.key_dim), (1, heads, tokens, shape.value_dim)],
+        [dtype, dtype],
+    )
+    return keys, values
