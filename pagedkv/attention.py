@@ -32,9 +32,9 @@ SCORE_BYTES = 64 * 2**20
 """Memory for the float32 scores of one tile."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KVView:
-    """The keys and values of one layer at one moment, as attention sees them.
+    """The keys and values of one layer at one moment, as attention sees them; never changed.
 
     In token order: the sinks (first `sinks` tokens of the hot arrays), the pages, the rest of the
     hot arrays.
@@ -44,6 +44,7 @@ class KVView:
         entries: the pages of this sequence, oldest first.
         hot: the hot tokens.
         sinks: how many of the hot tokens come before the pages.
+        paged_tokens: tokens in the pages.
         following: the next layer's pages, to be read ahead.
     """
 
@@ -51,6 +52,7 @@ class KVView:
     entries: tuple[TableEntry, ...]
     hot: HotTokens
     sinks: int
+    paged_tokens: int = 0
     following: Callable[[], Sequence[Batch]] = tuple
 
     @cached_property
@@ -62,11 +64,6 @@ class KVView:
     def values(self) -> mx.array:
         """Hot values ``[1, kv_heads, hot, value_dim]``."""
         return self.hot.values[:, :, : self.hot.used]
-
-    @property
-    def paged_tokens(self) -> int:
-        """Tokens in pages."""
-        return sum(e.tokens for e in self.entries)
 
     @property
     def tokens(self) -> int:
@@ -157,14 +154,14 @@ def attend(
         ShapeError: if the query or mask does not fit.
         CorruptPageError, ColdStoreError: if a cold page cannot be read.
     """
+    if isinstance(backend, KernelBackend) and view.entries and q.shape[2] <= DECODE_TOKENS:
+        out = _fused(view, q, scale, mask, sinks, backend)
+        if out is not None:
+            return out
     _check(view, q, mask, sinks)
     if not view.entries:
         return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
     backend = backend or choose_backend("auto")
-    if isinstance(backend, KernelBackend) and not isinstance(mask, mx.array):
-        out = _fused(view, q, scale, mask == "causal", sinks, backend)
-        if out is not None:
-            return out
     # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
     slow_dense = q.dtype != mx.float32 and mx.default_device() != mx.gpu
     if q.shape[2] > DECODE_TOKENS and not slow_dense:
@@ -179,16 +176,24 @@ def _fused(
     view: KVView,
     q: mx.array,
     scale: float,
-    causal: bool,
+    mask: mx.array | str | None,
     sinks: mx.array | None,
     backend: KernelBackend,
 ) -> mx.array | None:
     """A few query tokens in the fused kernel; None if it is not made for this call."""
-    if q.shape[2] > DECODE_TOKENS:
+    if isinstance(mask, mx.array):
         return None
     assert view.pager is not None
     return backend.decode(
-        view.pager, view.entries, view.hot, q, scale, causal, sinks, view.following
+        view.pager,
+        view.entries,
+        view.hot,
+        q,
+        scale,
+        mask == "causal",
+        sinks,
+        lambda: _check(view, q, mask, sinks),
+        view.following,
     )
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from pagedkv.allocator import TableEntry
-from pagedkv.fused import FusedDecode, takes
+from pagedkv.fused import FusedDecode
 from pagedkv.kernels.launch import Launcher, device_launcher
 from pagedkv.tiers import AffineCodec, HotTokens, LayerPager, Sixteen
 from pagedkv.tiers.reader import Batch
@@ -170,13 +170,11 @@ class KernelBackend(QuantizedBackend):
         scale: float,
         causal: bool,
         sinks: mx.array | None,
+        check: Callable[[], None],
         following: Callable[[], Sequence[Batch]],
     ) -> mx.array | None:
-        """See `FusedDecode.attend`; None if the kernels are not made for this call."""
-        if not takes(pager, hot, q, scale):
-            return None
-        ahead = following() if pager.any_cold else ()
-        return self._decode.attend(pager, entries, hot, q, scale, causal, sinks, ahead)
+        """See `FusedDecode.attend`."""
+        return self._decode.attend(pager, entries, hot, q, scale, causal, sinks, check, following)
 
     def cold_batches(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int

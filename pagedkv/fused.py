@@ -7,8 +7,8 @@ the bits of the result do not depend on where pages are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import mlx.core as mx
@@ -28,6 +28,10 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, supported
 from pagedkv.tiers import HotTokens, LayerPager
 from pagedkv.tiers.reader import Batch
+
+TABLE_STEP = 512
+"""Words by which a table on the device grows: 256 pages."""
+
 
 @dataclass(frozen=True)
 class _Stretch:
@@ -56,7 +60,7 @@ class _Table:
         plan: the division that the stretches follow.
         words: two per page, kept to be extended.
         array: the same on the device.
-        stretches: more than one only where pages are cold.
+        stretches: how it is launched; none if all pages are warm.
     """
 
     entries: tuple[TableEntry, ...]
@@ -66,10 +70,24 @@ class _Table:
     array: mx.array
     stretches: tuple[_Stretch, ...]
 
-    @property
-    def any_cold(self) -> bool:
-        """Whether a page has to be staged."""
-        return any(stretch.cold for stretch in self.stretches)
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Calls that differ in nothing but the sequence's length.
+
+    Attributes:
+        rows: query rows per KV head; 0 if the kernels are not made for such calls.
+        scale: multiplies the products of queries and keys.
+        causal: whether a query token sees only what is before it.
+        has_sinks: whether the model has attention sinks.
+        launches: by numbers of splits and of SIMD groups.
+    """
+
+    rows: int
+    scale: float
+    causal: bool
+    has_sinks: bool
+    launches: dict[tuple[int, int], Callable[..., mx.array]] = field(default_factory=dict)
 
 
 class FusedDecode:
@@ -78,7 +96,7 @@ class FusedDecode:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self._table: _Table | None = None
-        self._specs: dict[tuple[object, ...], AttentionSpec] = {}
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
 
     def attend(
         self,
@@ -89,44 +107,106 @@ class FusedDecode:
         scale: float,
         causal: bool,
         sinks: mx.array | None,
-        following: Sequence[Batch] = (),
-    ) -> mx.array:
+        check: Callable[[], None],
+        following: Callable[[], Sequence[Batch]],
+    ) -> mx.array | None:
         """Softmax attention over hot tokens and pages.
 
         Args:
             pager: the layer's pages.
             entries: the sequence's pages, oldest first.
             hot: the hot tokens.
-            q: ``[1, query_heads, L, key_dim]``, float16 or bfloat16.
-            scale: multiplies the products of queries and keys; positive.
+            q: ``[1, query_heads, L, key_dim]``.
+            scale: multiplies the products of queries and keys.
             causal: whether a query token sees only what is before it.
             sinks: the model's attention sinks, ``[query_heads]``.
-            following: cold batches that the next layer will want.
+            check: raises if the arguments do not fit; called for each new kind of call.
+            following: the cold batches that the next layer will want.
 
         Returns:
-            ``[1, query_heads, L, value_dim]`` in q's type.
+            ``[1, query_heads, L, value_dim]`` in q's type, or None if the kernels are not made
+            for such a call.
 
         Raises:
             CorruptPageError, ColdStoreError: if a cold page cannot be read.
         """
-        rows = q.shape[1] * q.shape[2] // pager.shape.kv_heads
-        plan = _plan(pager, len(entries), hot.used, rows)
-        table = self._prepare(pager, entries, plan)
-        spec = self._spec(pager, q, scale, causal, sinks is not None, plan)
-        capacity = int(hot.keys.shape[2])
+        key = (q.shape, q.dtype, scale, causal, sinks is not None)
+        kind = self._kinds.get(key)
+        if kind is None:
+            check()
+            rows = q.shape[1] * q.shape[2] // pager.shape.kv_heads
+            rows = rows if takes(pager, hot, q, scale) else 0
+            kind = self._kinds[key] = _Kind(rows, scale, causal, sinks is not None)
+        if not kind.rows:
+            return None
+        plan = _plan(pager, len(entries), hot.used, kind.rows)
+        table = self._table
+        if (
+            table is None
+            or table.entries is not entries
+            or table.moves != pager.moves
+            or (table.stretches and table.plan is not plan)
+        ):
+            table = self._prepare(pager, entries, plan)
+        if table.stretches:
+            return self._streamed(pager, table, hot, q, kind, sinks, following())
+        launch = kind.launches.get((plan.splits, plan.warps))
+        if launch is None:
+            launch = self._whole(pager, q, kind, plan)
+            kind.launches[plan.splits, plan.warps] = launch
+        params = _params(plan, len(entries), hot.used, hot.keys.shape[2], 0)
+        slabs = pager.slabs
+        return launch(q, params, table.array, hot.keys, hot.values, _logits(sinks), *slabs)
+
+    def _whole(
+        self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan
+    ) -> Callable[..., mx.array]:
+        """All splits and their merge as one function.
+
+        It is traced by `mx.compile`, not to be optimized, but because a kernel that is called
+        anew builds its whole text again, which takes longer than everything else here.
+        """
+        spec = self._spec(pager, q, kind, plan)
+        launcher, splits = self._launcher, plan.splits
+
+        def run(
+            q: mx.array,
+            params: mx.array,
+            table: mx.array,
+            keys: mx.array,
+            values: mx.array,
+            logits: mx.array,
+            *slabs: mx.array,
+        ) -> mx.array:
+            sources = [array for slab in slabs for array in (slab, slab)]
+            hot = (keys, values)
+            out, stats = attend_splits(launcher, spec, plan, q, params, table, hot, sources, splits)
+            if spec.final:
+                return out
+            return merge_splits(launcher, spec, q, out, stats, params, logits)
+
+        return mx.compile(run) if launcher.traceable else run
+
+    def _streamed(
+        self,
+        pager: LayerPager,
+        table: _Table,
+        hot: HotTokens,
+        q: mx.array,
+        kind: _Kind,
+        sinks: mx.array | None,
+        following: Sequence[Batch],
+    ) -> mx.array:
+        """Stretch by stretch, while the next one's cold pages are read."""
+        plan = table.plan
+        spec = self._spec(pager, q, kind, plan)
+        pages, capacity = len(table.entries), int(hot.keys.shape[2])
+        arrays = (hot.keys, hot.values)
         pieces: list[list[mx.array]] = []
         for stretch, sources in _sources(pager, table, following):
-            params = _params(plan, len(entries), hot.used, capacity, stretch.first)
+            params = _params(plan, pages, hot.used, capacity, stretch.first)
             piece = attend_splits(
-                self._launcher,
-                spec,
-                plan,
-                q,
-                params,
-                table.array,
-                (hot.keys, hot.values),
-                sources,
-                stretch.splits,
+                self._launcher, spec, plan, q, params, table.array, arrays, sources, stretch.splits
             )
             if spec.final:
                 return piece[0]
@@ -135,10 +215,8 @@ class FusedDecode:
                 if pieces:  # at most two stretches' pages are in memory
                     mx.eval(*pieces[-1])
             pieces.append(piece)
-        partial, stats = (
-            pieces[0] if len(pieces) == 1 else map(mx.concatenate, zip(*pieces, strict=True))
-        )
-        params = _params(plan, len(entries), hot.used, capacity, 0)
+        partial, stats = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
+        params = _params(plan, pages, hot.used, capacity, 0)
         return merge_splits(self._launcher, spec, q, partial, stats, params, _logits(sinks))
 
     def cold_batches(
@@ -155,57 +233,40 @@ class FusedDecode:
         plan = _plan(pager, len(entries), hot, rows)
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
-    def _spec(
-        self,
-        pager: LayerPager,
-        q: mx.array,
-        scale: float,
-        causal: bool,
-        has_sinks: bool,
-        plan: SplitPlan,
-    ) -> AttentionSpec:
-        """The kernel for this call; made once for each kind of call."""
-        final = plan.splits == 1 and not has_sinks
-        key = (q.shape[1], q.shape[2], q.dtype, scale, causal, has_sinks, final, plan.warps)
-        spec = self._specs.get(key)
-        if spec is None:
-            spec = self._specs[key] = AttentionSpec(
-                geometries=tuple(codec.geometry for codec in pager.codecs.values()),
-                heads=pager.shape.kv_heads,
-                key_dim=pager.shape.key_dim,
-                value_dim=pager.shape.value_dim,
-                page_tokens=pager.page_tokens,
-                rows=q.shape[1] * q.shape[2] // pager.shape.kv_heads,
-                query_tokens=int(q.shape[2]),
-                sequences=1,
-                scale=scale,
-                query_bfloat=q.dtype == mx.bfloat16,
-                hot_bfloat=pager.hot_dtype == mx.bfloat16,
-                causal=causal,
-                final=final,
-                has_sinks=has_sinks,
-                warps=plan.warps,
-                fetch_ahead=self._launcher.fetch_ahead,
-            )
-        return spec
+    def _spec(self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan) -> AttentionSpec:
+        return AttentionSpec(
+            geometries=tuple(codec.geometry for codec in pager.codecs.values()),
+            heads=pager.shape.kv_heads,
+            key_dim=pager.shape.key_dim,
+            value_dim=pager.shape.value_dim,
+            page_tokens=pager.page_tokens,
+            rows=kind.rows,
+            query_tokens=int(q.shape[2]),
+            sequences=1,
+            scale=kind.scale,
+            query_bfloat=q.dtype == mx.bfloat16,
+            hot_bfloat=pager.hot_dtype == mx.bfloat16,
+            causal=kind.causal,
+            final=plan.splits == 1 and not kind.has_sinks,
+            has_sinks=kind.has_sinks,
+            warps=plan.warps,
+            fetch_ahead=self._launcher.fetch_ahead,
+        )
 
     def _prepare(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], plan: SplitPlan
     ) -> _Table:
         """The table on the device: kept while nothing moves, extended when pages are appended."""
         old = self._table
-        if old is None or old.moves != pager.moves or (old.any_cold and old.plan != plan):
+        if old is None or old.moves != pager.moves or old.stretches:
             words = _words(pager, entries)
-        elif old.entries is entries:
-            if old.plan == plan:
-                return old
-            words = old.words
-        elif not old.any_cold and entries[: len(old.entries)] == old.entries:
+        elif entries[: len(old.entries)] == old.entries:
             words = np.concatenate([old.words, _words(pager, entries[len(old.entries) :])])
         else:
             words = _words(pager, entries)
         stretches = tuple(_stretches(pager, entries, plan, words))
-        flat = np.zeros(max(8, words.size), np.uint32)  # Metal keeps smaller inputs elsewhere
+        # Sizes in steps, for a traced call is traced again for each new shape.
+        flat = np.zeros(-(-max(1, words.size) // TABLE_STEP) * TABLE_STEP, np.uint32)
         flat[: words.size] = words.reshape(-1)
         self._table = _Table(entries, pager.moves, plan, words, mx.array(flat), stretches)
         return self._table
@@ -224,16 +285,29 @@ def takes(pager: LayerPager, hot: HotTokens, q: mx.array, scale: float) -> bool:
 
 
 def _plan(pager: LayerPager, pages: int, hot: int, rows: int) -> SplitPlan:
-    parallel = pager.shape.kv_heads * group_count(rows)
-    return _choose(pages, hot, parallel, pager.page_tokens, pager.pages_per_run)
+    # In steps, so that a plan lasts.
+    return _choose(
+        pages,
+        -(-hot // 64) * 64,
+        pager.shape.kv_heads,
+        rows,
+        pager.page_tokens,
+        pager.pages_per_run,
+    )
 
 
-_choose = lru_cache(maxsize=64)(SplitPlan.choose)
+# The layers of a model ask the same of these, step by step.
+@lru_cache(maxsize=64)
+def _choose(
+    pages: int, hot: int, heads: int, rows: int, page_tokens: int, pages_per_run: int
+) -> SplitPlan:
+    parallel = heads * group_count(rows)
+    return SplitPlan.choose(pages, hot, parallel, page_tokens, pages_per_run)
 
 
 @lru_cache(maxsize=64)
 def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) -> mx.array:
-    """Sizes on the device; the layers of a model share them, step by step."""
+    """Sizes, on the device."""
     return mx.array(plan.params(pages, hot, capacity, pages, first), mx.uint32)
 
 
@@ -272,7 +346,6 @@ def _stretches(
     """Cut the splits where staging ends; cold pages get their place in staging in `words`."""
     cold_pages = np.flatnonzero(words[:, 0] & STAGED)
     if not len(cold_pages):
-        yield _Stretch(0, plan.splits)
         return
     groups = pager.page_tokens // 64
     pages_of_split = max(1, plan.tiles_per_split // groups)

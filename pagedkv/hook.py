@@ -7,7 +7,7 @@ A cache hands the model its keys and values as *tagged* arrays: instances of a s
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -64,18 +64,15 @@ def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
     """NaN arrays with the shape of the view's keys and values, without their memory."""
     keys, values, _ = view.hot
     heads, tokens = keys.shape[1], view.tokens
-    nan = _nan(keys.dtype)
     return (
-        mx.broadcast_to(nan, (1, heads, tokens, keys.shape[3])),
-        mx.broadcast_to(nan, (1, heads, tokens, values.shape[3])),
+        _nothing(keys.dtype, heads, tokens, keys.shape[3]),
+        _nothing(keys.dtype, heads, tokens, values.shape[3]),
     )
 
 
-@cache
-def _nan(dtype: mx.Dtype) -> mx.array:
-    nan = mx.array(float("nan"), dtype)
-    mx.eval(nan)
-    return nan
+@lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step
+def _nothing(dtype: mx.Dtype, heads: int, tokens: int, dim: int) -> mx.array:
+    return mx.broadcast_to(mx.array(float("nan"), dtype), (1, heads, tokens, dim))
 
 
 def _dispatch(

@@ -42,6 +42,7 @@ class SequenceContext:
         fingerprint: of the model, kept in saved files; empty if unknown.
         max_tokens: the model's context limit, if it states one.
         sequence_id: tells the layers of one saved file from another's.
+        admitted: length up to which no layer has to seal a page.
     """
 
     config: TierConfig
@@ -51,6 +52,7 @@ class SequenceContext:
     fingerprint: str = ""
     max_tokens: int | None = None
     sequence_id: str = field(default_factory=state.new_sequence_id)
+    admitted: int = 0
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -93,6 +95,8 @@ class PagedLayerCache:
         self._spent: KVView | None = None
         self._appended = 0
         self._backend = choose_backend(context.config.backend)
+        self._accepted: tuple[tuple[int, ...], ...] = ()  # shapes that were checked
+        self._full = 0  # hot tokens that make a page due
         self._rows = 0  # query rows per KV head of the last decode step, for reading ahead
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
@@ -123,7 +127,9 @@ class PagedLayerCache:
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
         with self._taken_back_to(self.offset - self._appended):
-            dense = view.dense(view.hot.keys.dtype)  # the hot arrays themselves if there are no pages
+            dense = view.dense(
+                view.hot.keys.dtype
+            )  # the hot arrays themselves if there are no pages
         if not hook.installed():
             return dense
         if not view.entries and known is not None and not self._overflowing():
@@ -136,12 +142,18 @@ class PagedLayerCache:
         See `update_and_fetch` for arguments and errors; most callers want
         `pagedkv.attention`.
         """
-        self._accept(keys, values)
+        shapes = (keys.shape, values.shape)
+        if shapes != self._accepted:
+            self._accept(keys, values)
+            self._accepted = shapes
         self._context.pager.use(self._context.lineage)
-        with self._taken_back_to(self.offset):
-            self._settle()
-        self._appended = int(keys.shape[2])
-        self._admit(self._appended)
+        self._appended = shapes[0][2]
+        if self._may_promote or self._hot.used + self._appended >= self._full:
+            with self._taken_back_to(self.offset):
+                self._settle()
+            self._admit(self._appended)
+        elif self.offset + self._appended > self._context.admitted:
+            self._admit(self._appended)
         self._hot.append(to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype))
         self.offset += self._appended
         self._unread, self._spent = self.readers, None
@@ -153,7 +165,12 @@ class PagedLayerCache:
         assert self._table is not None
         sinks = min(self._context.config.sink_tokens, self._hot.used)
         return KVView(
-            self._pager, self._table.entries, self._hot.tokens, sinks, self._following_batches
+            self._pager,
+            self._table.entries,
+            self._hot.tokens,
+            sinks,
+            self._table.tokens,
+            self._following_batches,
         )
 
     def attend_tagged(
@@ -178,7 +195,10 @@ class PagedLayerCache:
         few = q.shape[2] <= DECODE_TOKENS
         self._rows = q.shape[1] * q.shape[2] // view.hot.keys.shape[1] if few else 0
         scratch = self._context.pager.budget.scratch_bytes
-        with self._taken_back_to(self.offset - self._appended):
+        if view.entries and self._pager is not None and self._pager.any_cold:
+            with self._taken_back_to(self.offset - self._appended):
+                out = attend(view, q, scale, mask, sinks, self._backend, scratch)
+        else:
             out = attend(view, q, scale, mask, sinks, self._backend, scratch)
         self._unread -= 1
         # Layers that share this one's keys (gemma3n) attend to the same view: wait for the last.
@@ -251,6 +271,7 @@ class PagedLayerCache:
         self._finalizer = weakref.finalize(self, self._pager.abandon, self._table)
         window = config.sink_tokens + config.hot_tokens + self._pager.page_tokens
         self._hot = HotBuffer(window + DECODE_TOKENS)
+        self._full = window
 
     # Sealing
 
@@ -280,6 +301,9 @@ class PagedLayerCache:
         """Refuse tokens whose pages would not fit, before any layer has taken them."""
         first = next(self._context.alive(), self)
         layers: Sequence[PagedLayerCache] = [self] if first is not self else [*first.siblings()]
+        if first is self:
+            left = (c._full - c._hot.used for c in layers if c._pager is not None)
+            self._context.admitted = self.offset + min(left, default=0) - 1
         for cache in layers:
             if cache._pager is None or not cache._pages_due(count):
                 continue
@@ -478,6 +502,7 @@ class PagedLayerCache:
         n = min(max(int(n), 0), self.offset)
         if self._table is None or n == 0:
             return n
+        self._context.admitted = 0
         left = self.offset - n
         sealed_end = self._sealed_end()
         if not len(self._table):

@@ -70,13 +70,9 @@ class SplitPlan:
             per_split = -(-pages // max(1, rounds * at_once - hot_splits)) * groups
             per_split = min(per_split, pages_per_run * groups)
         page_splits = -(-tiles // per_split)
-        return cls(
-            per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4
-        )
+        return cls(per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4)
 
-    def params(
-        self, pages: int, hot: int, capacity: int, stride: int, first: int = 0
-    ) -> list[int]:
+    def params(self, pages: int, hot: int, capacity: int, stride: int, first: int = 0) -> list[int]:
         """The words that the kernels read, for one sequence.
 
         Args:

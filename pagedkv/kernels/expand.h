@@ -39,11 +39,6 @@ FN u32 converted(u32 pair) {
 
 FN Words4 converted(Words4 v) { return {converted(v.x), converted(v.y), converted(v.z), converted(v.w)}; }
 
-// Rows that are 16-bit numbers already, `units` times eight to a row.
-FN void copy_rows(int thread, BUFFER from, OUTPUT to, u64 row, int units, int tokens) {
-  for (int i = thread; i < tokens * units; i += THREADS) store4(to, row + 4 * i, converted(load4(from, 4 * i)));
-}
-
 FN u32 two_halves(BUFFER page, int first, int step) { return load16(page, first) | (load16(page, first + step) << 16); }
 
 // Scales and biases of the tile's keys, as pairs of neighbouring channels.
@@ -51,7 +46,9 @@ template <int KEY_BITS, int VALUE_BITS>
 FN void stage_key_scales(int thread, SHARED scales, BUFFER page, Tile tile) {
   typedef Layout<KEY_BITS, VALUE_BITS> layout;
   if constexpr (layout::coded) {
-    for (int i = thread; i < KEY_DIM / 2; i += THREADS) {
+    UNROLL for (int turn = 0; turn < KEY_DIM / 2; turn += THREADS) {
+      int i = turn + thread;
+      if (KEY_DIM / 2 % THREADS && i >= KEY_DIM / 2) continue;
       int k = (tile.head * KEY_DIM + 2 * i) * PAGE_GROUPS + tile.group;
       put2(scales, 2 * i, {two_halves(page, layout::key_scales + k, PAGE_GROUPS),
                            two_halves(page, layout::key_biases + k, PAGE_GROUPS)});
@@ -65,9 +62,11 @@ template <int BITS> FN constexpr int staged_unit() { return 16 * BITS + (BITS ==
 
 template <int BITS> FN void stage_keys(int thread, SHARED stage, BUFFER page, Tile tile, int first) {
   constexpr int row = 2 * BITS, page_row = PAGE_TOKENS * BITS / 32, wide = row % 4 ? 2 : 4, parts = row / wide;
-  int channels = least(CHUNK, KEY_DIM - first);
+  int count = least(CHUNK, KEY_DIM - first) * parts;
   int from = (tile.head * KEY_DIM + first) * page_row + tile.group * row;
-  for (int i = thread; i < channels * parts; i += THREADS) {
+  UNROLL for (int turn = 0; turn < CHUNK * parts; turn += THREADS) {
+    int i = turn + thread;
+    if ((CHUNK * parts % THREADS || KEY_DIM % CHUNK) && i >= count) continue;
     int channel = i / parts, part = i % parts * wide;
     int to = channel / 8 * staged_unit<BITS>() + channel % 8 * row + part;
     if constexpr (wide == 4) {
@@ -108,31 +107,54 @@ FN void write_keys(int thread, SHARED scales, SHARED stage, OUTPUT keys, Tile ti
   }
 }
 
-// Two tokens at a time: unpacking joins two units, here the same channels of neighbouring tokens.
+// The same channels of two neighbouring tokens, since unpacking joins two units.
+struct ValuePair {
+  Unit a, b;
+  u32 scale, bias;
+};
+
+template <int KEY_BITS, int VALUE_BITS>
+FN ValuePair load_values(BUFFER page, Tile tile, int unit, int token) {
+  typedef Layout<KEY_BITS, VALUE_BITS> layout;
+  int row = tile.head * PAGE_TOKENS + 64 * tile.group + token, at = layout::values + row * layout::value_row;
+  int k = row * VALUE_GROUPS + unit / (VALUE_GROUP / 8);
+  return {load_unit<VALUE_BITS>(page, at, unit), load_unit<VALUE_BITS>(page, at + layout::value_row, unit),
+          two_halves(page, layout::value_scales + k, VALUE_GROUPS),
+          two_halves(page, layout::value_biases + k, VALUE_GROUPS)};
+}
+
+template <int BITS> FN void store_values(THREAD const ValuePair& pair, OUTPUT values, Tile tile, int unit, int token) {
+  u32 x[8];
+  unpack<BITS, false>(pair.a, pair.b, x);
+  UNROLL for (int j = 0; j < 8; j++) x[j] = number_pair(x[j], pair.scale, pair.bias);
+  Words4 first = {join_at<0>(x[0], x[1]), join_at<0>(x[2], x[3]), join_at<0>(x[4], x[5]), join_at<0>(x[6], x[7])};
+  Words4 second = {join_high(x[0], x[1]), join_high(x[2], x[3]), join_high(x[4], x[5]), join_high(x[6], x[7])};
+  u64 to = tile.value_row + u64(token) * (VALUE_DIM / 2) + 4 * unit;
+  if (token < tile.tokens) store4(values, to, first);
+  if (token + 1 < tile.tokens) store4(values, to + VALUE_DIM / 2, second);
+}
+
+// A lane loads all it needs for a few turns before it waits for any.
 template <int KEY_BITS, int VALUE_BITS> FN void write_values(int thread, BUFFER page, OUTPUT values, Tile tile) {
   typedef Layout<KEY_BITS, VALUE_BITS> layout;
-  int first = tile.head * PAGE_TOKENS + 64 * tile.group;
+  constexpr int count = 32 * VALUE_UNITS, turns = least(4, (count + THREADS - 1) / THREADS);
   if constexpr (layout::coded) {
-    for (int i = thread; i < 32 * VALUE_UNITS; i += THREADS) {
-      int unit = i % VALUE_UNITS, token = i / VALUE_UNITS * 2;
-      int row = layout::values + (first + token) * layout::value_row;
-      int k = (first + token) * VALUE_GROUPS + unit / (VALUE_GROUP / 8);
-      Unit a = load_unit<VALUE_BITS>(page, row, unit), b = load_unit<VALUE_BITS>(page, row + layout::value_row, unit);
-      u32 scale = two_halves(page, layout::value_scales + k, VALUE_GROUPS);
-      u32 bias = two_halves(page, layout::value_biases + k, VALUE_GROUPS);
-      u32 x[8];
-      unpack<VALUE_BITS, false>(a, b, x);
-      UNROLL for (int j = 0; j < 8; j++) x[j] = number_pair(x[j], scale, bias);
-      u64 to = tile.value_row + u64(token) * (VALUE_DIM / 2) + 4 * unit;
-      if (token < tile.tokens)
-        store4(values, to, {join_at<0>(x[0], x[1]), join_at<0>(x[2], x[3]), join_at<0>(x[4], x[5]), join_at<0>(x[6], x[7])});
-      if (token + 1 < tile.tokens)
-        store4(values, to + VALUE_DIM / 2,
-               {join_high(x[0], x[1]), join_high(x[2], x[3]), join_high(x[4], x[5]), join_high(x[6], x[7])});
+    for (int start = thread; start < count; start += turns * THREADS) {
+      ValuePair pairs[turns];
+      UNROLL for (int turn = 0; turn < turns; turn++) {
+        int i = least(start + turn * THREADS, count - 1);
+        pairs[turn] = load_values<KEY_BITS, VALUE_BITS>(page, tile, i % VALUE_UNITS, i / VALUE_UNITS * 2);
+      }
+      UNROLL for (int turn = 0; turn < turns; turn++) {
+        int i = start + turn * THREADS;
+        if (count % (turns * THREADS) && i >= count) continue;
+        store_values<VALUE_BITS>(pairs[turn], values, tile, i % VALUE_UNITS, i / VALUE_UNITS * 2);
+      }
     }
   } else {
-    copy_rows(thread, page + (layout::values + first * layout::value_row), values, tile.value_row, VALUE_UNITS,
-              tile.tokens);
+    BUFFER from = page + (layout::values + (tile.head * PAGE_TOKENS + 64 * tile.group) * layout::value_row);
+    for (int i = thread; i < tile.tokens * VALUE_UNITS; i += THREADS)
+      store4(values, tile.value_row + 4 * i, converted(load4(from, 4 * i)));
   }
 }
 
@@ -152,15 +174,17 @@ FN void expand_tile(int thread, SHARED shared, BUFFER page, OUTPUT keys, OUTPUT 
   }
 }
 
-// Hot tokens of a tile; the first `sinks` of them stand before the pages, the others after.
-FN void copy_hot(int thread, BUFFER hot_keys, BUFFER hot_values, OUTPUT keys, OUTPUT values, int head, int first,
-                 int hot, int sinks, int capacity, int tokens) {
-  int stop = least(first + 64, hot), middle = first < sinks ? least(stop, sinks) : first;
-  for (int part = 0; part < 2; part++) {
-    int begin = part ? middle : first, end = part ? stop : middle;
-    u64 from = u64(head) * capacity + begin, to = u64(head) * tokens + (part ? tokens - hot + begin : begin);
-    copy_rows(thread, hot_keys + from * (KEY_DIM / 2), keys, to * (KEY_DIM / 2), KEY_UNITS, end - begin);
-    copy_rows(thread, hot_values + from * (VALUE_DIM / 2), values, to * (VALUE_DIM / 2), VALUE_UNITS, end - begin);
+// Hot tokens of a tile, UNITS times eight channels each; the first `sinks` of them all stand before
+// the pages, the others after.
+struct Hot {
+  int first, count, sinks, shift;
+  u64 head_row;  // of the output
+};
+template <int UNITS> FN void copy_hot(int thread, BUFFER from, OUTPUT to, Hot hot) {
+  for (int i = thread; i < hot.count * UNITS; i += THREADS) {
+    int token = hot.first + i / UNITS;
+    u64 row = hot.head_row + (token < hot.sinks ? token : token + hot.shift);
+    store4(to, 4 * (row * UNITS + i % UNITS), converted(load4(from, 4 * i)));
   }
 }
 
@@ -183,6 +207,9 @@ FN void expand_pages(u32 lane, u32 warp, u32 number, u32 head, u32, SHARED share
 #undef DO
   } else {
     int first = 64 * (int(number) - pages * PAGE_GROUPS);
-    copy_hot(thread, hot_keys, hot_values, keys, values, head, first, hot, sinks, capacity, tokens);
+    Hot part = {first, least(64, hot - first), sinks, tokens - hot, u64(head) * tokens};
+    u64 row = u64(head) * capacity + first;
+    copy_hot<KEY_UNITS>(thread, hot_keys + row * (KEY_DIM / 2), keys, part);
+    copy_hot<VALUE_UNITS>(thread, hot_values + row * (VALUE_DIM / 2), values, part);
   }
 }

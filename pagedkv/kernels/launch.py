@@ -17,9 +17,11 @@ class Launcher(Protocol):
 
     Attributes:
         fetch_ahead: whether tiles go to threadgroup memory while others are worked on.
+        traceable: whether `mx.compile` can trace a launch.
     """
 
     fetch_ahead: bool
+    traceable: bool
 
     def launch(
         self,
@@ -52,6 +54,7 @@ class DeviceLauncher:
     def __init__(self) -> None:
         self.target = "metal" if mx.metal.is_available() else "cuda"
         self.fetch_ahead = self.target == "cuda"
+        self.traceable = True
         self._kernels: dict[str, Callable[..., list[mx.array]]] = {}
 
     def launch(

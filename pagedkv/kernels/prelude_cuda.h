@@ -114,8 +114,9 @@ FN void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 
 // Words of expand.h and seal.h.
-FN void store2(OUTPUT p, u64 i, Words2 v) { *(uint2*)(p + i) = make_uint2(v.x, v.y); }
-FN void store4(OUTPUT p, u64 i, Words4 v) { *(uint4*)(p + i) = make_uint4(v.x, v.y, v.z, v.w); }
+// Through intrinsics: the compiler splits some wide stores that are written as assignments.
+FN void store2(OUTPUT p, u64 i, Words2 v) { __stcg((uint2*)(p + i), make_uint2(v.x, v.y)); }
+FN void store4(OUTPUT p, u64 i, Words4 v) { __stcg((uint4*)(p + i), make_uint4(v.x, v.y, v.z, v.w)); }
 FN void put2(SHARED p, int i, Words2 v) { *(uint2*)(p + i) = make_uint2(v.x, v.y); }
 FN void put4(SHARED p, int i, Words4 v) { *(uint4*)(p + i) = make_uint4(v.x, v.y, v.z, v.w); }
 FN u32 b2_pack(float low, float high) {
@@ -124,4 +125,5 @@ FN u32 b2_pack(float low, float high) {
   return d;
 }
 FN float divide(float a, float b) { return __fdiv_rn(a, b); }
+FN float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FN float round_even(float x) { return rintf(x); }

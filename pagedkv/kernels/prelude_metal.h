@@ -111,4 +111,5 @@ FN u32 b2_one(float x) {
 FN u32 b2_pack(float low, float high) { return b2_one(low) | (b2_one(high) << 16); }
 // MLX compiles kernels in safe math mode, where this is rounded correctly.
 FN float divide(float a, float b) { return a / b; }
+FN float multiply_add(float a, float b, float c) { return fma(a, b, c); }
 FN float round_even(float x) { return rint(x); }

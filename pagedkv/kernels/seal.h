@@ -53,11 +53,20 @@ template <int BITS> FN Affine affine(Edges e) {
   return {divide(edge, code), edge};
 }
 
+// a / b in correct rounding from 1 / b in correct rounding (Markstein: after the first step the
+// quotient is off by less than one unit in the last place, and then the second one makes it right).
+FN float quotient(float a, float b, float inverse) {
+  float q = a * inverse;
+  q = multiply_add(multiply_add(-q, b, a), inverse, q);
+  return multiply_add(multiply_add(-q, b, a), inverse, q);
+}
+
 template <int BITS> FN Codes encode(THREAD const Run& run, Affine a) {
   constexpr float steps = (1 << BITS) - 1;
+  float inverse = divide(1.0f, a.scale);
   Codes out = {};
   UNROLL for (int i = 0; i < 32; i++) {
-    float x = round_even(divide(number(run, i) - a.bias, a.scale));
+    float x = round_even(quotient(number(run, i) - a.bias, a.scale, inverse));
     u32 code = u32(-max_of(-max_of(x, 0.0f), -steps));
     int word = i * BITS / 32, shift = i * BITS % 32;
     out.w[word] |= code << shift;
@@ -88,9 +97,9 @@ FN u32 taken(u32 pair) {
 FN void seal_keys(int lane, int turn, BUFFER keys, OUTPUT out, u64 page, int head, int group) {
   int channel = 32 * turn + 2 * (lane & 15), half = lane >> 4;
   bool there = KEY_DIM % 32 == 0 || channel < KEY_DIM;
-  int first = half * 32 * (KEY_DIM / 2) + (there ? channel / 2 : 0);
+  BUFFER column = keys + (half * 32 * (KEY_DIM / 2) + (there ? channel / 2 : 0));
   u32 rows[32];
-  UNROLL for (int i = 0; i < 32; i++) rows[i] = taken(load(keys, first + i * (KEY_DIM / 2)));
+  UNROLL for (int i = 0; i < 32; i++) rows[i] = taken(load(column, i * (KEY_DIM / 2)));
   Run runs[2];
   UNROLL for (int i = 0; i < 16; i++) {
     runs[0].pair[i] = join_at<0>(rows[2 * i], rows[2 * i + 1]);

@@ -283,11 +283,18 @@ def supported(key_dim: int, value_dim: int) -> bool:
 
 @cache
 def _text(name: str) -> str:
-    """A file of this folder without comments and indentation: MLX hashes texts at each call."""
+    """A file of this folder, shortened: MLX hashes the text of a kernel at each evaluation."""
     text = (Path(__file__).parent / name).read_text()
     text = re.sub(r"//[^\n]*", "", text)
-    lines = (line.strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return "\n".join(_tight(line) for line in lines if line)
+
+
+def _tight(line: str) -> str:
+    """A line without the blanks that say nothing; directives and strings stay as they are."""
+    if line.startswith("#") or line.endswith("\\") or '"' in line:
+        return line
+    return re.sub(r" ?([=*/%<>^?:;,(){}\[\]!]) ?", r"\1", line)
 
 
 def _split_includes(text: str) -> tuple[str, str]:

@@ -1,4 +1,8 @@
-"""Runs kernel texts on the host, lane by lane, with every memory access checked."""
+"""Runs kernel texts on the host, lane by lane, with every memory access checked.
+
+Two targets: the host's own prelude, and the very text that goes to Metal, over a small imitation of
+Metal's names (``tests/metal_stubs``).
+"""
 
 from __future__ import annotations
 
@@ -16,29 +20,74 @@ import numpy as np
 
 from pagedkv.kernels.source import KernelText
 
-MAIN = """
-static emulator::Buffer input_buffers[32], output_buffers[8];
-static u32 *shared_memory, position[3];
-static void lane_body(u32 thread) {{
-  emulator::SharedWords shared{{shared_memory, int64_t({shared}), 0}};
-  pagedkv::{call}(thread & 31, thread >> 5, position[0], position[1], position[2], shared{arguments});
+HERE = Path(__file__).parent
+PRELUDE = HERE.parents[1] / "pagedkv/kernels/prelude_host.h"
+METAL_STUBS = HERE.parent / "metal_stubs"
+
+FLAGS = ("-std=c++17", "-fPIC", "-w")
+# At -O1 the sanitizers take half a minute per kernel, at -O0 four seconds.
+SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+POSITION = "position[0], position[1], position[2]"
+HOST_LANE = """
+static void lane_body(u32 lane) {{
+  emulator::SharedWords shared{{shared_memory, {shared}, 0}};
+  pagedkv::{call}(lane & 31, lane >> 5, {position}, shared, {arguments});
 }}
+"""
+METAL_LANE = """
+struct Position {{ u32 x, y, z; }};
+static void lane_body(u32 lane) {{
+  u32 thread_index_in_simdgroup = lane & 31, simdgroup_index_in_threadgroup = lane >> 5;
+  Position threadgroup_position_in_grid = {{ {position} }};
+  {declarations}
+  {body}
+}}
+"""
+STATE = """
+static const char* const names[] = {{{names}}};
+static emulator::Buffer buffers[{buffers}];
+static u32 *shared_memory, position[3];
+"""
+RUN = """
 extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64_t* words, u32 seed) {{
   static std::string failure;
-  const char* names[] = {{{names}}};
-  for (int i = 0; i < {inputs}; i++) input_buffers[i] = {{data[i], words[i], 0, names[i]}};
-  for (int i = 0; i < {outputs}; i++)
-    output_buffers[i] = {{data[{inputs} + i], words[{inputs} + i], 0, names[{inputs} + i]}};
+  for (int i = 0; i < {buffers}; i++) buffers[i] = {{data[i], words[i], 0, names[i]}};
   std::vector<u32> memory({shared} + 8);
   shared_memory = (u32*)((uintptr_t(memory.data()) + 15) & ~uintptr_t(15));
   for (position[2] = 0; position[2] < grid[2]; position[2]++)
     for (position[1] = 0; position[1] < grid[1]; position[1]++)
       for (position[0] = 0; position[0] < grid[0]; position[0]++) {{
-        std::fill(memory.begin(), memory.end(), 0x7fc07e7e);
-        failure = emulator::run_group(threads, lane_body, seed++);
+        failure = emulator::run_group(threads, lane_body, seed++, shared_memory, {shared});
         if (!failure.empty()) return failure.c_str();
       }}
   return nullptr;
+}}
+"""
+# A program of its own: what a sanitizer finds ends it, and needs no preloading into Python. Each
+# buffer is allocated with its own size, so that red zones lie around it.
+PROGRAM = """
+static void read_words(void* to, size_t bytes, FILE* file) {{
+  if (fread(to, 1, bytes, file) != bytes) exit(3);
+}}
+int main(int, char** arguments) {{
+  FILE* file = fopen(arguments[1], "rb");
+  u32 launch[5];
+  int64_t words[{buffers}];
+  u32* data[{buffers}];
+  read_words(launch, sizeof launch, file);
+  read_words(words, sizeof words, file);
+  for (int i = 0; i < {buffers}; i++) {{
+    data[i] = (u32*)malloc(4 * words[i]);
+    read_words(data[i], 4 * words[i], file);
+  }}
+  if (const char* failure = run(launch, launch[3], data, words, launch[4])) {{
+    fprintf(stderr, "%s", failure);
+    return 2;
+  }}
+  file = fopen(arguments[2], "wb");
+  for (int i = {inputs}; i < {buffers}; i++) fwrite(data[i], 4, words[i], file);
+  return fclose(file);
 }}
 """
 
@@ -47,46 +96,120 @@ class EmulatorError(AssertionError):
     """A kernel read or wrote where it must not, or its lanes wait for each other."""
 
 
-def source(text: KernelText) -> str:
-    """The C++ program of a kernel."""
-    arguments = [f", input_buffers[{i}]" for i in range(len(text.inputs))]
-    arguments += [f", output_buffers[{i}]" for i in range(len(text.outputs))]
-    main = MAIN.format(
-        shared=text.shared_words,
-        call=text.call,
-        arguments="".join(arguments),
-        names=", ".join(f'"{name}"' for name in (*text.inputs, *text.outputs)),
-        inputs=len(text.inputs),
-        outputs=len(text.outputs),
+def source(text: KernelText, target: str = "host", program: bool = False) -> str:
+    """The C++ program of a kernel.
+
+    Args:
+        text: the kernel.
+        target: ``"host"`` or ``"metal"``.
+        program: whether it has a ``main``.
+    """
+    names = (*text.inputs, *text.outputs)
+    values = {
+        "names": ", ".join(f'"{name}"' for name in names),
+        "buffers": len(names),
+        "inputs": len(text.inputs),
+        "shared": text.shared_words,
+        "call": text.call,
+        "position": POSITION,
+        "arguments": ", ".join(f"buffers[{i}]" for i in range(len(names))),
+    }
+    if target == "host":
+        functions = f"{PRELUDE.read_text()}\nnamespace pagedkv {{\n{text.functions}\n}}\n"
+        lane = HOST_LANE
+    else:
+        functions = text.header("metal")
+        lane = METAL_LANE
+        values["declarations"] = " ".join(
+            f"u32* {name} = buffers[{i}].data;" for i, name in enumerate(names)
+        )
+        # All lanes share what Metal declares inside the kernel.
+        declared = f"threadgroup u32 shared[{text.shared_words}];"
+        assert declared in text.body("metal")
+        values["body"] = text.body("metal").replace(declared, "u32* shared = shared_memory;")
+    parts = [STATE, lane, RUN, PROGRAM if program else ""]
+    return functions + "".join(part.format(**values) for part in parts)
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept between runs."""
+    folder = Path(tempfile.gettempdir()) / f"pagedkv-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _compile(product: Path, *arguments: str | Path) -> None:
+    """Run the compiler; the product appears whole or not at all."""
+    unfinished = product.with_suffix(f".{os.getpid()}.tmp")
+    done = subprocess.run(
+        ["g++", *arguments, "-o", unfinished], capture_output=True, text=True, check=False
     )
-    prelude = (Path(__file__).parents[2] / "pagedkv/kernels/prelude_host.h").read_text()
-    return f"{prelude}\nnamespace pagedkv {{\n{text.functions}\n}}\n{main}"
+    if done.returncode:
+        raise EmulatorError(f"g++ failed:\n{done.stderr[:4000]}")
+    unfinished.rename(product)
 
 
 @cache
-def _library(program: str) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / f"pagedkv-emulator-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w"]
-    digest = hashlib.sha256((program + " ".join(flags)).encode()).hexdigest()[:24]
-    library = folder / f"{digest}.so"
-    if not library.exists():
-        path = folder / f"{digest}.{os.getpid()}.cpp"
-        built = path.with_suffix(".so")
-        path.write_text(program)
-        subprocess.run(["g++", *flags, "-o", built, path], check=True)
-        built.rename(library)
-        path.unlink()
-    loaded = ctypes.CDLL(str(library))
+def _includes(flags: tuple[str, ...]) -> list[str]:
+    """Where the emulator's header lies, compiled: half of the time is for the standard library."""
+    header = HERE / "fibers.h"
+    digest = hashlib.sha256(header.read_bytes() + " ".join(flags).encode()).hexdigest()[:24]
+    folder = _folder() / f"header-{digest}"
+    folder.mkdir(exist_ok=True)
+    compiled = folder / "fibers.h.gch"
+    if not compiled.exists():
+        _compile(compiled, *flags, "-x", "c++-header", header)
+    return [f"-I{folder}", f"-I{HERE}", f"-I{METAL_STUBS / 'run'}"]
+
+
+@cache
+def _half_flags() -> tuple[str, ...]:
+    """Conversions of 16-bit floats in hardware, where there are some."""
+    cpu = Path("/proc/cpuinfo")
+    return ("-mf16c",) if cpu.exists() and " f16c" in cpu.read_text() else ()
+
+
+@cache
+def build(program: str, flags: tuple[str, ...], shared: bool) -> Path:
+    """Compile a program, or take it from the last time."""
+    flags = (*FLAGS, *_half_flags(), *flags)
+    includes = _includes(flags)
+    known = [program, *flags, *includes]
+    known += [path.read_text() for path in sorted((METAL_STUBS / "run").iterdir())]
+    digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:24]
+    product = _folder() / f"{digest}.{'so' if shared else 'exe'}"
+    if not product.exists():
+        text = product.with_suffix(f".{os.getpid()}.cpp")
+        text.write_text(program)
+        _compile(product, *flags, *includes, *(["-shared"] if shared else []), text)
+        text.unlink()
+    return product
+
+
+@cache
+def _library(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
     loaded.run.restype = ctypes.c_char_p
     return loaded
 
 
 class HostLauncher:
-    """Launches kernels in the emulator; outputs are poisoned with NaN before each run."""
+    """Launches kernels in the emulator; outputs are poisoned with NaN before each run.
 
-    def __init__(self, fetch_ahead: bool = True) -> None:
+    Args:
+        fetch_ahead: see `pagedkv.kernels.launch.Launcher`.
+        sanitize: whether AddressSanitizer and UndefinedBehaviorSanitizer watch as well.
+        target: ``"host"``, or ``"metal"`` for the text that goes to Metal. There pointers are
+            plain, and only the sanitizers check bounds.
+    """
+
+    def __init__(
+        self, fetch_ahead: bool = True, sanitize: bool = False, target: str = "host"
+    ) -> None:
         self.fetch_ahead = fetch_ahead
+        self.traceable = False
+        self.sanitize = sanitize
+        self.target = target
 
     def launch(
         self,
@@ -99,20 +222,59 @@ class HostLauncher:
     ) -> list[mx.array]:
         """See `pagedkv.kernels.launch.Launcher.launch`."""
         mx.eval(*inputs)
+        assert len(inputs) == len(text.inputs) and len(shapes) == len(text.outputs)
         arrays = [_words(x) for x in inputs]
         sizes = [-(-int(np.prod(s)) * d.size // 4) for s, d in zip(shapes, dtypes, strict=True)]
         arrays += [np.full(n, 0x7FC07E7E, np.uint32) for n in sizes]
-        pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
-        words = (ctypes.c_int64 * len(arrays))(*(a.size for a in arrays))
-        grid = (ctypes.c_uint32 * 3)(*groups)
-        failure = _library(source(text)).run(grid, threads, pointers, words, len(arrays))
-        if failure:
-            raise EmulatorError(f"{text.name}: {failure.decode()}")
-        made = arrays[len(inputs) :]
+        run = self._run_program if self.sanitize else _run_library
+        made = run(source(text, self.target, self.sanitize), text, arrays, groups, threads)
         return [
             mx.array(a).view(d)[: int(np.prod(s))].reshape(tuple(s))
             for a, s, d in zip(made, shapes, dtypes, strict=True)
         ]
+
+    @staticmethod
+    def _run_program(
+        program: str,
+        text: KernelText,
+        arrays: list[np.ndarray],
+        groups: tuple[int, int, int],
+        threads: int,
+    ) -> list[np.ndarray]:
+        path = build(program, SANITIZE, shared=False)
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = Path(folder, "in"), Path(folder, "out")
+            head = np.array([*groups, threads, len(arrays)], np.uint32)
+            sizes = np.array([a.size for a in arrays], np.int64)
+            given.write_bytes(b"".join(a.tobytes() for a in (head, sizes, *arrays)))
+            done = subprocess.run(
+                [path, given, made],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "LD_PRELOAD": "", "ASAN_OPTIONS": "detect_leaks=0"},
+            )
+            if done.returncode:
+                raise EmulatorError(f"{text.name}: {done.stderr[:4000]}")
+            words = np.fromfile(made, np.uint32)
+        return np.split(words, np.cumsum(sizes[len(text.inputs) : -1]))
+
+
+def _run_library(
+    program: str,
+    text: KernelText,
+    arrays: list[np.ndarray],
+    groups: tuple[int, int, int],
+    threads: int,
+) -> list[np.ndarray]:
+    library = _library(build(program, ("-O1",), shared=True))
+    pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+    words = (ctypes.c_int64 * len(arrays))(*(a.size for a in arrays))
+    grid = (ctypes.c_uint32 * 3)(*groups)
+    failure = library.run(grid, threads, pointers, words, len(arrays))
+    if failure:
+        raise EmulatorError(f"{text.name}: {failure.decode()}")
+    return arrays[len(text.inputs) :]
 
 
 def _words(x: mx.array) -> np.ndarray:

@@ -1,0 +1,296 @@
+"""Decode attention by the kernels and in float64, over the same random pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv.allocator import KVShape, Precision
+from pagedkv.kernels.decode import (
+    STAGED,
+    SplitPlan,
+    attend_splits,
+    group_count,
+    merge_splits,
+    table_words,
+)
+from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.source import AttentionSpec
+from pagedkv.tiers.codec import FLOAT16_MAX, codec_for
+from tests import reference
+
+SLAB, STAGING = 3, 2
+"""Pages of each precision: any table can be drawn from them."""
+
+KINDS = ("plain", "sharp", "ramp", "huge")
+TOLERANCE = {mx.float16: 1.5e-3, mx.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What costs a compiler run."""
+
+    precisions: tuple[str, ...]
+    heads: int = 2
+    key_dim: int = 128
+    value_dim: int = 0  # 0: as key_dim
+    page_tokens: int = 256
+    repeats: int = 4
+    length: int = 1
+    batch: int = 1
+    dtype: mx.Dtype = mx.float16
+    hot_dtype: mx.Dtype = mx.float16
+    sinks: bool = False
+    final: bool = False
+    warps: int = 4
+
+    @property
+    def shape(self) -> KVShape:
+        return KVShape(self.heads, self.key_dim, self.value_dim or self.key_dim)
+
+    @property
+    def rows(self) -> int:
+        return self.repeats * self.length
+
+    def spec(self, fetch_ahead: bool) -> AttentionSpec:
+        shape = self.shape
+        return AttentionSpec(
+            geometries=tuple(c.geometry for c in codecs(self)),
+            heads=self.heads,
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
+            page_tokens=self.page_tokens,
+            rows=self.rows,
+            query_tokens=self.length,
+            sequences=self.batch,
+            scale=shape.key_dim**-0.5,
+            query_bfloat=self.dtype == mx.bfloat16,
+            hot_bfloat=self.hot_dtype == mx.bfloat16,
+            causal=True,
+            final=self.final,
+            has_sinks=self.sinks,
+            warps=self.warps,
+            fetch_ahead=fetch_ahead,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not: lengths, places and numbers.
+
+    Attributes:
+        pages: of each row of the batch, the last number for all further ones.
+        hot: tokens, likewise.
+        valid: visible tokens of pages, in turn; 0 for whole pages.
+        tiles: of 64 tokens that a split has, at most; 0 lets `SplitPlan.choose` decide.
+        hot_per_split: likewise; a multiple of 64.
+        spare: hot tokens that there is room for beyond the longest row's.
+        launches: how many launches the splits are divided between.
+        kind: of numbers, see `numbers`.
+        seed: of numbers and places.
+    """
+
+    pages: tuple[int, ...] = (3,)
+    hot: tuple[int, ...] = (100,)
+    valid: tuple[int, ...] = (0,)
+    tiles: int = 4
+    hot_per_split: int = 64
+    spare: int = 37
+    launches: int = 1
+    kind: str = "plain"
+    seed: int = 0
+
+    def of_row(self, row: int) -> tuple[int, int]:
+        return self.pages[min(row, len(self.pages) - 1)], self.hot[min(row, len(self.hot) - 1)]
+
+
+def codecs(case: Case) -> list:
+    return [
+        codec_for(case.shape, case.page_tokens, Precision.parse(p), case.hot_dtype)
+        for p in case.precisions
+    ]
+
+
+def numbers(
+    rng: np.random.Generator, kind: str, leading: tuple[int, ...], tokens: int, dim: int, keys: bool
+) -> np.ndarray:
+    """Keys or values ``[*leading, tokens, dim]``; keys have outlier channels around 20.
+
+    The first channel decides who is attended. ``"sharp"``: half of the tokens, in stretches, is so
+    far below the others that their weights are zero. ``"ramp"``: every token beats those before it.
+    ``"huge"``: as large as float16 goes, and beyond in bfloat16 (values only).
+    """
+    x = rng.standard_normal((*leading, tokens, dim))
+    if keys:
+        x[..., ::17] = 6 * x[..., ::17] + 20
+        token = np.arange(tokens)
+        if kind == "sharp":
+            x[..., 0] = np.where(token // 50 % 2, 0, -4000)
+        elif kind == "ramp":
+            x[..., 0] = token * 0.5
+    elif kind == "huge":
+        x = x * 30000
+    return x.astype(np.float32)
+
+
+@cache
+def pages(
+    case: Case, kind: str
+) -> tuple[list[mx.array], list[list[tuple[np.ndarray, np.ndarray]]]]:
+    """Page arrays as the kernel gets them, and per precision the numbers in each page."""
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    count, shape = SLAB + STAGING, case.shape
+    arrays, contents = [], []
+    for codec in codecs(case):
+        tokens = count * case.page_tokens
+        keys = mx.array(numbers(rng, kind, (shape.kv_heads,), tokens, shape.key_dim, True))
+        values = mx.array(numbers(rng, kind, (shape.kv_heads,), tokens, shape.value_dim, False))
+        limit = FLOAT16_MAX if case.hot_dtype == mx.float16 else np.inf
+        records = np.array(
+            codec.encode(
+                keys.astype(case.hot_dtype), mx.clip(values, -limit, limit).astype(case.hot_dtype)
+            )
+        )
+        records[:, codec.geometry.payload_bytes // 4 :] = 0xFFFFFFFF  # NaN, if anyone looked
+        arrays += [mx.array(records[:SLAB]), mx.array(records[SLAB:])]
+        bfloat16 = case.hot_dtype == mx.bfloat16
+        contents.append(
+            [clamped(*reference.page_arrays(r, codec.geometry, bfloat16)) for r in records]
+        )
+    return arrays, contents
+
+
+def clamped(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What float16 cannot hold is clamped, everywhere."""
+    return np.clip(keys, -FLOAT16_MAX, FLOAT16_MAX), np.clip(values, -FLOAT16_MAX, FLOAT16_MAX)
+
+
+def plan_of(case: Case, run: Run) -> SplitPlan:
+    """The plan of all rows; rows that are shorter than the longest leave splits empty."""
+    longest = [run.of_row(b) for b in range(case.batch)]
+    most_pages, most_hot = (max(x) for x in zip(*longest, strict=True))
+    tiles = most_pages * case.page_tokens // 64
+    if case.final:
+        return SplitPlan(max(1, tiles), 1, max(64, most_hot), 0, 1, case.warps)
+    if not run.tiles:
+        parallel = case.heads * case.batch * group_count(case.rows)
+        plan = SplitPlan.choose(most_pages, most_hot, parallel, case.page_tokens, 16)
+        return replace(plan, warps=case.warps)
+    page_splits = -(-tiles // run.tiles)
+    splits = page_splits + -(-most_hot // run.hot_per_split)
+    return SplitPlan(run.tiles, page_splits, run.hot_per_split, page_splits, splits, case.warps)
+
+
+def error(launcher: Launcher, case: Case, run: Run) -> float:
+    """The largest difference to float64, relative to the largest output."""
+    rng = np.random.default_rng(run.seed)
+    spec, shape, plan = case.spec(launcher.fetch_ahead), case.shape, plan_of(case, run)
+    arrays, contents = pages(case, run.kind)
+    capacity = max(run.of_row(b)[1] for b in range(case.batch)) + run.spare
+    stride = max(4, max(run.of_row(b)[0] for b in range(case.batch)))
+
+    q = rng.standard_normal((case.batch, case.heads * case.repeats, case.length, shape.key_dim)) / 4
+    if run.kind in ("sharp", "ramp"):
+        q[..., 0] = 2  # times a scale that is exact, too: what is tested here is the softmax
+    q = mx.array(q.astype(np.float32)).astype(case.dtype)
+    leading = (case.batch, case.heads)
+    limit = FLOAT16_MAX if case.hot_dtype == mx.float16 else np.inf
+    hot = [
+        mx.array(np.clip(numbers(rng, run.kind, leading, capacity, dim, keys), -limit, limit))
+        for dim, keys in ((shape.key_dim, True), (shape.value_dim, False))
+    ]
+    sinks = rng.standard_normal(max(8, case.heads * case.repeats)).astype(np.float32) * 2
+    room = mx.arange(capacity)[:, None]
+    table: list[int] = []
+    params: list[list[int]] = []
+    expected = []
+    for b in range(case.batch):
+        count, tokens = run.of_row(b)
+        places, keys, values = [], [], []
+        for i in range(count):
+            kind, slot = int(rng.integers(len(contents))), int(rng.integers(SLAB + STAGING))
+            valid = run.valid[i % len(run.valid)] or case.page_tokens
+            places.append((kind, slot if slot < SLAB else slot - SLAB | STAGED, valid))
+            keys.append(contents[kind][slot][0][:, :valid])
+            values.append(contents[kind][slot][1][:, :valid])
+        words = table_words(places)[: 2 * stride]
+        table += words + [0] * (2 * stride - len(words))
+        params.append(plan.params(count, tokens, capacity, stride))
+        # What lies beyond a row's hot tokens is whatever was there before.
+        for i in range(2):
+            gone = (mx.arange(case.batch)[:, None, None, None] == b) & (room >= tokens)
+            hot[i] = mx.where(gone, mx.array(float("nan")), hot[i])
+        k, v = (
+            np.asarray(x[b].astype(case.hot_dtype).astype(mx.float32)).astype(np.float64)[
+                :, :tokens
+            ]
+            for x in hot
+        )
+        for x, y in zip((keys, values), clamped(k, v), strict=True):
+            x.append(y)
+        expected.append(
+            reference.attention(
+                np.asarray(q[b].astype(mx.float32)),
+                np.concatenate(keys, axis=1),
+                np.concatenate(values, axis=1),
+                spec.scale,
+                sinks=sinks[: case.heads * case.repeats].astype(np.float64) if case.sinks else None,
+            )
+        )
+    out = attend(
+        launcher,
+        spec,
+        plan,
+        q,
+        params,
+        mx.array(table, mx.uint32),
+        [x.astype(case.hot_dtype) for x in hot],
+        arrays,
+        mx.array(sinks),
+        run.launches,
+    )
+    exact = np.stack(expected)
+    actual = np.asarray(out.astype(mx.float32)).astype(np.float64)
+    difference = np.abs(actual - exact).max() / np.abs(exact).max()
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def attend(
+    launcher: Launcher,
+    spec: AttentionSpec,
+    plan: SplitPlan,
+    q: mx.array,
+    params: list[list[int]],
+    table: mx.array,
+    hot: Sequence[mx.array],
+    sources: list[mx.array],
+    sinks: mx.array,
+    launches: int,
+) -> mx.array:
+    """Both kernels, the first in several launches if asked."""
+    parts = []
+    each = -(-plan.splits // launches)
+    for first in range(0, plan.splits, each):
+        words = [[*row[:9], first, *row[10:]] for row in params]
+        parts.append(
+            attend_splits(
+                launcher,
+                spec,
+                plan,
+                q,
+                mx.array(words, mx.uint32).reshape(-1),
+                table,
+                (hot[0], hot[1]),
+                sources,
+                min(each, plan.splits - first),
+            )
+        )
+    if spec.final:
+        return parts[0][0]
+    partial, stats = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
+    words = mx.array(params, mx.uint32).reshape(-1)
+    return merge_splits(launcher, spec, q, partial, stats, words, sinks)
