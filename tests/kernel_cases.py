@@ -23,8 +23,8 @@ from pagedkv.kernels.source import AttentionSpec
 from pagedkv.tiers.codec import FLOAT16_MAX, codec_for
 from tests import reference
 
-SLAB, STAGING = 3, 2
-"""Pages of each precision: any table can be drawn from them."""
+SLOTS = 3
+"""Pages of each precision, in its slab and, one slot further, in staging: enough for any table."""
 
 KINDS = ("plain", "sharp", "ramp", "huge")
 TOLERANCE = {mx.float16: 1.5e-3, mx.bfloat16: 1e-2}
@@ -91,7 +91,8 @@ class Run:
         spare: hot tokens that there is room for beyond the longest row's.
         launches: how many launches the splits are divided between.
         kind: of numbers, see `numbers`.
-        seed: of numbers and places.
+        seed: of numbers and pages.
+        places: seed of which pages are read from staging.
     """
 
     pages: tuple[int, ...] = (3,)
@@ -103,6 +104,7 @@ class Run:
     launches: int = 1
     kind: str = "plain"
     seed: int = 0
+    places: int = 0
 
     def of_row(self, row: int) -> tuple[int, int]:
         return self.pages[min(row, len(self.pages) - 1)], self.hot[min(row, len(self.hot) - 1)]
@@ -143,25 +145,26 @@ def pages(
 ) -> tuple[list[mx.array], list[list[tuple[np.ndarray, np.ndarray]]]]:
     """Page arrays as the kernel gets them, and per precision the numbers in each page."""
     rng = np.random.default_rng(sum(map(ord, kind)))
-    count, shape = SLAB + STAGING, case.shape
+    shape = case.shape
     arrays, contents = [], []
     for codec in codecs(case):
-        tokens = count * case.page_tokens
-        keys = mx.array(numbers(rng, kind, (shape.kv_heads,), tokens, shape.key_dim, True))
-        values = mx.array(numbers(rng, kind, (shape.kv_heads,), tokens, shape.value_dim, False))
-        limit = FLOAT16_MAX if case.hot_dtype == mx.float16 else np.inf
-        records = np.array(
-            codec.encode(
-                keys.astype(case.hot_dtype), mx.clip(values, -limit, limit).astype(case.hot_dtype)
-            )
-        )
+        tokens = SLOTS * case.page_tokens
+        keys = numbers(rng, kind, (shape.kv_heads,), tokens, shape.key_dim, True)
+        values = numbers(rng, kind, (shape.kv_heads,), tokens, shape.value_dim, False)
+        records = np.array(codec.encode(sixteen(keys, case), sixteen(values, case)))
         records[:, codec.geometry.payload_bytes // 4 :] = 0xFFFFFFFF  # NaN, if anyone looked
-        arrays += [mx.array(records[:SLAB]), mx.array(records[SLAB:])]
+        arrays += [mx.array(records), mx.array(np.roll(records, 1, axis=0))]
         bfloat16 = case.hot_dtype == mx.bfloat16
         contents.append(
             [clamped(*reference.page_arrays(r, codec.geometry, bfloat16)) for r in records]
         )
     return arrays, contents
+
+
+def sixteen(x: np.ndarray, case: Case) -> mx.array:
+    """Numbers of the hot type; in bfloat16 they may be larger than float16 goes."""
+    limit = FLOAT16_MAX if case.hot_dtype == mx.float16 else np.inf
+    return mx.array(np.clip(x, -limit, limit)).astype(case.hot_dtype)
 
 
 def clamped(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +190,15 @@ def plan_of(case: Case, run: Run) -> SplitPlan:
 
 def error(launcher: Launcher, case: Case, run: Run) -> float:
     """The largest difference to float64, relative to the largest output."""
-    rng = np.random.default_rng(run.seed)
+    out, exact = outputs(launcher, case, run)
+    actual = np.asarray(out.astype(mx.float32)).astype(np.float64)
+    difference = np.abs(actual - exact).max() / np.abs(exact).max()
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndarray]:
+    """What the kernels make, and what is exact: ``[batch, query_heads, length, value_dim]``."""
+    rng, place = np.random.default_rng(run.seed), np.random.default_rng(run.places)
     spec, shape, plan = case.spec(launcher.fetch_ahead), case.shape, plan_of(case, run)
     arrays, contents = pages(case, run.kind)
     capacity = max(run.of_row(b)[1] for b in range(case.batch)) + run.spare
@@ -198,9 +209,8 @@ def error(launcher: Launcher, case: Case, run: Run) -> float:
         q[..., 0] = 2  # times a scale that is exact, too: what is tested here is the softmax
     q = mx.array(q.astype(np.float32)).astype(case.dtype)
     leading = (case.batch, case.heads)
-    limit = FLOAT16_MAX if case.hot_dtype == mx.float16 else np.inf
     hot = [
-        mx.array(np.clip(numbers(rng, run.kind, leading, capacity, dim, keys), -limit, limit))
+        sixteen(numbers(rng, run.kind, leading, capacity, dim, keys), case)
         for dim, keys in ((shape.key_dim, True), (shape.value_dim, False))
     ]
     sinks = rng.standard_normal(max(8, case.heads * case.repeats)).astype(np.float32) * 2
@@ -212,9 +222,10 @@ def error(launcher: Launcher, case: Case, run: Run) -> float:
         count, tokens = run.of_row(b)
         places, keys, values = [], [], []
         for i in range(count):
-            kind, slot = int(rng.integers(len(contents))), int(rng.integers(SLAB + STAGING))
+            kind, slot = int(rng.integers(len(contents))), int(rng.integers(SLOTS))
             valid = run.valid[i % len(run.valid)] or case.page_tokens
-            places.append((kind, slot if slot < SLAB else slot - SLAB | STAGED, valid))
+            staged = (slot + 1) % SLOTS | STAGED
+            places.append((kind, staged if place.random() < 0.4 else slot, valid))
             keys.append(contents[kind][slot][0][:, :valid])
             values.append(contents[kind][slot][1][:, :valid])
         words = table_words(places)[: 2 * stride]
@@ -223,13 +234,8 @@ def error(launcher: Launcher, case: Case, run: Run) -> float:
         # What lies beyond a row's hot tokens is whatever was there before.
         for i in range(2):
             gone = (mx.arange(case.batch)[:, None, None, None] == b) & (room >= tokens)
-            hot[i] = mx.where(gone, mx.array(float("nan")), hot[i])
-        k, v = (
-            np.asarray(x[b].astype(case.hot_dtype).astype(mx.float32)).astype(np.float64)[
-                :, :tokens
-            ]
-            for x in hot
-        )
+            hot[i] = mx.where(gone, mx.array(float("nan")), hot[i]).astype(case.hot_dtype)
+        k, v = (np.asarray(x[b, :, :tokens].astype(mx.float32)).astype(np.float64) for x in hot)
         for x, y in zip((keys, values), clamped(k, v), strict=True):
             x.append(y)
         expected.append(
@@ -248,15 +254,12 @@ def error(launcher: Launcher, case: Case, run: Run) -> float:
         q,
         params,
         mx.array(table, mx.uint32),
-        [x.astype(case.hot_dtype) for x in hot],
+        hot,
         arrays,
         mx.array(sinks),
         run.launches,
     )
-    exact = np.stack(expected)
-    actual = np.asarray(out.astype(mx.float32)).astype(np.float64)
-    difference = np.abs(actual - exact).max() / np.abs(exact).max()
-    return float("inf") if np.isnan(difference) else float(difference)
+    return out, np.stack(expected)
 
 
 def attend(

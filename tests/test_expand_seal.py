@@ -81,7 +81,11 @@ class Pages:
 
 
 def expand_and_check(
-    pages: Pages, places: list[tuple[int, int, int]], hot_tokens: int, sinks: int
+    pages: Pages,
+    places: list[tuple[int, int, int]],
+    hot_tokens: int,
+    sinks: int,
+    launcher: HostLauncher = LAUNCHER,
 ) -> None:
     spec, shape = pages.spec, pages.spec.shape
     capacity = hot_tokens + 3
@@ -92,7 +96,7 @@ def expand_and_check(
     # What lies behind the hot tokens is not read.
     for x in hot:
         x[:, :, hot_tokens:] = float("nan")
-    got = expand_pages(LAUNCHER, spec, places, hot, hot_tokens, sinks, pages.sources)
+    got = expand_pages(launcher, spec, places, hot, hot_tokens, sinks, pages.sources)
     tokens = hot_tokens + sum(valid for _, _, valid in places)
     for i, out in enumerate(got):
         assert out.dtype == pages.dtype
@@ -270,3 +274,13 @@ def test_seal_and_expand_are_inverse() -> None:
     got = expand_pages(LAUNCHER, spec, [(0, 0, 256)], (hot[0], hot[1]), 0, 0, [record, record])
     for a, b in zip(got, hot, strict=True):
         assert mx.array_equal(a.view(mx.uint16), b.view(mx.uint16))
+
+
+def test_the_texts_for_metal() -> None:
+    launcher = HostLauncher(target="metal")
+    pages = Pages(expand_spec((1, 80, 72), 256, "K4V3 fp16", F16, BF16))
+    expand_and_check(pages, [(1, 0, 130), (0, STAGED | 1, 256)], 66, 3, launcher)
+    codec, _ = pages.records[0]
+    x = [numbers(i, 1, 1, 256, dim, dtype=BF16) for i, dim in enumerate((80, 72))]
+    got = seal_pages(launcher, SealSpec(codec.geometry, True), (x[0], x[1]), 0, 1)
+    assert mx.array_equal(got, codec.encode(x[0][0], x[1][0]))

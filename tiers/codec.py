@@ -196,5 +196,6 @@ def to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:
     if x.dtype == dtype:
         return x
     if dtype == mx.float16:
-        x = mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
+        # In float32: bfloat16 has no 65504, its nearest number is beyond.
+        x = mx.clip(x.astype(mx.float32), -FLOAT16_MAX, FLOAT16_MAX)
     return x.astype(dtype)

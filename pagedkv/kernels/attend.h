@@ -9,24 +9,20 @@
 //
 // Lane (g, t) holds token 8g + j of a tile in its j-th score, and the query rows 2t and 2t + 1.
 
-FN constexpr int least(int a, int b) { return a < b ? a : b; }
-
-constexpr int STEPS = KEY_DIM / 16;
-constexpr int ROW_BLOCKS = ROWS > 8 ? 2 : 1;
-constexpr int UNITS = PADDED_VALUE_DIM / 8;
-constexpr int LANE_UNITS = (UNITS + 7) / 8;  // units of eight channels that one lane holds
-constexpr int VALUE_GROUPS = PADDED_VALUE_DIM / VALUE_GROUP;
-constexpr int PAGE_GROUPS = PAGE_TOKENS / 64;
+CONSTANT int STEPS = KEY_DIM / 16;
+CONSTANT int ROW_BLOCKS = ROWS > 8 ? 2 : 1;
+CONSTANT int UNITS = PADDED_VALUE_DIM / 8;
+CONSTANT int LANE_UNITS = (UNITS + 7) / 8;  // units of eight channels that one lane holds
 // 16-bit pages store no padded channels.
-constexpr int ROW_UNITS = VALUE_DIM / 8;
+CONSTANT int ROW_UNITS = VALUE_DIM / 8;
 
 // Shared memory, in words: queries; per SIMD group the scales of its tile and, where tiles are
 // fetched ahead, its codes; statistics. The merge at the end takes the words before the statistics
 // for the output of all rows.
-constexpr int QUERY_WORDS = STEPS * ROW_BLOCKS * 64;
-constexpr int META_WORDS = KEY_DIM + VALUE_GROUPS * 64;
-constexpr int GROUP_WORDS = META_WORDS + STAGED_KEY_WORDS + STAGED_VALUE_WORDS;
-constexpr int STAT_WORDS = WARPS * ROW_BLOCKS * 16;
+CONSTANT int QUERY_WORDS = STEPS * ROW_BLOCKS * 64;
+CONSTANT int META_WORDS = KEY_DIM + VALUE_GROUPS * 64;
+CONSTANT int GROUP_WORDS = META_WORDS + STAGED_KEY_WORDS + STAGED_VALUE_WORDS;
+CONSTANT int STAT_WORDS = WARPS * ROW_BLOCKS * 16;
 static_assert(SHARED_WORDS >= QUERY_WORDS + WARPS * GROUP_WORDS + STAT_WORDS, "shared memory");
 
 struct Softmax {
@@ -51,8 +47,8 @@ struct Place {
 
 // The channel that stands at index k of a step of 16: a lane's four channels are neighbours.
 FN int channel_of(int k) { return k < 8 ? 4 * (k >> 1) + (k & 1) : 4 * ((k - 8) >> 1) + 2 + (k & 1); }
-FN int b_k(Place at, int half) { return B_ALONG_K ? 2 * at.t + half : at.g; }
-FN int b_column(Place at, int half) { return B_ALONG_K ? at.g : 2 * at.t + half; }
+FN int b_k(Place at, int part) { return B_ALONG_K ? 2 * at.t + part : at.g; }
+FN int b_column(Place at, int part) { return B_ALONG_K ? at.g : 2 * at.t + part; }
 
 FN u32 to_half(u32 bits, bool bfloat) {
   return bfloat ? bfloat_pair(bits) & 0xffff : bits;
@@ -61,30 +57,18 @@ FN u32 to_half(u32 bits, bool bfloat) {
 // Queries as right operands, ready to use: two words per lane, step and row block.
 FN void stage_queries(Place at, SHARED shared, BUFFER q, int first_row, int rows_before) {
   for (int i = at.warp; i < STEPS * ROW_BLOCKS * 2; i += WARPS) {
-    int half = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
+    int part = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
     u32 word = 0;
     for (int h = 0; h < 2; h++) {
       int row = first_row + 8 * block + b_column(at, h);
-      int channel = 16 * step + channel_of(b_k(at, h) + 8 * half);
+      int channel = 16 * step + channel_of(b_k(at, h) + 8 * part);
       u32 bits = 0;
       if (row < ROWS) bits = to_half(load16(q, (rows_before + row) * KEY_DIM + channel), QUERY_BFLOAT);
       word |= bits << (16 * h);
     }
-    shared[((step * ROW_BLOCKS + block) * 32 + at.lane) * 2 + half] = word;
+    shared[((step * ROW_BLOCKS + block) * 32 + at.lane) * 2 + part] = word;
   }
 }
-
-// Where the parts of a page lie: codes in words, scales and biases in 16-bit numbers.
-template <int KEY_BITS, int VALUE_BITS> struct Layout {
-  static constexpr bool coded = KEY_BITS != 16;
-  static constexpr int key_row = PAGE_TOKENS * KEY_BITS / 32;
-  static constexpr int value_row = coded ? PADDED_VALUE_DIM * VALUE_BITS / 32 : VALUE_DIM / 2;
-  static constexpr int key_scales = 2 * HEADS * KEY_DIM * key_row;
-  static constexpr int key_biases = key_scales + HEADS * KEY_DIM * PAGE_GROUPS;
-  static constexpr int values = coded ? HEADS * KEY_DIM * (key_row + PAGE_GROUPS) : HEADS * KEY_DIM * key_row;
-  static constexpr int value_scales = 2 * (values + HEADS * PAGE_TOKENS * value_row);
-  static constexpr int value_biases = value_scales + HEADS * PAGE_TOKENS * VALUE_GROUPS;
-};
 
 // Scales and biases of a tile on their way to shared memory.
 struct Scales {
@@ -176,9 +160,9 @@ FN void fetch_values(Place at, SHARED stage, BUFFER page, int head, int group) {
 }
 
 // A query operand times the key scales of its channels.
-FN u32 scaled(Place at, u32 q, SHARED meta, int step, int half) {
-  if (B_ALONG_K) return h2_mul(q, meta[2 * (8 * step + 2 * at.t + half) + 1]);
-  int channel = 16 * step + channel_of(at.g + 8 * half);
+FN u32 scaled(Place at, u32 q, SHARED meta, int step, int part) {
+  if (B_ALONG_K) return h2_mul(q, meta[2 * (8 * step + 2 * at.t + part) + 1]);
+  int channel = 16 * step + channel_of(at.g + 8 * part);
   u32 scale = (meta[(channel & ~1) + 1] >> (16 * (channel & 1))) & 0xffff;
   return h2_mul(q, scale * 0x10001u);
 }
@@ -374,15 +358,6 @@ FN Tile take_tile(THREAD Tiles& tiles, BUFFER table) {
   return tile;
 }
 
-// Each precision has two arrays of pages: the slab, and pages on their way through from disk.
-#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index, BUFFER staged##index
-#define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index, staged##index
-#define ON_SOURCE(index, key_bits, value_bits, page_words)                                                      \
-  case index: {                                                                                                 \
-    BUFFER page = (tile.place >> 31 ? staged##index : source##index) + u64(tile.place & 0xfffffff) * page_words; \
-    DO(key_bits, value_bits)                                                                                    \
-  } break;
-
 // All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
 // weighed the keys of the next tile do, where the target fetches ahead.
 FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, int head, Tiles tiles,
@@ -497,8 +472,8 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
     }
     barrier();
   }
-  int thread = at.warp * 32 + at.lane;
-  for (int i = thread; i < rows * VALUE_DIM; i += 32 * WARPS) {
+  int me = at.warp * 32 + at.lane;
+  for (int i = me; i < rows * VALUE_DIM; i += 32 * WARPS) {
     int row = i / VALUE_DIM, channel = i % VALUE_DIM, unit = channel / 8;
     int k = (((unit % LANE_UNITS) * 8 + channel % 8) * 8 + unit / LANE_UNITS) * width + row;
     float x = as_float(shared[k]);
@@ -512,13 +487,13 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
       store(partial, (row0 + row) * VALUE_DIM + channel, as_word(x));
     }
   }
-  if (!FINAL && thread < rows) {
+  if (!FINAL && me < rows) {
     float peak = LOWEST, total = 0;
-    for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + thread]));
+    for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + me]));
     for (int w = 0; w < WARPS; w++)
-      total += as_float(totals[w * width + thread]) * exp2_fast(as_float(peaks[w * width + thread]) - peak);
-    store(stats, 2 * (row0 + thread), as_word(peak));
-    store(stats, 2 * (row0 + thread) + 1, as_word(total));
+      total += as_float(totals[w * width + me]) * exp2_fast(as_float(peaks[w * width + me]) - peak);
+    store(stats, 2 * (row0 + me), as_word(peak));
+    store(stats, 2 * (row0 + me) + 1, as_word(total));
   }
 }
 

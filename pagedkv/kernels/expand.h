@@ -5,9 +5,9 @@
 // as numbers, so that a tile is a few KB; a lane then unpacks eight tokens of eight channels, whose
 // pairs of neighbouring channels are already what a row of the output holds.
 
-constexpr int THREADS = 32 * WARPS;
-constexpr int KEY_UNITS = KEY_DIM / 8;      // units of eight channels in a row of keys
-constexpr int VALUE_UNITS = VALUE_DIM / 8;  // padded channels are dropped
+CONSTANT int THREADS = 32 * WARPS;
+CONSTANT int KEY_UNITS = KEY_DIM / 8;      // units of eight channels in a row of keys
+CONSTANT int VALUE_UNITS = VALUE_DIM / 8;  // padded channels are dropped
 
 struct Tile {
   u32 place;  // slot | precision << 28 | staged << 31
@@ -43,11 +43,11 @@ FN u32 two_halves(BUFFER page, int first, int step) { return load16(page, first)
 
 // Scales and biases of the tile's keys, as pairs of neighbouring channels.
 template <int KEY_BITS, int VALUE_BITS>
-FN void stage_key_scales(int thread, SHARED scales, BUFFER page, Tile tile) {
+FN void stage_key_scales(int me, SHARED scales, BUFFER page, Tile tile) {
   typedef Layout<KEY_BITS, VALUE_BITS> layout;
   if constexpr (layout::coded) {
     UNROLL for (int turn = 0; turn < KEY_DIM / 2; turn += THREADS) {
-      int i = turn + thread;
+      int i = turn + me;
       if (KEY_DIM / 2 % THREADS && i >= KEY_DIM / 2) continue;
       int k = (tile.head * KEY_DIM + 2 * i) * PAGE_GROUPS + tile.group;
       put2(scales, 2 * i, {two_halves(page, layout::key_scales + k, PAGE_GROUPS),
@@ -60,12 +60,12 @@ FN void stage_key_scales(int thread, SHARED scales, BUFFER page, Tile tile) {
 // row, which read eight channels apart, read from different banks.
 template <int BITS> FN constexpr int staged_unit() { return 16 * BITS + (BITS == 16 ? 4 : 2); }
 
-template <int BITS> FN void stage_keys(int thread, SHARED stage, BUFFER page, Tile tile, int first) {
+template <int BITS> FN void stage_keys(int me, SHARED stage, BUFFER page, Tile tile, int first) {
   constexpr int row = 2 * BITS, page_row = PAGE_TOKENS * BITS / 32, wide = row % 4 ? 2 : 4, parts = row / wide;
   int count = least(CHUNK, KEY_DIM - first) * parts;
   int from = (tile.head * KEY_DIM + first) * page_row + tile.group * row;
   UNROLL for (int turn = 0; turn < CHUNK * parts; turn += THREADS) {
-    int i = turn + thread;
+    int i = turn + me;
     if ((CHUNK * parts % THREADS || KEY_DIM % CHUNK) && i >= count) continue;
     int channel = i / parts, part = i % parts * wide;
     int to = channel / 8 * staged_unit<BITS>() + channel % 8 * row + part;
@@ -84,9 +84,9 @@ template <int BITS> FN void stage_keys(int thread, SHARED stage, BUFFER page, Ti
 }
 
 template <int BITS>
-FN void write_keys(int thread, SHARED scales, SHARED stage, OUTPUT keys, Tile tile, int first) {
+FN void write_keys(int me, SHARED scales, SHARED stage, OUTPUT keys, Tile tile, int first) {
   int octets = least(CHUNK, KEY_DIM - first) / 8;
-  for (int i = thread; i < octets * 8; i += THREADS) {
+  for (int i = me; i < octets * 8; i += THREADS) {
     int octet = i % octets, unit = i / octets;
     u32 pairs[4][8];  // neighbouring channels, tokens
     UNROLL for (int p = 0; p < 4; p++) {
@@ -135,11 +135,11 @@ template <int BITS> FN void store_values(THREAD const ValuePair& pair, OUTPUT va
 }
 
 // A lane loads all it needs for a few turns before it waits for any.
-template <int KEY_BITS, int VALUE_BITS> FN void write_values(int thread, BUFFER page, OUTPUT values, Tile tile) {
+template <int KEY_BITS, int VALUE_BITS> FN void write_values(int me, BUFFER page, OUTPUT values, Tile tile) {
   typedef Layout<KEY_BITS, VALUE_BITS> layout;
   constexpr int count = 32 * VALUE_UNITS, turns = least(4, (count + THREADS - 1) / THREADS);
   if constexpr (layout::coded) {
-    for (int start = thread; start < count; start += turns * THREADS) {
+    for (int start = me; start < count; start += turns * THREADS) {
       ValuePair pairs[turns];
       UNROLL for (int turn = 0; turn < turns; turn++) {
         int i = least(start + turn * THREADS, count - 1);
@@ -153,24 +153,24 @@ template <int KEY_BITS, int VALUE_BITS> FN void write_values(int thread, BUFFER 
     }
   } else {
     BUFFER from = page + (layout::values + (tile.head * PAGE_TOKENS + 64 * tile.group) * layout::value_row);
-    for (int i = thread; i < tile.tokens * VALUE_UNITS; i += THREADS)
+    for (int i = me; i < tile.tokens * VALUE_UNITS; i += THREADS)
       store4(values, tile.value_row + 4 * i, converted(load4(from, 4 * i)));
   }
 }
 
 template <int KEY_BITS, int VALUE_BITS>
-FN void expand_tile(int thread, SHARED shared, BUFFER page, OUTPUT keys, OUTPUT values, Tile tile) {
+FN void expand_tile(int me, SHARED shared, BUFFER page, OUTPUT keys, OUTPUT values, Tile tile) {
   SHARED stage = shared + KEY_DIM;
-  stage_key_scales<KEY_BITS, VALUE_BITS>(thread, shared, page, tile);
-  stage_keys<KEY_BITS>(thread, stage, page, tile, 0);
-  write_values<KEY_BITS, VALUE_BITS>(thread, page, values, tile);
+  stage_key_scales<KEY_BITS, VALUE_BITS>(me, shared, page, tile);
+  stage_keys<KEY_BITS>(me, stage, page, tile, 0);
+  write_values<KEY_BITS, VALUE_BITS>(me, page, values, tile);
   barrier();
-  write_keys<KEY_BITS>(thread, shared, stage, keys, tile, 0);
+  write_keys<KEY_BITS>(me, shared, stage, keys, tile, 0);
   for (int first = CHUNK; first < KEY_DIM; first += CHUNK) {
     barrier();
-    stage_keys<KEY_BITS>(thread, stage, page, tile, first);
+    stage_keys<KEY_BITS>(me, stage, page, tile, first);
     barrier();
-    write_keys<KEY_BITS>(thread, shared, stage, keys, tile, first);
+    write_keys<KEY_BITS>(me, shared, stage, keys, tile, first);
   }
 }
 
@@ -180,8 +180,8 @@ struct Hot {
   int first, count, sinks, shift;
   u64 head_row;  // of the output
 };
-template <int UNITS> FN void copy_hot(int thread, BUFFER from, OUTPUT to, Hot hot) {
-  for (int i = thread; i < hot.count * UNITS; i += THREADS) {
+template <int UNITS> FN void copy_hot(int me, BUFFER from, OUTPUT to, Hot hot) {
+  for (int i = me; i < hot.count * UNITS; i += THREADS) {
     int token = hot.first + i / UNITS;
     u64 row = hot.head_row + (token < hot.sinks ? token : token + hot.shift);
     store4(to, 4 * (row * UNITS + i % UNITS), converted(load4(from, 4 * i)));
@@ -194,22 +194,23 @@ template <int UNITS> FN void copy_hot(int thread, BUFFER from, OUTPUT to, Hot ho
 // output where it starts, 0.
 FN void expand_pages(u32 lane, u32 warp, u32 number, u32 head, u32, SHARED shared, BUFFER params, BUFFER table,
                      BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER), OUTPUT keys, OUTPUT values) {
-  int thread = 32 * warp + lane, pages = load(params, 0), hot = load(params, 1), sinks = load(params, 2);
+  int me = 32 * warp + lane, pages = load(params, 0), hot = load(params, 1), sinks = load(params, 2);
   int capacity = load(params, 3), tokens = load(params, 4);
   int entry = number / PAGE_GROUPS;
   if (entry < pages) {
     int group = number % PAGE_GROUPS, valid = int(load(table, 4 * entry + 1)) - 64 * group;
     if (valid <= 0) return;
-    u64 row = u64(head) * tokens + load(table, 4 * entry + 2) + 64 * group;
-    Tile tile = {load(table, 4 * entry), int(head), group, least(valid, 64), row * (KEY_DIM / 2), row * (VALUE_DIM / 2)};
-#define DO(key_bits, value_bits) expand_tile<key_bits, value_bits>(thread, shared, page, keys, values, tile);
+    u32 place = load(table, 4 * entry), start = load(table, 4 * entry + 2);
+    u64 row = u64(head) * tokens + start + 64 * group;
+    Tile tile = {place, int(head), group, least(valid, 64), row * (KEY_DIM / 2), row * (VALUE_DIM / 2)};
+#define DO(key_bits, value_bits) expand_tile<key_bits, value_bits>(me, shared, page, keys, values, tile);
     switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
   } else {
     int first = 64 * (int(number) - pages * PAGE_GROUPS);
     Hot part = {first, least(64, hot - first), sinks, tokens - hot, u64(head) * tokens};
     u64 row = u64(head) * capacity + first;
-    copy_hot<KEY_UNITS>(thread, hot_keys + row * (KEY_DIM / 2), keys, part);
-    copy_hot<VALUE_UNITS>(thread, hot_values + row * (VALUE_DIM / 2), values, part);
+    copy_hot<KEY_UNITS>(me, hot_keys + row * (KEY_DIM / 2), keys, part);
+    copy_hot<VALUE_UNITS>(me, hot_values + row * (VALUE_DIM / 2), values, part);
   }
 }

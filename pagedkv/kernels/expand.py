@@ -60,10 +60,10 @@ class ExpandSpec:
         """The kernel."""
         constants = [
             *page_constants(self.shape, self.page_tokens),
-            f"constexpr int WARPS = {self.warps};",
-            f"constexpr int CHUNK = {min(CHUNK, self.shape.key_dim)};",
-            f"constexpr bool OUT_BFLOAT = {str(self.bfloat).lower()};",
-            f"constexpr bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
+            f"CONSTANT int WARPS = {self.warps};",
+            f"CONSTANT int CHUNK = {min(CHUNK, self.shape.key_dim)};",
+            f"CONSTANT bool OUT_BFLOAT = {str(self.bfloat).lower()};",
+            f"CONSTANT bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
             sources_macro(self.geometries),
         ]
         return specialize(

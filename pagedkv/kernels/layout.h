@@ -2,21 +2,21 @@
 
 FN constexpr int least(int a, int b) { return a < b ? a : b; }
 
-constexpr int VALUE_GROUPS = PADDED_VALUE_DIM / VALUE_GROUP;
-constexpr int PAGE_GROUPS = PAGE_TOKENS / 64;
+CONSTANT int VALUE_GROUPS = PADDED_VALUE_DIM / VALUE_GROUP;
+CONSTANT int PAGE_GROUPS = PAGE_TOKENS / 64;
 
 // Codes in words, scales and biases in 16-bit numbers, from the page's start.
 template <int KEY_BITS, int VALUE_BITS> struct Layout {
-  static constexpr bool coded = KEY_BITS != 16;
-  static constexpr int key_row = PAGE_TOKENS * KEY_BITS / 32;
-  static constexpr int value_row = coded ? PADDED_VALUE_DIM * VALUE_BITS / 32 : VALUE_DIM / 2;
-  static constexpr int key_scales = 2 * HEADS * KEY_DIM * key_row;
-  static constexpr int key_biases = key_scales + HEADS * KEY_DIM * PAGE_GROUPS;
-  static constexpr int values = HEADS * KEY_DIM * (coded ? key_row + PAGE_GROUPS : key_row);
-  static constexpr int value_scales = 2 * (values + HEADS * PAGE_TOKENS * value_row);
-  static constexpr int value_biases = value_scales + HEADS * PAGE_TOKENS * VALUE_GROUPS;
+  static CONSTANT bool coded = KEY_BITS != 16;
+  static CONSTANT int key_row = PAGE_TOKENS * KEY_BITS / 32;
+  static CONSTANT int value_row = coded ? PADDED_VALUE_DIM * VALUE_BITS / 32 : VALUE_DIM / 2;
+  static CONSTANT int key_scales = 2 * HEADS * KEY_DIM * key_row;
+  static CONSTANT int key_biases = key_scales + HEADS * KEY_DIM * PAGE_GROUPS;
+  static CONSTANT int values = HEADS * KEY_DIM * (coded ? key_row + PAGE_GROUPS : key_row);
+  static CONSTANT int value_scales = 2 * (values + HEADS * PAGE_TOKENS * value_row);
+  static CONSTANT int value_biases = value_scales + HEADS * PAGE_TOKENS * VALUE_GROUPS;
   // 16-bit pages have no scales.
-  static constexpr int words = (coded ? value_biases + HEADS * PAGE_TOKENS * VALUE_GROUPS : value_scales) / 2;
+  static CONSTANT int words = (coded ? value_biases + HEADS * PAGE_TOKENS * VALUE_GROUPS : value_scales) / 2;
 };
 
 // Each precision has two arrays of pages: the slab, and pages on their way through from disk.

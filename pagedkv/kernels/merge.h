@@ -3,7 +3,7 @@
 // out = sum_i w_i * partial_i / sum_i w_i * total_i with w_i = 2^(peak_i - max peak); a model's
 // attention sink is one more term of the denominator. Splits are summed in a fixed order.
 
-constexpr int LANE_CHANNELS = (VALUE_DIM + 31) / 32;
+CONSTANT int LANE_CHANNELS = (VALUE_DIM + 31) / 32;
 
 FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFER partial, BUFFER stats, BUFFER params,
                      BUFFER sinks, OUTPUT out) {

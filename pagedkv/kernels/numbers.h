@@ -1,6 +1,6 @@
 // Numbers in and out, and what both attention kernels need of a SIMD group.
 
-constexpr float LOWEST = -1e30f;  // stands in for minus infinity: no NaN where all is masked
+CONSTANT float LOWEST = -1e30f;  // stands in for minus infinity: no NaN where all is masked
 
 // One output number in the queries' type, 16 bit.
 FN void store_number(OUTPUT out, u64 i, float x) {

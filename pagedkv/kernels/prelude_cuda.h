@@ -3,6 +3,7 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#define CONSTANT constexpr
 #define FN __device__ __forceinline__
 #define THREAD
 #define SHARED u32*

@@ -7,6 +7,7 @@ typedef emulator::Buffer BUFFER;
 typedef emulator::Buffer OUTPUT;
 #define SHARED emulator::SharedWords
 
+#define CONSTANT constexpr
 #define FN static inline
 #define THREAD
 #define UNROLL

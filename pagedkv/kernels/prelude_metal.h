@@ -8,6 +8,7 @@ using namespace metal;
 typedef uint u32;
 typedef ulong u64;
 
+#define CONSTANT constant constexpr
 #define FN inline
 #define THREAD thread
 #define SHARED threadgroup u32*

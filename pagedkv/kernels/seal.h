@@ -5,9 +5,9 @@
 // channels of a token, or 32 tokens of two channels. Loads of a SIMD group lie side by side in both
 // cases, so keys are transposed on their way through registers. Two lanes share a group of 64.
 
-constexpr int RUNS = PADDED_VALUE_DIM / 32;  // runs of a token's values
-constexpr int KEY_TURNS = (KEY_DIM + 31) / 32;
-constexpr int THREADS = 32 * WARPS;
+CONSTANT int RUNS = PADDED_VALUE_DIM / 32;  // runs of a token's values
+CONSTANT int KEY_TURNS = (KEY_DIM + 31) / 32;
+CONSTANT int THREADS = 32 * WARPS;
 typedef Layout<KEY_BITS, VALUE_BITS> Page;
 static_assert(Page::words <= PAGE_WORDS, "the parts of a page are longer than the page");
 
@@ -95,9 +95,9 @@ FN u32 taken(u32 pair) {
 
 // 32 tokens of the lane's two channels; lanes 16 to 31 have the other 32 tokens of the same ones.
 FN void seal_keys(int lane, int turn, BUFFER keys, OUTPUT out, u64 page, int head, int group) {
-  int channel = 32 * turn + 2 * (lane & 15), half = lane >> 4;
+  int channel = 32 * turn + 2 * (lane & 15), upper = lane >> 4;
   bool there = KEY_DIM % 32 == 0 || channel < KEY_DIM;
-  BUFFER column = keys + (half * 32 * (KEY_DIM / 2) + (there ? channel / 2 : 0));
+  BUFFER column = keys + (upper * 32 * (KEY_DIM / 2) + (there ? channel / 2 : 0));
   u32 rows[32];
   UNROLL for (int i = 0; i < 32; i++) rows[i] = taken(load(column, i * (KEY_DIM / 2)));
   Run runs[2];
@@ -107,14 +107,14 @@ FN void seal_keys(int lane, int turn, BUFFER keys, OUTPUT out, u64 page, int hea
   }
   UNROLL for (int c = 0; c < 2; c++) {
     int row = head * KEY_DIM + channel + c;
-    u64 to = page + u64(row) * Page::key_row + (2 * group + half) * KEY_BITS;
+    u64 to = page + u64(row) * Page::key_row + (2 * group + upper) * KEY_BITS;
     if constexpr (Page::coded) {
       Affine a = affine<KEY_BITS>(joined(edges(runs[c]), 16));
       Codes codes = encode<KEY_BITS>(runs[c], a);
       if (there) {
         store_words<KEY_BITS>(out, to, codes.w);
         u64 k = 2 * page + u64(row) * PAGE_GROUPS + group;
-        store16(out, k + (half ? Page::key_biases : Page::key_scales), float_to_half(half ? a.bias : a.scale));
+        store16(out, k + (upper ? Page::key_biases : Page::key_scales), float_to_half(upper ? a.bias : a.scale));
       }
     } else {
       if (there) store_words<16>(out, to, runs[c].pair);

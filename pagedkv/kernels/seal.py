@@ -40,11 +40,11 @@ class SealSpec:
         geometry = self.geometry
         constants = [
             *page_constants(geometry.shape, geometry.tokens),
-            f"constexpr int WARPS = {self.warps};",
-            f"constexpr int KEY_BITS = {geometry.precision.key_bits};",
-            f"constexpr int VALUE_BITS = {geometry.precision.value_bits};",
-            f"constexpr int PAGE_WORDS = {geometry.page_bytes // 4};",
-            f"constexpr bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
+            f"CONSTANT int WARPS = {self.warps};",
+            f"CONSTANT int KEY_BITS = {geometry.precision.key_bits};",
+            f"CONSTANT int VALUE_BITS = {geometry.precision.value_bits};",
+            f"CONSTANT int PAGE_WORDS = {geometry.page_bytes // 4};",
+            f"CONSTANT bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
         ]
         return specialize(
             "seal_pages",

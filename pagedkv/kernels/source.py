@@ -21,6 +21,7 @@ MAX_PRECISIONS = 8
 """Precisions of pages that one launch can read: three bits of a table's word."""
 
 _KINDS = ("source", "staged")
+_FOLDER = Path(__file__).resolve().parent
 
 SHARED_LIMIT = 32 * 1024
 """Bytes of threadgroup memory that every Apple GPU has."""
@@ -40,7 +41,8 @@ class KernelText:
         name: unique for its text.
         inputs: names of the input arrays, 32-bit words whatever they hold.
         outputs: names of the output arrays.
-        functions: what follows the prelude.
+        constants: definitions that the files need.
+        files: of this folder, in the order in which they build on each other.
         call: the function called, with a lane's position, shared memory, inputs and outputs.
         shared_words: words of shared memory of a threadgroup.
     """
@@ -48,15 +50,31 @@ class KernelText:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    functions: str
+    constants: str
+    files: tuple[str, ...]
     call: str
     shared_words: int
 
+    @property
+    def functions(self) -> str:
+        """What follows the prelude."""
+        return "\n".join([self.constants, *(_text(name) for name in self.files)])
+
     def header(self, target: str) -> str:
-        """Prelude and functions, in a namespace of their own."""
-        prelude = _text(f"prelude_{target}.h")
-        includes, rest = _split_includes(prelude)
+        """Prelude and functions, in a namespace of their own.
+
+        CUDA's compiler reads the files itself: MLX hashes the text that it is given at each
+        evaluation. Metal's cannot.
+        """
+        if target == "cuda":
+            prelude, *files = (f'#include "{_FOLDER / name}"' for name in self._all("cuda"))
+            inside = "\n".join([prelude, self.constants, *files])
+            return f"namespace pagedkv {{\n{inside}\n}}\n"
+        includes, rest = _split_includes(_text(f"prelude_{target}.h"))
         return f"{includes}\nnamespace pagedkv {{\n{rest}\n{self.functions}\n}}\n"
+
+    def _all(self, target: str) -> list[str]:
+        return [f"prelude_{target}.h", *self.files]
 
     def body(self, target: str) -> str:
         """The kernel's body: shared memory, and the call."""
@@ -153,9 +171,9 @@ class AttentionSpec:
             "FETCH_AHEAD": self.fetch_ahead,
         }
         return {
-            **{f"constexpr int {name}": str(value) for name, value in numbers.items()},
-            **{f"constexpr bool {name}": str(value).lower() for name, value in flags.items()},
-            "constexpr float SCALE_LOG2E": f"{self.scale * math.log2(math.e):.9e}f",
+            **{f"CONSTANT int {name}": str(value) for name, value in numbers.items()},
+            **{f"CONSTANT bool {name}": str(value).lower() for name, value in flags.items()},
+            "CONSTANT float SCALE_LOG2E": f"{self.scale * math.log2(math.e):.9e}f",
         }
 
     @cached_property
@@ -187,7 +205,7 @@ class AttentionSpec:
             "attend_pages",
             ("q", "params", "table", "hot_keys", "hot_values", *sources),
             ("partial", "stats"),
-            ("numbers.h", "page.h", "attend.h"),
+            ("numbers.h", "page.h", "layout.h", "attend.h"),
             self.shared_words,
         )
 
@@ -233,10 +251,14 @@ def specialize(
         constants: definitions that the files need; `SHARED_WORDS` is added.
         shared_words: words of shared memory of a threadgroup.
     """
-    size = f"constexpr int SHARED_WORDS = {shared_words};"
-    functions = "\n".join([*constants, size, *(_text(name) for name in files)])
-    digest = hashlib.sha256(functions.encode()).hexdigest()[:16]
-    return KernelText(f"pagedkv_{call}_{digest}", inputs, outputs, functions, call, shared_words)
+    size = f"CONSTANT int SHARED_WORDS = {shared_words};"
+    definitions = "\n".join([*constants, size])
+    # MLX keeps compiled kernels on disk under their names: a changed file is another name.
+    preludes = [f"prelude_{target}.h" for target in _TARGETS]
+    texts = [definitions, *(_text(name) for name in (*preludes, *files))]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    name = f"pagedkv_{call}_{digest}"
+    return KernelText(name, inputs, outputs, definitions, tuple(files), call, shared_words)
 
 
 def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
@@ -250,7 +272,7 @@ def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
         "VALUE_GROUP": group,
         "PAGE_TOKENS": page_tokens,
     }
-    return [f"constexpr int {name} = {value};" for name, value in numbers.items()]
+    return [f"CONSTANT int {name} = {value};" for name, value in numbers.items()]
 
 
 def sources_macro(geometries: Sequence[PageGeometry]) -> str:
@@ -283,8 +305,8 @@ def supported(key_dim: int, value_dim: int) -> bool:
 
 @cache
 def _text(name: str) -> str:
-    """A file of this folder, shortened: MLX hashes the text of a kernel at each evaluation."""
-    text = (Path(__file__).parent / name).read_text()
+    """A file of this folder, shortened."""
+    text = (_FOLDER / name).read_text()
     text = re.sub(r"//[^\n]*", "", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n".join(_tight(line) for line in lines if line)

@@ -32,7 +32,8 @@ typedef uint64_t u64;
 
 namespace emulator {
 
-constexpr size_t STACK_BYTES = 512 * 1024;
+// Small: AddressSanitizer clears its notes about the whole stack at every switch.
+constexpr size_t STACK_BYTES = 128 * 1024, GUARD_BYTES = 64 * 1024;
 constexpr u32 POISON = 0x7fc07e7e;  // NaN as a float and as each of two 16-bit floats
 
 struct Failure {
@@ -150,9 +151,10 @@ inline void trampoline() {
 inline std::string run_group(u32 threads, void (*body)(u32), u32 seed, u32* shared, size_t shared_words) {
   static std::vector<char*> stacks;
   while (stacks.size() < threads) {
-    void* p = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) return "no memory for fibers";
-    stacks.push_back((char*)p);
+    // Below each stack lies a page that nobody may touch.
+    void* p = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, GUARD_BYTES, PROT_NONE)) return "no memory for fibers";
+    stacks.push_back((char*)p + GUARD_BYTES);
   }
   Group g;
   group = &g;

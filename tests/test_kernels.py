@@ -1,0 +1,283 @@
+"""The decode kernels in the emulator: numbers, races, bounds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pagedkv.kernels import source
+from pagedkv.kernels.decode import SplitPlan
+from tests.emulator import EmulatorError, HostLauncher
+from tests.kernel_cases import TOLERANCE, Case, Run, error, outputs
+
+AHEAD, WHERE_IT_IS = True, False
+
+# Between them every pair of key and value bits; each has every number of bits on both sides.
+SQUARES = (
+    ("K2V8", "K3V2", "K4V3", "K8V4", "fp16"),
+    ("K2V2", "K3V3", "K4V4", "K8V8", "fp16"),
+    ("K2V3", "K3V4", "K4V8", "K8V2", "fp16"),
+    ("K2V4", "K3V8", "K4V2", "K8V3", "fp16"),
+)
+LADDER = ("K8V4", "K4V4")
+EIGHT = ("fp16", "K8V8", "K8V4", "K4V4", "K4V3", "K3V3", "K3V2", "K2V2")
+BF16 = {"dtype": mx.bfloat16, "hot_dtype": mx.bfloat16}
+
+SPLIT = [
+    (AHEAD, Case(SQUARES[0], key_dim=64, repeats=1)),
+    (WHERE_IT_IS, Case(SQUARES[1], key_dim=64, repeats=3, length=5, batch=2)),
+    (AHEAD, Case(SQUARES[1], key_dim=80, repeats=2, length=2, sinks=True)),
+    (WHERE_IT_IS, Case(SQUARES[2], key_dim=80, repeats=4, **BF16)),
+    (AHEAD, Case(SQUARES[2], key_dim=96, repeats=6, batch=3, hot_dtype=mx.bfloat16)),
+    (WHERE_IT_IS, Case(SQUARES[3], key_dim=96, heads=1, repeats=6, length=3, sinks=True)),
+    (AHEAD, Case(SQUARES[3], heads=1, page_tokens=512, warps=8)),
+    (WHERE_IT_IS, Case(SQUARES[0], repeats=8, heads=3)),
+    (AHEAD, Case(EIGHT, repeats=16, heads=1, **BF16)),
+    (AHEAD, Case(SQUARES[0], key_dim=192, heads=1, repeats=8, length=2)),
+    (WHERE_IT_IS, Case(SQUARES[3], key_dim=192, heads=1, repeats=1, length=7, dtype=mx.bfloat16)),
+    (AHEAD, Case(SQUARES[1], key_dim=256, heads=1, repeats=2, length=4, warps=2, **BF16)),
+    (WHERE_IT_IS, Case(SQUARES[2], key_dim=256, heads=1, repeats=16, sinks=True)),
+    (AHEAD, Case(SQUARES[3], key_dim=192, value_dim=128, heads=1, repeats=16, length=8)),
+    (WHERE_IT_IS, Case(SQUARES[1], key_dim=64, value_dim=96, repeats=4, length=8, warps=8)),
+]
+WHOLE = [
+    (AHEAD, Case(LADDER, repeats=4, length=8, final=True, warps=8)),
+    (WHERE_IT_IS, Case(SQUARES[2], final=True, batch=2, **BF16)),
+    (AHEAD, Case(SQUARES[3], key_dim=80, heads=1, repeats=3, page_tokens=512, final=True)),
+]
+# One row of pages of 1024 tokens, so that one page has many splits.
+LONG = (AHEAD, Case(LADDER, key_dim=64, heads=1, page_tokens=1024, repeats=2, length=6, warps=8))
+BORDER = (WHERE_IT_IS, Case(("K4V3", "fp16"), key_dim=64, heads=1, repeats=2, length=2))
+
+RUNS = [
+    Run(pages=(2, 1), hot=(65, 40), valid=(0, 100)),
+    Run(pages=(3, 0, 1), hot=(8, 200), valid=(1, 0, 65), tiles=2, kind="sharp"),
+    Run(pages=(2, 3), hot=(256, 257, 8), valid=(0, 64), tiles=8, kind="ramp", launches=2),
+    Run(pages=(4, 1), hot=(257, 9), valid=(255, 0, 63), tiles=0, spare=0, kind="huge"),
+    Run(pages=(0, 2), hot=(64, 8), spare=0, hot_per_split=128),
+]
+BORDERS = [
+    Run(pages=(pages,), hot=(hot,), valid=valid, tiles=tiles, hot_per_split=256, spare=spare)
+    for hot in (2, 63, 64, 65, 255, 256, 257)
+    for pages, valid, tiles, spare in (
+        (0, (0,), 4, 0),
+        (1, (1,), 4, 1),
+        (2, (63, 64), 2, 0),
+        (5, (65, 255, 0), 8, 64),
+    )
+]
+
+
+def name(value: object) -> str:
+    if not isinstance(value, Case):
+        return {AHEAD: "ahead", WHERE_IT_IS: "direct"}[bool(value)]
+    shape, rows = value.shape, f"{value.repeats}x{value.length}"
+    return f"{'-'.join(value.precisions)}-{shape.key_dim}-{shape.value_dim}-{rows}"
+
+
+def check(launcher: HostLauncher, case: Case, runs: list[Run]) -> None:
+    for i, run in enumerate(runs):
+        run = replace(run, seed=i, places=i)
+        assert error(launcher, case, run) < TOLERANCE[case.dtype], run
+
+
+@pytest.mark.parametrize(("ahead", "case"), SPLIT + WHOLE, ids=name)
+def test_against_float64(ahead: bool, case: Case) -> None:
+    check(HostLauncher(ahead), case, RUNS)
+
+
+def test_the_cases_have_every_pair_of_bits() -> None:
+    pairs = {p for _, case in SPLIT for p in case.precisions}
+    assert pairs >= {f"K{k}V{v}" for k in (2, 3, 4, 8) for v in (2, 3, 4, 8)} | {"fp16"}
+
+
+def test_lengths_around_every_border() -> None:
+    ahead, case = BORDER
+    check(HostLauncher(ahead), case, BORDERS)
+
+
+def test_lengths_around_every_border_in_one_split() -> None:
+    ahead, case = BORDER
+    check(HostLauncher(ahead), replace(case, final=True), BORDERS)
+
+
+def test_splits_of_large_pages() -> None:
+    """Splits that are parts of a page, and splits in which nothing is visible at all."""
+    ahead, case = LONG
+    runs = [
+        Run(pages=(2,), hot=(hot,), valid=valid, tiles=tiles, hot_per_split=256, kind=kind)
+        for hot, valid, tiles, kind in (
+            (6, (1, 0), 4, "plain"),
+            (257, (1023,), 4, "sharp"),
+            (260, (63, 1), 2, "ramp"),
+            (100, (0,), 16, "huge"),
+            (300, (960, 65), 0, "plain"),
+        )
+    ]
+    check(HostLauncher(ahead), case, runs)
+
+
+def test_where_pages_are_changes_no_bit() -> None:
+    ahead, case = BORDER
+    run = Run(pages=(6,), hot=(70,), tiles=8, seed=3)
+    made = [outputs(HostLauncher(ahead), case, replace(run, places=i))[0] for i in range(3)]
+    made.append(outputs(HostLauncher(ahead), case, replace(run, launches=3))[0])
+    words = [np.asarray(x.view(mx.uint16)) for x in made]
+    assert all((x == words[0]).all() for x in words)
+
+
+def test_every_token_is_in_one_split() -> None:
+    for page_tokens in (256, 512, 1024):
+        for pages in (0, 1, 2, 3, 17, 100, 511, 4096):
+            for hot in (1, 64, 257, 2048):
+                for parallel in (1, 8, 64):
+                    plan = SplitPlan.choose(pages, hot, parallel, page_tokens, 16)
+                    tiles = pages * page_tokens // 64
+                    assert plan.page_splits * plan.tiles_per_split >= tiles
+                    assert (plan.page_splits - 1) * plan.tiles_per_split < max(tiles, 1)
+                    assert (plan.splits - plan.first_hot) * plan.hot_per_split >= hot
+                    assert plan.splits == 1 or plan.first_hot == plan.page_splits
+
+
+@pytest.mark.parametrize("precisions", [("K8V8",), ("fp16",), ("K4V4", "fp16")])
+def test_threadgroup_memory_of_apple_gpus_is_enough(precisions: tuple[str, ...]) -> None:
+    for key_dim in (64, 80, 96, 112, 128, 192, 256):
+        for rows in (1, 8, 9, 128):
+            for warps in (4, 8):
+                case = Case(precisions, key_dim=key_dim, repeats=rows, warps=warps)
+                spec = case.spec(WHERE_IT_IS)
+                for text in (spec.attend, spec.merge):
+                    assert 4 * text.shared_words <= source.SHARED_LIMIT, case
+
+
+# Mistakes that the emulator must notice, in a small case. Texts have no comments or indentation.
+MISTAKES = {
+    "one token too many": ("attend.h", "+ h >= limit[b][r]", "+ h > limit[b][r]"),
+    "a query sees the next token": (
+        "attend.h",
+        "tokens - (QUERY_TOKENS - 1 - query)",
+        "tokens - (QUERY_TOKENS - 2 - query)",
+    ),
+    "hot keys beyond the end": ("attend.h", "least(8 * at.g + 2 * m, last)", "(8 * at.g + 2 * m)"),
+    "no barrier before scales are overwritten": (
+        "attend.h",
+        "Tile following = take_tile(tiles, table);\nsimd_barrier();",
+        "Tile following = take_tile(tiles, table);",
+    ),
+    "no barrier before scales are read": (
+        "attend.h",
+        "simd_barrier();                                                                      "
+        "                   \\\n",
+        "\\\n",
+    ),
+    "a fetch is not waited for": ("attend.h", "fetch_wait<1>();", "fetch_wait<2>();"),
+    "no barrier before the merge": ("attend.h", "barrier();\nfloat factor", "float factor"),
+    "old totals are not scaled down": ("attend.h", "[r] * keep + sum", "[r] + sum"),
+    "staging is taken for the slab": ("attend.h", ">> 31 ? staged", ">> 31 ? source"),
+    "three bytes across two words": ("page.h", "shift > 8 ?", "shift > 16 ?"),
+    "sinks weigh too little": ("merge.h", "sink - peak + 15.0f", "sink - peak"),
+    "no barrier in the last merge": ("merge.h", "barrier();\nfor (u32 w", "for (u32 w"),
+}
+SMALL = Case(("K4V3",), heads=1, key_dim=64, repeats=2, length=2, sinks=True)
+SMALL_RUNS = [
+    Run(pages=(4,), hot=(70,), valid=(0, 65), tiles=16, spare=0, kind="ramp"),
+    Run(pages=(1,), hot=(5,), valid=(65,), spare=0),
+]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, mistake: tuple[str, str, str]) -> None:
+    file, old, new = mistake
+    read = source._text
+
+    def text(asked: str) -> str:
+        right = read(asked)
+        if asked != file:
+            return right
+        assert old in right, f"the kernels no longer have {old!r}"
+        return right.replace(old, new)
+
+    monkeypatch.setattr(source, "_text", text)
+
+
+def test_the_small_case_is_right() -> None:
+    check(HostLauncher(AHEAD), SMALL, SMALL_RUNS)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_noticed(
+    mistake: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, mistake)
+    with pytest.raises(AssertionError):
+        check(HostLauncher(AHEAD), SMALL, SMALL_RUNS)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "case"),
+    [
+        (AHEAD, Case(("K3V4", "K8V2", "fp16"), heads=1, repeats=3)),
+        (WHERE_IT_IS, Case(("K4V3",), key_dim=80, repeats=2, length=2, sinks=True, batch=2)),
+    ],
+    ids=name,
+)
+def test_sanitizers_find_nothing(ahead: bool, case: Case) -> None:
+    check(HostLauncher(ahead, sanitize=True), case, RUNS[1:4])
+
+
+def test_the_sanitizers_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fragment index that is one too high reads past a lane's own array."""
+    plant(monkeypatch, ("attend.h", "UNROLL for (int e = 0; e < 4; e++) scores.s[b][m][e] = 0",
+                        "UNROLL for (int e = 0; e < 5; e++) scores.s[b][m][e] = 0"))  # fmt: skip
+    with pytest.raises(EmulatorError, match="runtime error: index 4 out of bounds"):
+        check(HostLauncher(AHEAD, sanitize=True), SMALL, SMALL_RUNS)
+
+
+NVCC = """
+#include <cuda_fp16.h>
+{header}
+extern "C" __global__ void kernel({parameters}) {{
+{body}
+}}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(
+    ("case", "spills"),
+    [
+        (Case(("K4V4",), heads=8, repeats=4), False),
+        (Case(("K4V4",), heads=8, repeats=8), False),
+        (Case(LADDER, heads=8, repeats=4), False),
+        (Case(LADDER, heads=8, repeats=8), False),
+        (Case(EIGHT, key_dim=256, repeats=8, length=2, **BF16), True),
+        (Case(SQUARES[0], key_dim=80, repeats=3, final=True, sinks=True), True),
+    ],
+    ids=lambda x: name(x) if isinstance(x, Case) else "",
+)
+def test_cuda_text_compiles(case: Case, spills: bool, tmp_path) -> None:
+    spec = case.spec(AHEAD)
+    for text in (spec.attend, spec.merge):
+        parameters = [f"const void* {x}" for x in text.inputs] + [f"void* {x}" for x in text.outputs]
+        file = tmp_path / "kernel.cu"
+        file.write_text(
+            NVCC.format(
+                header=text.header("cuda"),
+                parameters=", ".join(parameters),
+                body=text.body("cuda"),
+            )
+        )
+        done = subprocess.run(
+            ["nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-Xptxas", "-v", "-o", "kernel.cubin", file],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not done.returncode, done.stderr
+        if not spills:
+            assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
