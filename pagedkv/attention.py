@@ -163,13 +163,24 @@ def attend(
         return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
     backend = backend or choose_backend("auto")
     # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
-    slow_dense = q.dtype != mx.float32 and mx.default_device() != mx.gpu
+    on_gpu = mx.default_device() == mx.gpu or isinstance(backend, KernelBackend)
+    slow_dense = q.dtype != mx.float32 and not on_gpu
     if q.shape[2] > DECODE_TOKENS and not slow_dense:
         per_token = view.hot.keys.shape[1] * (view.hot.keys.shape[3] + view.hot.values.shape[3])
         if view.tokens * per_token * q.dtype.size <= scratch_bytes:
-            keys, values = view.dense(q.dtype)
+            keys, values = _dense(view, q.dtype, backend)
             return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
     return _Tiles(view, q, scale, mask, backend).attend(sinks)
+
+
+def _dense(view: KVView, dtype: mx.Dtype, backend: Backend) -> tuple[mx.array, mx.array]:
+    """All keys and values of the view, by a kernel where there is one."""
+    if isinstance(backend, KernelBackend):
+        assert view.pager is not None
+        dense = backend.expand(view.pager, view.entries, view.hot, view.sinks, dtype)
+        if dense is not None:
+            return dense
+    return view.dense(dtype)
 
 
 def _fused(

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from pagedkv.allocator import TableEntry
+from pagedkv.allocator import Precision, TableEntry
 from pagedkv.fused import FusedDecode
 from pagedkv.kernels.launch import Launcher, device_launcher
 from pagedkv.tiers import AffineCodec, HotTokens, LayerPager, Sixteen
@@ -181,6 +181,39 @@ class KernelBackend(QuantizedBackend):
     ) -> list[Batch]:
         """See `FusedDecode.cold_batches`."""
         return self._decode.cold_batches(pager, entries, hot, rows)
+
+    def seal(
+        self, pager: LayerPager, hot: HotTokens, first: int, pages: int, precision: Precision
+    ) -> mx.array | None:
+        """Page records of hot tokens; None if the kernel is not made for this layer.
+
+        Args:
+            pager: of the layer.
+            hot: the hot tokens.
+            first: the hot token with which the first page begins.
+            pages: how many follow each other from there.
+            precision: of the pages.
+        """
+        return self._decode.seal(pager, hot, first, pages, precision)
+
+    def expand(
+        self,
+        pager: LayerPager,
+        entries: Sequence[TableEntry],
+        hot: HotTokens,
+        sinks: int,
+        dtype: mx.Dtype,
+    ) -> tuple[mx.array, mx.array] | None:
+        """Dense keys and values in token order; None if the kernel is not made for this.
+
+        Args:
+            pager: of the layer.
+            entries: the sequence's pages, oldest first.
+            hot: the hot tokens.
+            sinks: how many of them come before the pages.
+            dtype: of the result.
+        """
+        return self._decode.expand(pager, entries, hot, sinks, dtype)
 
 
 class CpuBackend:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import TableEntry
+from pagedkv.allocator import Precision, TableEntry
 from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     STAGED,
@@ -24,10 +24,14 @@ from pagedkv.kernels.decode import (
     group_count,
     merge_splits,
 )
+from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, supported
 from pagedkv.tiers import HotTokens, LayerPager
 from pagedkv.tiers.reader import Batch
+
+SIXTEEN = (mx.float16, mx.bfloat16)
 
 TABLE_STEP = 512
 """Words by which a table on the device grows: 256 pages."""
@@ -211,13 +215,49 @@ class FusedDecode:
             if spec.final:
                 return piece[0]
             if stretch.cold:
-                mx.async_eval(*piece)
+                mx.async_eval(*piece)  # type: ignore[no-untyped-call]
                 if pieces:  # at most two stretches' pages are in memory
                     mx.eval(*pieces[-1])
             pieces.append(piece)
         partial, stats = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
         params = _params(plan, pages, hot.used, capacity, 0)
         return merge_splits(self._launcher, spec, q, partial, stats, params, _logits(sinks))
+
+    def seal(
+        self, pager: LayerPager, hot: HotTokens, first: int, pages: int, precision: Precision
+    ) -> mx.array | None:
+        """See `KernelBackend.seal`."""
+        if hot.keys.dtype not in SIXTEEN or not supported(*_dims(pager)):
+            return None
+        geometry = pager.codecs[precision].geometry
+        spec = SealSpec(geometry, hot.keys.dtype == mx.bfloat16)
+        return seal_pages(self._launcher, spec, (hot.keys, hot.values), first, pages)
+
+    def expand(
+        self,
+        pager: LayerPager,
+        entries: Sequence[TableEntry],
+        hot: HotTokens,
+        sinks: int,
+        dtype: mx.Dtype,
+    ) -> tuple[mx.array, mx.array] | None:
+        """See `KernelBackend.expand`."""
+        made_for = dtype in SIXTEEN and hot.keys.dtype in SIXTEEN and supported(*_dims(pager))
+        words = _words(pager, entries)
+        if not made_for or (words[:, 0] & STAGED).any():
+            return None
+        mask = (1 << PRECISION_SHIFT) - 1
+        places = [(int(w) >> PRECISION_SHIFT, int(w) & mask, int(n)) for w, n in words]
+        spec = ExpandSpec(
+            tuple(codec.geometry for codec in pager.codecs.values()),
+            pager.shape,
+            pager.page_tokens,
+            dtype == mx.bfloat16,
+            hot.keys.dtype == mx.bfloat16,
+        )
+        sources = [array for slab in pager.slabs for array in (slab, slab)]
+        arrays = (hot.keys, hot.values)
+        return expand_pages(self._launcher, spec, places, arrays, hot.used, sinks, sources)
 
     def cold_batches(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int
@@ -274,14 +314,17 @@ class FusedDecode:
 
 def takes(pager: LayerPager, hot: HotTokens, q: mx.array, scale: float) -> bool:
     """Whether the kernels are made for this call; other calls take the composed path."""
-    sixteen = (mx.float16, mx.bfloat16)
     return (
-        q.dtype in sixteen
-        and hot.keys.dtype in sixteen
+        q.dtype in SIXTEEN
+        and hot.keys.dtype in SIXTEEN
         and scale > 0
         and len(pager.codecs) <= MAX_PRECISIONS
-        and supported(pager.shape.key_dim, pager.shape.value_dim)
+        and supported(*_dims(pager))
     )
+
+
+def _dims(pager: LayerPager) -> tuple[int, int]:
+    return pager.shape.key_dim, pager.shape.value_dim
 
 
 def _plan(pager: LayerPager, pages: int, hot: int, rows: int) -> SplitPlan:

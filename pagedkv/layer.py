@@ -379,7 +379,7 @@ class PagedLayerCache:
         if sealed:
             sinks = self._context.config.sink_tokens
             self._hot.remove(sinks, sealed * self._pager.page_tokens)
-            mx.eval(*self._hot.arrays)
+            mx.eval(*self._hot.arrays, *self._pager.slabs)
 
     def _seal(self, first: int, count: int, precision: Precision) -> int:
         """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
@@ -390,16 +390,26 @@ class PagedLayerCache:
         while done < count:
             now = min(per_call, count - done)
             start = sinks + (first + done) * tokens
-            keys, values = self._hot.view(start, start + now * tokens)
+            records = self._encode(start, now, precision)
             positions = [self._sealed_end() + i * tokens for i in range(now)]
             lineage = self._context.lineage
-            pages = self._pager.seal(keys[0], values[0], precision, positions, lineage)
+            pages = self._pager.seal(records, precision, positions, lineage)
             for page in pages:
                 self._table.append(page)
             done += len(pages)
             if len(pages) < now:
                 break
         return done
+
+    def _encode(self, start: int, pages: int, precision: Precision) -> mx.array:
+        """Records of the pages that begin at hot token `start`, lazily."""
+        assert self._pager is not None
+        if isinstance(self._backend, KernelBackend):
+            records = self._backend.seal(self._pager, self._hot.tokens, start, pages, precision)
+            if records is not None:
+                return records
+        keys, values = self._hot.view(start, start + pages * self._pager.page_tokens)
+        return self._pager.codecs[precision].encode(keys[0], values[0])
 
     def _lower(self) -> None:
         """Re-encode pages that are now farther away than their precision's step."""

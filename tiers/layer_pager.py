@@ -167,17 +167,17 @@ class LayerPager:
 
     def seal(
         self,
-        keys: mx.array,
-        values: mx.array,
+        records: mx.array,
         precision: Precision,
         positions: Sequence[int],
         lineage: Lineage,
     ) -> list[int]:
-        """Encode whole pages and store them warm, demoting the farthest pages if need be.
+        """Store encoded pages warm, demoting the farthest pages if need be.
+
+        Writes lazily: evaluate `slabs` before anything else happens to them.
 
         Args:
-            keys: ``[kv_heads, pages * page_tokens, key_dim]``.
-            values: ``[kv_heads, pages * page_tokens, value_dim]``.
+            records: uint32 ``[pages, page_bytes / 4]``.
             precision: one of `precisions`.
             positions: first token position of each page.
             lineage: whose pages these are.
@@ -186,16 +186,33 @@ class LayerPager:
             Page numbers, each with one reference that the caller owns. Fewer than asked for if
             no tier took more (full, or the disk failed); the pages returned are the first ones.
         """
-        records = self.codecs[precision].encode(keys, values)
-        mx.eval(records)
-        numbers = []
-        for i, position in enumerate(positions):
-            try:
-                numbers.append(self.store(records[i : i + 1], precision, position, lineage))
-            except (OutOfPagesError, ColdStoreError):
+        slab, numbers = self._slabs[precision], list[int]()
+        while len(numbers) < len(positions):
+            done = len(numbers)
+            # Pages that are written together cannot make room for each other.
+            slots = self._take_slots(precision, min(len(positions) - done, slab.max_slots))
+            slab.write(slots, records[done : done + len(slots)])
+            for slot, position in zip(slots, positions[done:], strict=False):
+                page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
+                self.pages[page.number] = page
+                numbers.append(page.number)
+            if not slots:
                 break
-            self._pager.counters.sealed += 1
+        self._pager.counters.sealed += len(numbers)
         return numbers
+
+    def _take_slots(self, precision: Precision, count: int) -> list[int]:
+        """Up to so many warm slots, of pages that are demoted where none is free."""
+        slab, slots = self._slabs[precision], list[int]()
+        slab.reserve(slab.used + count)
+        try:
+            while len(slots) < count:
+                if not slab.room:
+                    self._demote_farthest(precision)
+                slots.append(slab.take())
+        except (OutOfPagesError, ColdStoreError):
+            pass  # what there is has to do; the tokens of the others stay hot
+        return slots
 
     def lower(self, number: int, precision: Precision) -> int:
         """Encode a page again at a lower precision, as a new page.
@@ -234,7 +251,8 @@ class LayerPager:
         if not slab.room:
             self._demote_farthest(precision)
         slot = slab.take()
-        slab.write(slot, record)
+        slab.write([slot], record)
+        mx.eval(slab.array)
         page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
         self.pages[page.number] = page
         return page.number
@@ -272,7 +290,8 @@ class LayerPager:
                 continue
             record = self._one_record(page)
             page.slot = slab.take()
-            slab.write(page.slot, record)
+            slab.write([page.slot], record)
+            mx.eval(slab.array)
             self._pager.cold.free(page.record)
             page.record = None
             self.moves += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ class WarmSlab:
     """One array of page slots, ``uint32 [slots, page_bytes / 4]``.
 
     A slot is written once per page, in place: the slab is the only holder of its array when it
-    writes, and evaluates at once, so MLX donates the buffer. If a caller still holds an
+    writes, and nothing reads it at that time, so MLX donates the buffer. If a caller still holds an
     unevaluated graph over the old contents MLX copies instead: slower for once, never wrong.
     """
 
@@ -56,22 +58,34 @@ class WarmSlab:
         if not self._slots.free:
             if not self.room:
                 raise OutOfPagesError(f"all {self.max_slots} warm slots are taken")
-            self._grow(min(max(2, 2 * self._slots.capacity), self.max_slots))
+            self.reserve(self._slots.capacity + 1)
         return self._slots.take()
+
+    def reserve(self, slots: int) -> None:
+        """Grow by doubling, up to the slab's share, until it has so many slots."""
+        capacity = self._slots.capacity
+        if min(slots, self.max_slots) > capacity:
+            while capacity < slots:
+                capacity = max(2, 2 * capacity)
+            self._grow(min(capacity, self.max_slots))
 
     def give(self, slot: int) -> None:
         """Give a slot back; its bytes become meaningless."""
         self._slots.give(slot)
 
-    def write(self, slot: int, record: mx.array) -> None:
-        """Store a page.
+    def write(self, slots: Sequence[int], records: mx.array) -> None:
+        """Store pages, lazily: evaluate `array` before anything else happens to the slab.
 
         Args:
-            slot: a taken slot.
-            record: uint32 ``[1, page_bytes / 4]``.
+            slots: taken slots.
+            records: uint32 ``[len(slots), page_bytes / 4]``.
         """
-        self._array = mx.slice_update(self._array, record, mx.array([slot]), [0])
-        mx.eval(self._array)
+        start = 0
+        for i in range(1, len(slots) + 1):  # neighbouring slots in one update
+            if i == len(slots) or slots[i] != slots[i - 1] + 1:
+                where = mx.array([slots[start]])
+                self._array = mx.slice_update(self._array, records[start:i], where, [0])
+                start = i
 
     def records(self, slots: list[int]) -> mx.array:
         """Pages by slot, lazily: ``uint32 [len(slots), page_bytes / 4]``."""

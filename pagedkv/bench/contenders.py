@@ -180,10 +180,7 @@ def paged(place: Place, kv: str, variant: str = "") -> Contender | None:
 def _attends(place: Place, cache: PagedCache) -> Call:
     view, scale, mask = cache[0].view(), place.shape.scale, place.mask
     mx.eval(view.keys, view.values)
-    name = place.settings.tiers.backend
-    if name == "auto":
-        return lambda q: attend(view, q, scale, mask)
-    backend = choose_backend(name)
+    backend = choose_backend(place.settings.tiers.backend)
     return lambda q: attend(view, q, scale, mask, backend=backend)
 
 
