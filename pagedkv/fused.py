@@ -16,6 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import Precision, TableEntry
+from pagedkv.kernel_check import (
+    SEAL_TOLERANCE,
+    TOLERANCE,
+    attend_difference,
+    expand_difference,
+    seal_difference,
+    works,
+)
 from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     STAGED,
@@ -153,14 +161,28 @@ class FusedDecode:
         ):
             table = self._prepare(pager, entries, plan)
         if table.stretches:
+            if not self._works(pager, self._spec(pager, q, kind, plan)):
+                return None
             return self._streamed(pager, table, hot, q, kind, sinks, following())
         launch = kind.launches.get((plan.splits, plan.warps))
         if launch is None:
+            if not self._works(pager, self._spec(pager, q, kind, plan)):
+                return None
             launch = self._whole(pager, q, kind, plan)
             kind.launches[plan.splits, plan.warps] = launch
         params = _params(plan, len(entries), hot.used, hot.keys.shape[2], 0)
         slabs = pager.slabs
         return launch(q, params, table.array, hot.keys, hot.values, _logits(sinks), *slabs)
+
+    def _works(self, pager: LayerPager, spec: AttentionSpec) -> bool:
+        """Whether the kernel passes its self-check; checked once in a process."""
+        if self._launcher.trusted:
+            return True
+        return works(
+            spec.attend.name,
+            lambda: attend_difference(self._launcher, spec, list(pager.codecs.values())),
+            TOLERANCE[mx.bfloat16 if spec.query_bfloat else mx.float16],
+        )
 
     def _whole(
         self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan
@@ -231,6 +253,11 @@ class FusedDecode:
             return None
         geometry = pager.codecs[precision].geometry
         spec = SealSpec(geometry, hot.keys.dtype == mx.bfloat16)
+        codec = pager.codecs[precision]
+        if not self._launcher.trusted and not works(
+            spec.text.name, lambda: seal_difference(self._launcher, spec, codec), SEAL_TOLERANCE
+        ):
+            return None
         return seal_pages(self._launcher, spec, (hot.keys, hot.values), first, pages)
 
     def expand(
@@ -255,6 +282,13 @@ class FusedDecode:
             dtype == mx.bfloat16,
             hot.keys.dtype == mx.bfloat16,
         )
+        codecs = list(pager.codecs.values())
+        if not self._launcher.trusted and not works(
+            spec.text.name,
+            lambda: expand_difference(self._launcher, spec, codecs),
+            TOLERANCE[dtype],
+        ):
+            return None
         sources = [array for slab in pager.slabs for array in (slab, slab)]
         arrays = (hot.keys, hot.values)
         return expand_pages(self._launcher, spec, places, arrays, hot.used, sinks, sources)

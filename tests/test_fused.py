@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import pagedkv
+from pagedkv import kernel_check
 from pagedkv.attention import attend
 from pagedkv.backends import KernelBackend
+from pagedkv.kernels.source import KernelText
 from pagedkv.state import page_records
 from tests import reference
 from tests.emulator import HostLauncher
@@ -134,7 +137,52 @@ def test_what_the_kernels_are_not_made_for_goes_the_composed_way() -> None:
     keep = np.random.default_rng(2).random((3, 1000)) < 0.7
     mask = np.where(keep, 0.0, -np.inf)
     out = attend(layer.view(), q, 0.125, mx.array(keep)[None, None], None, layer._backend)
-    expected = reference.attention(
-        np.asarray(q.astype(mx.float32))[0], keys, values, 0.125, mask
-    )
+    expected = reference.attention(np.asarray(q.astype(mx.float32))[0], keys, values, 0.125, mask)
     assert error(out, expected) < ROUNDING[mx.float16]
+
+
+class Untrusted(HostLauncher):
+    """As a GPU's launcher is: kernels are checked first; `spoil` makes outputs wrong."""
+
+    def __init__(self, spoil: str = "") -> None:
+        super().__init__()
+        self.trusted = False
+        self._spoil = spoil
+
+    def launch(self, text: KernelText, *rest: Any, **named: Any) -> list[mx.array]:
+        out = super().launch(text, *rest, **named)
+        if self._spoil and self._spoil in text.name:
+            out[0] = out[0] ^ 0x11111111 if out[0].dtype == mx.uint32 else 1.1 * out[0]
+        return out
+
+
+def checked(spoil: str = "") -> pagedkv.PagedCache:
+    cache = pagedkv.PagedCache.standalone(1, config(kv="K8V4:600,K4V4"))
+    cache[0]._backend = KernelBackend(Untrusted(spoil))
+    x = mx.array(np.random.default_rng(6).standard_normal((1, 2, 1400, 64)).astype(np.float16))
+    cache[0].append(x, x)
+    cache[0]._settle()
+    return cache
+
+
+def test_kernels_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "results", {})
+    cache = checked()
+    for length in (1, 20):
+        check(cache, queries(4, length, 64, mx.float16))
+    called = sorted(name.split("_")[1] for name in kernel_check.results)
+    assert called == ["attend", "expand", "seal", "seal"]
+    assert not any(kernel_check.results.values()), kernel_check.results
+
+
+@pytest.mark.parametrize("kernel", ["attend", "merge", "expand", "seal"])
+def test_a_kernel_that_fails_its_check_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    monkeypatch.setattr(kernel_check, "results", {})
+    with pytest.warns(UserWarning, match="is not used on this machine"):  # noqa: PT031
+        cache = checked(kernel)
+        for length in (1, 20):
+            check(cache, queries(4, length, 64, mx.float16))
+    bad = [name for name, reason in kernel_check.results.items() if reason]
+    assert bad and all(name.split("_")[1] in (kernel, "attend") for name in bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from pagedkv.kernels import source
 from pagedkv.kernels.decode import SplitPlan
 from tests.emulator import EmulatorError, HostLauncher
 from tests.kernel_cases import TOLERANCE, Case, Run, error, outputs
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux and g++")
+pytestmark = LINUX
 
 AHEAD, WHERE_IT_IS = True, False
 
@@ -171,7 +175,11 @@ MISTAKES = {
         "Tile following = take_tile(tiles, table); simd_barrier();",
         "Tile following = take_tile(tiles, table);",
     ),
-    "no barrier before scales are read": ("attend.h", "simd_barrier(); zero(scores)", "zero(scores)"),
+    "no barrier before scales are read": (
+        "attend.h",
+        "simd_barrier(); zero(scores)",
+        "zero(scores)",
+    ),
     "a fetch is not waited for": ("attend.h", "fetch_wait<1>();", "fetch_wait<2>();"),
     "no barrier before the merge": ("attend.h", "barrier(); float factor", "float factor"),
     "old totals are not scaled down": ("attend.h", "[r] * keep + sum", "[r] + sum"),
@@ -187,9 +195,7 @@ SMALL_RUNS = [
 ]
 
 
-def plant(
-    mistake: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def plant(mistake: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the kernels from a copy of their folder with one mistake in it."""
     shutil.copytree(source._FOLDER, folder, ignore=shutil.ignore_patterns("*.py*"))
     file, old, new = mistake
@@ -218,7 +224,10 @@ def test_mistakes_are_noticed(
     ("ahead", "case"),
     [
         (AHEAD, Case(("K3V4", "K8V2", "fp16"), heads=1, repeats=3)),
-        (WHERE_IT_IS, Case(("K4V3",), key_dim=80, repeats=2, length=2, sinks=True, batch=2)),
+        (
+            WHERE_IT_IS,
+            Case(("K4V3",), heads=1, key_dim=80, repeats=2, length=2, sinks=True, batch=2),
+        ),
     ],
     ids=name,
 )
@@ -251,7 +260,7 @@ extern "C" __global__ void kernel({parameters}) {{
         (Case(("K4V4",), heads=8, repeats=8), False),
         (Case(LADDER, heads=8, repeats=4), False),
         (Case(LADDER, heads=8, repeats=8), False),
-        (Case(EIGHT, key_dim=256, repeats=8, length=2, **BF16), True),
+        (Case(("K3V2",), key_dim=256, repeats=8, length=2, **BF16), True),
         (Case(SQUARES[0], key_dim=80, repeats=3, final=True, sinks=True), True),
     ],
     ids=lambda x: name(x) if isinstance(x, Case) else "",
@@ -259,7 +268,9 @@ extern "C" __global__ void kernel({parameters}) {{
 def test_cuda_text_compiles(case: Case, spills: bool, tmp_path: Path) -> None:
     spec = case.spec(AHEAD)
     for text in (spec.attend, spec.merge):
-        parameters = [f"const void* {x}" for x in text.inputs] + [f"void* {x}" for x in text.outputs]
+        parameters = [f"const void* {x}" for x in text.inputs] + [
+            f"void* {x}" for x in text.outputs
+        ]
         file = tmp_path / "kernel.cu"
         file.write_text(
             NVCC.format(
@@ -269,7 +280,17 @@ def test_cuda_text_compiles(case: Case, spills: bool, tmp_path: Path) -> None:
             )
         )
         done = subprocess.run(
-            ["nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-Xptxas", "-v", "-o", "kernel.cubin", file],
+            [
+                "nvcc",
+                "-cubin",
+                "-arch=sm_90",
+                "-std=c++17",
+                "-Xptxas",
+                "-v",
+                "-o",
+                "kernel.cubin",
+                file,
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 import pagedkv
+from pagedkv import kernel_check
 from pagedkv.allocator import KVShape, Precision
 from pagedkv.attention import attend
 from pagedkv.backends import choose_backend
@@ -199,7 +200,8 @@ def check_codecs() -> Iterator[Row]:
 def check_backends(config: TierConfig) -> Iterator[Row]:
     """Each backend: attention over hot and warm tokens beside float64."""
     chosen = choose_backend(config.backend).name
-    for name, option in {choose_backend(b).name: b for b in BACKENDS}.items():
+    options = [option for option in BACKENDS if option != "kernel" or has_gpu()]
+    for name, option in {choose_backend(b).name: b for b in options}.items():
         try:
             error = _attention_error(option)
         except Exception as e:  # a backend may fail in any way; the row says how
@@ -211,6 +213,12 @@ def check_backends(config: TierConfig) -> Iterator[Row]:
             continue
         value = f"largest error {error:.2g} beside float64"
         yield Row(f"attention {name}", *_verdict(error <= _ATTENTION_ERROR, value))
+    for kernel, reason in kernel_check.results.items():
+        name = kernel.removeprefix("pagedkv_").rpartition("_")[0].replace("_", " ")
+        if reason:
+            yield Row(f"kernel {name}", WARN, reason, "plain MLX takes its place: report it")
+        else:
+            yield Row(f"kernel {name}", OK, "agrees with plain MLX")
 
 
 def _verdict(well: bool, value: str) -> tuple[str, str, str]:
@@ -229,7 +237,9 @@ def _attention_error(backend: str) -> float:
         mx.array(rng.standard_normal((1, 2, 600, 64), np.float32)).astype(mx.float16)
         for _ in range(2)
     )
-    q = mx.array(rng.standard_normal((1, 8, 1, 64), np.float32))
+    # The kernels are made for 16-bit models; the others are measured without that rounding.
+    dtype = mx.float16 if choose_backend(backend).name == "kernel" else mx.float32
+    q = mx.array(rng.standard_normal((1, 8, 1, 64), np.float32)).astype(dtype)
     with PagedCache.standalone(1, config) as cache:
         layer = cache[0]
         layer.append(keys[:, :, :599], values[:, :, :599])
@@ -237,8 +247,8 @@ def _attention_error(backend: str) -> float:
         out = attend(view, q, 0.125, backend=choose_backend(backend))
         dense = view.dense(mx.float32)
         k, v = (np.array(x[0]).astype(np.float64) for x in dense)
-        got = np.array(out[0])
-    return float(np.abs(got - _exact(np.array(q[0]), k, v, 0.125)).max())
+        got, queries = (np.array(x[0].astype(mx.float32)) for x in (out, q))
+    return float(np.abs(got - _exact(queries, k, v, 0.125)).max())
 
 
 def _exact(q: Any, keys: Any, values: Any, scale: float) -> Any:

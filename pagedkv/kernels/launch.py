@@ -18,10 +18,12 @@ class Launcher(Protocol):
     Attributes:
         fetch_ahead: whether tiles go to threadgroup memory while others are worked on.
         traceable: whether `mx.compile` can trace a launch.
+        trusted: whether kernels are used without a self-check.
     """
 
     fetch_ahead: bool
     traceable: bool
+    trusted: bool
 
     def launch(
         self,
@@ -55,6 +57,7 @@ class DeviceLauncher:
         self.target = "metal" if mx.metal.is_available() else "cuda"
         self.fetch_ahead = self.target == "cuda"
         self.traceable = True
+        self.trusted = False
         self._kernels: dict[str, Callable[..., list[mx.array]]] = {}
 
     def launch(

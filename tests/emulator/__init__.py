@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ static emulator::Buffer buffers[{buffers}];
 static u32 *shared_memory, position[3];
 """
 RUN = """
-extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64_t* words, u32 seed) {{
+extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64_t* words,
+                           u32 seed) {{
   static std::string failure;
   for (int i = 0; i < {buffers}; i++) buffers[i] = {{data[i], words[i], 0, names[i]}};
   std::vector<u32> memory({shared} + 8);
@@ -140,6 +142,8 @@ def _folder() -> Path:
 
 def _compile(product: Path, *arguments: str | Path) -> None:
     """Run the compiler; the product appears whole or not at all."""
+    if not shutil.which("g++"):
+        raise RuntimeError("the kernels' emulator needs g++: sudo apt install g++")
     unfinished = product.with_suffix(f".{os.getpid()}.tmp")
     done = subprocess.run(
         ["g++", *arguments, "-o", unfinished], capture_output=True, text=True, check=False
@@ -208,6 +212,7 @@ class HostLauncher:
     ) -> None:
         self.fetch_ahead = fetch_ahead
         self.traceable = False
+        self.trusted = True
         self.sanitize = sanitize
         self.target = target
 

@@ -1,0 +1,203 @@
+"""Self-check of kernels: each is compared with plain MLX on a small input before it is used.
+
+What runs on a user's GPU was compiled there for the first time. A kernel that does not compile, or
+gives other numbers than plain MLX, is not used: the composed path takes its place, one warning says
+so, and `pagedkv doctor` lists it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv.allocator import KVShape
+from pagedkv.kernels.decode import SplitPlan, attend_splits, merge_splits, table_words
+from pagedkv.kernels.expand import ExpandSpec, expand_pages
+from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.seal import SealSpec, seal_pages
+from pagedkv.kernels.source import AttentionSpec
+from pagedkv.tiers import AffineCodec, Sixteen
+
+TOLERANCE = {mx.float16: 5e-3, mx.bfloat16: 3e-2}
+"""Largest difference allowed, relative to the largest number: a few roundings to 16 bit."""
+
+SEAL_TOLERANCE = 1e-3
+"""A page may be so much farther from its numbers than plain MLX's, relative to the largest."""
+
+HOT, CAPACITY, LAST_PAGE = 70, 96, 100
+"""Tokens of the small input: hot ones, room for them, and valid ones of its last page."""
+
+Codecs = list[AffineCodec | Sixteen]
+
+results: dict[str, str] = {}
+"""By kernel: why it is not used; empty if it is."""
+
+
+def works(name: str, check: Callable[[], float], tolerance: float) -> bool:
+    """Whether a kernel may be used; checks it the first time it is asked for.
+
+    Args:
+        name: of the kernel.
+        check: returns its largest relative difference from plain MLX.
+        tolerance: the difference allowed.
+    """
+    if name not in results:
+        results[name] = _reason(check, tolerance)
+        if results[name]:
+            warnings.warn(
+                f"the GPU kernel {name} is not used on this machine, plain MLX takes its place "
+                f"and is slower: {results[name]}; please report it (`pagedkv doctor` shows more)",
+                stacklevel=2,
+            )
+    return not results[name]
+
+
+def _reason(check: Callable[[], float], tolerance: float) -> str:
+    try:
+        difference = check()
+    except Exception as e:  # a compiler's or driver's error may be anything
+        return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    if not difference <= tolerance:  # NaN is no pass
+        return f"its numbers differ by {difference:.2g} where {tolerance:.2g} is allowed"
+    return ""
+
+
+def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -> float:
+    """Decode attention over two pages of each precision and some hot tokens.
+
+    Args:
+        launcher: where.
+        spec: of the kernels; one sequence.
+        codecs: one per precision, in the spec's order.
+    """
+    records, keys, values = [], [], []
+    key = mx.random.key(7)
+    for codec in codecs:
+        k, v = _numbers(key, spec, 2 * spec.page_tokens, codec.geometry.shape.value_dim)
+        page = codec.encode(k[0], v[0])
+        records += [page, page]
+        keys.append(codec.keys(page, mx.float32).swapaxes(2, 3))
+        values.append(codec.values(page, mx.float32))
+    hot_keys, hot_values = _numbers(mx.random.key(8), spec, CAPACITY, spec.value_dim)
+    order = [(kind, slot) for kind in range(len(codecs)) for slot in (1, 0)]
+    valid = [spec.page_tokens] * (len(order) - 1) + [LAST_PAGE]
+    places = [(*place, n) for place, n in zip(order, valid, strict=True)]
+    dense = [
+        mx.concatenate(
+            [x[kind][slot][:, :n] for kind, slot, n in places]
+            + [hot[0, :, :HOT].astype(mx.float32)],
+            axis=1,
+        )
+        for x, hot in ((keys, hot_keys), (values, hot_values))
+    ]
+    query_heads = spec.heads * spec.rows // spec.query_tokens
+    dtype = mx.bfloat16 if spec.query_bfloat else mx.float16
+    shape = (1, query_heads, spec.query_tokens, spec.key_dim)
+    q = mx.random.normal(shape, key=mx.random.key(9)).astype(dtype)
+    sinks = mx.random.normal((max(8, query_heads),), key=mx.random.key(10))
+    plan = _small_plan(spec, len(places))
+    words = plan.params(len(places), HOT, CAPACITY, len(places))
+    params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
+    out, stats = attend_splits(
+        launcher, spec, plan, q, params, table, (hot_keys, hot_values), records, plan.splits
+    )
+    if not spec.final:
+        out = merge_splits(launcher, spec, q, out, stats, params, sinks)
+    expected = _attention(spec, q, dense[0], dense[1], sinks)
+    return _difference(out, expected)
+
+
+def _small_plan(spec: AttentionSpec, pages: int) -> SplitPlan:
+    groups = spec.page_tokens // 64
+    if spec.final:
+        return SplitPlan(pages * groups, 1, 128, 0, 1, spec.warps)
+    return SplitPlan(groups, pages, 64, pages, pages + math.ceil(HOT / 64), spec.warps)
+
+
+def _numbers(
+    key: mx.array, spec: AttentionSpec | ExpandSpec | SealSpec, tokens: int, value_dim: int
+) -> tuple[mx.array, mx.array]:
+    """Random keys, some channels of them large, and values, in the hot type."""
+    heads, key_dim = (
+        (spec.heads, spec.key_dim)
+        if isinstance(spec, AttentionSpec)
+        else (_shape(spec).kv_heads, _shape(spec).key_dim)
+    )
+    dtype = mx.bfloat16 if spec.hot_bfloat else mx.float16
+    first, second = mx.random.split(key)
+    large = mx.where(mx.arange(key_dim) % 17 == 0, 8.0, 1.0)
+    keys = mx.random.normal((1, heads, tokens, key_dim), key=first) * large
+    values = mx.random.normal((1, heads, tokens, value_dim), key=second)
+    return keys.astype(dtype), values.astype(dtype)
+
+
+def _shape(spec: ExpandSpec | SealSpec) -> KVShape:
+    return spec.shape if isinstance(spec, ExpandSpec) else spec.geometry.shape
+
+
+def _attention(
+    spec: AttentionSpec, q: mx.array, keys: mx.array, values: mx.array, sinks: mx.array
+) -> mx.array:
+    """Softmax attention in float32; queries are the last tokens."""
+    length, tokens = spec.query_tokens, keys.shape[1]
+    repeats = spec.rows // length
+    wide = q[0].astype(mx.float32).reshape(spec.heads, spec.rows, spec.key_dim)
+    # Elementwise: matrix products may be rounded to fewer bits than float32 has.
+    scores = (wide[:, :, None] * keys[:, None]).sum(-1) * spec.scale
+    if spec.causal and length > 1:
+        row = mx.arange(spec.rows) % length + tokens - length
+        scores = mx.where(row[:, None] >= mx.arange(tokens), scores, -mx.inf)
+    if spec.has_sinks:
+        per_row = mx.repeat(sinks[: spec.heads * repeats].reshape(spec.heads, repeats), length, 1)
+        scores = mx.concatenate([scores, per_row[..., None]], axis=-1)
+    p = mx.softmax(scores, axis=-1)[..., :tokens]
+    out = mx.stack([(p[:, r, :, None] * values).sum(1) for r in range(spec.rows)], axis=1)
+    return out.reshape(1, spec.heads * repeats, length, spec.value_dim)
+
+
+def expand_difference(launcher: Launcher, spec: ExpandSpec, codecs: Codecs) -> float:
+    """Dense keys and values of one page of each precision, and some hot tokens."""
+    hot = _numbers(mx.random.key(8), spec, CAPACITY, spec.shape.value_dim)
+    records, keys, values = [], [], []
+    for codec in codecs:
+        k, v = _numbers(mx.random.key(7), spec, spec.page_tokens, spec.shape.value_dim)
+        page = codec.encode(k[0], v[0])
+        records += [page, page]
+        keys.append(codec.keys(page, mx.float32)[0].swapaxes(1, 2)[:, :LAST_PAGE])
+        values.append(codec.values(page, mx.float32)[0][:, :LAST_PAGE])
+    places = [(kind, 0, LAST_PAGE) for kind in range(len(codecs))]
+    dense = expand_pages(launcher, spec, places, hot, HOT, 4, records)
+    worst = 0.0
+    for out, pages, tokens in zip(dense, (keys, values), hot, strict=True):
+        tail = tokens[0, :, :HOT].astype(mx.float32)
+        expected = mx.concatenate([tail[:, :4], *pages, tail[:, 4:]], axis=1)[None]
+        worst = max(worst, _difference(out, expected))
+    return worst
+
+
+def seal_difference(launcher: Launcher, spec: SealSpec, codec: AffineCodec | Sixteen) -> float:
+    """How much farther from the numbers the kernel's pages are than the codec's.
+
+    In parts of the largest number; not negative.
+    """
+    tokens = spec.geometry.tokens
+    keys, values = _numbers(mx.random.key(7), spec, tokens + 8, spec.geometry.shape.value_dim)
+    records = seal_pages(launcher, spec, (keys, values), 5, 1)
+    keys, values = keys[:, :, 5 : 5 + tokens], values[:, :, 5 : 5 + tokens]
+    reference = codec.encode(keys[0], values[0])
+    worst = 0.0
+    for decode, numbers in ((codec.keys, keys.swapaxes(2, 3)), (codec.values, values)):
+        exact = numbers.astype(mx.float32)
+        ours, theirs = (_difference(decode(r, mx.float32), exact) for r in (records, reference))
+        worst = max(worst, ours - theirs)
+    return worst
+
+
+def _difference(out: mx.array, expected: mx.array) -> float:
+    wide = out.astype(mx.float32)
+    ratio = mx.abs(wide - expected).max() / mx.abs(expected).max()
+    return float(np.asarray(ratio))
