@@ -47,17 +47,22 @@ ATTENTION = {
     "12/2x128": (*SHORT, 128 * K),
     "4/1x256": SHORT,
 }
+ALL_PRECISIONS = "32/8x128"  # the other shapes are measured at K4V4
+PAGED = {"12/2x128": SHORT, "4/1x256": SHORT}
+"""Short contexts with all but one token in pages: by default they would be in the hot window."""
+PAGED_TIERS = {"hot_tokens": 1, "sink_tokens": 0, "page_tokens": 256}
 DECODE = tuple(K * n for n in (1, 8, 32, 100, 128))
-PREFILL, PREFILL_KV = (64 * K,), ("K4V4",)
+PREFILL = (64 * K,)
 MODEL = "llama3-8b"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
 def tasks(part: str) -> list[Task]:
-    if part == "attention":
+    if part in ("attention", "paged"):
+        extra = part == "paged"
         return [
-            Task(part, depth, AttentionShape.parse(shape))
-            for shape, depths in ATTENTION.items()
+            Task("attention", depth + extra, AttentionShape.parse(shape))
+            for shape, depths in (PAGED if extra else ATTENTION).items()
             for depth in depths
         ]
     return [Task(part, depth) for depth in (DECODE if part == "decode" else PREFILL)]
@@ -77,8 +82,13 @@ def campaign(args: argparse.Namespace) -> Result:
 
     deadline = Deadline(args.seconds)
     todo = [task for task in tasks(args.part) if args.most is None or task.depth <= args.most]
-    here = replace(settings, kv=PREFILL_KV) if args.part == "prefill" else settings
-    Campaign(here, dtype, name, model, result, deadline, say).run(todo)
+    one = replace(settings, kv=("K4V4",))
+    if args.part == "paged":
+        one = replace(one, tiers=replace(settings.tiers, **PAGED_TIERS))
+    for task in todo:
+        whole = args.part == "decode" or str(task.shape) == ALL_PRECISIONS
+        here = settings if whole else one
+        Campaign(here, dtype, name, model, result, deadline, say).run([task])
     if args.part == "prefill":
         seal = Task("seal", seal_tokens(settings))
         Campaign(settings, dtype, name, model, result, deadline, say).run([seal])
@@ -102,7 +112,7 @@ def report(args: argparse.Namespace, result: Result) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parts = ("attention", "decode", "prefill", "page")
+    parts = ("attention", "paged", "decode", "prefill", "page")
     parser.add_argument("--part", required=True, choices=parts)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seconds", type=float, help="begin nothing new after this long")
