@@ -150,7 +150,8 @@ def _attention(
     scores = (wide[:, :, None] * keys[:, None]).sum(-1) * spec.scale
     if spec.causal and length > 1:
         row = mx.arange(spec.rows) % length + tokens - length
-        scores = mx.where(row[:, None] >= mx.arange(tokens), scores, -mx.inf)
+        # Not infinity: MLX's softmax on CUDA makes NaN of several infinities side by side.
+        scores = mx.where(row[:, None] >= mx.arange(tokens), scores, -1e30)
     if spec.has_sinks:
         per_row = mx.repeat(sinks[: spec.heads * repeats].reshape(spec.heads, repeats), length, 1)
         scores = mx.concatenate([scores, per_row[..., None]], axis=-1)

@@ -531,7 +531,6 @@ FN void attend_pages(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence
                first_row);
     }
   }
-  barrier();  // the merge takes the words of queries and scales
   int rows = least(ROWS - first_row, 8 * ROW_BLOCKS);
   u64 row0 = (u64(split) * SEQUENCES * HEADS + head_row) * ROWS + first_row;
   finish(at, state, shared, partial, stats, row0, rows);

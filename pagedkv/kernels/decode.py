@@ -18,6 +18,9 @@ HOT_PER_SPLIT = 256
 """Hot tokens of a split: in bytes about what two 4-bit pages have."""
 
 PARAMS = 16
+LEAST_WORDS = 8
+"""Metal keeps smaller inputs in another address space."""
+
 PRECISION_SHIFT = 28
 STAGED = 1 << 31
 
@@ -94,10 +97,10 @@ def table_words(places: Sequence[tuple[int, int, int]]) -> list[int]:
         places: per page: number of its precision, slot (`STAGED` set if in staging), valid tokens.
 
     Returns:
-        Two words per page, padded to at least 8: Metal keeps smaller inputs elsewhere.
+        Two words per page, padded to at least `LEAST_WORDS`.
     """
     words = [x for kind, slot, valid in places for x in (kind << PRECISION_SHIFT | slot, valid)]
-    return words + [0] * (8 - len(words))
+    return words + [0] * (LEAST_WORDS - len(words))
 
 
 def attend_splits(
@@ -157,6 +160,8 @@ def merge_splits(
     sinks: mx.array,
 ) -> mx.array:
     """Launch the second kernel: from all partials to the output, ``[…, L, value_dim]`` like q."""
+    if stats.size < LEAST_WORDS:
+        stats = mx.pad(stats.reshape(-1), (0, LEAST_WORDS - stats.size))
     (out,) = launcher.launch(
         spec.merge,
         [partial, stats, params, sinks],
