@@ -39,19 +39,20 @@ from pagedkv.errors import PagedKVError
 
 K = 1024
 KV = ("K8V4", "K4V4", "K4V2", "K2V2")
-LONG = (512, *(K * n for n in (1, 4, 8, 16, 32, 64, 128, 256)))
+LONG = tuple(K * n for n in (128, 256, 32, 4, 8, 16, 64, 1))
 SHORT = (256, 512, K, 2 * K, 4 * K)
 ATTENTION = {
     "32/8x128": LONG,
-    "32/4x128": LONG,
-    "12/2x128": (*SHORT, 128 * K),
-    "4/1x256": SHORT,
+    "32/4x128": (128 * K, 32 * K, 4 * K),
+    "12/2x128": (128 * K, 4 * K),
 }
-ALL_PRECISIONS = "32/8x128"  # the other shapes are measured at K4V4
+EVERY_PRECISION = (32 * K, 128 * K)
+"""Depths at which attention is measured at all precisions, for the first shape."""
 PAGED = {"12/2x128": SHORT, "4/1x256": SHORT}
 """Short contexts with all but one token in pages: by default they would be in the hot window."""
 PAGED_TIERS = {"hot_tokens": 1, "sink_tokens": 0, "page_tokens": 256}
-DECODE = tuple(K * n for n in (1, 8, 32, 100, 128))
+DECODE = {K: 2, 8 * K: 2, 32 * K: 2, 128 * K: 2, 100 * K: 1}
+"""Depths and repeats; at all precisions but for the deepest."""
 PREFILL = (64 * K,)
 MODEL = "llama3-8b"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -82,12 +83,16 @@ def campaign(args: argparse.Namespace) -> Result:
 
     deadline = Deadline(args.seconds)
     todo = [task for task in tasks(args.part) if args.most is None or task.depth <= args.most]
-    one = replace(settings, kv=("K4V4",))
-    if args.part == "paged":
-        one = replace(one, tiers=replace(settings.tiers, **PAGED_TIERS))
+    tiers = replace(settings.tiers, **PAGED_TIERS) if args.part == "paged" else settings.tiers
     for task in todo:
-        whole = args.part == "decode" or str(task.shape) == ALL_PRECISIONS
-        here = settings if whole else one
+        every = str(task.shape) == next(iter(ATTENTION)) and task.depth in EVERY_PRECISION
+        every = every or (args.part == "decode" and task.depth < max(DECODE))
+        here = replace(
+            settings,
+            kv=KV if every else ("K4V4",),
+            tiers=tiers,
+            repeats=DECODE.get(task.depth, 1) if args.part == "decode" else args.repeats,
+        )
         Campaign(here, dtype, name, model, result, deadline, say).run([task])
     if args.part == "prefill":
         seal = Task("seal", seal_tokens(settings))
@@ -118,7 +123,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="begin nothing new after this long")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="of prefill")
     parser.add_argument("--model", default=MODEL, help="synthetic model (default: llama3-8b)")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what page fills")
     parser.add_argument("--layers", type=int, help="cut the model, for a trial")

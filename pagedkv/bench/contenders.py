@@ -21,7 +21,7 @@ QUANTIZED_BITS, QUANTIZED_GROUP = 4, 64
 SHUFFLED, COLD = " shuffled", " cold"
 """Variants of our rows, appended to their name."""
 
-MOST_LAYERS = 1024
+MOST_LAYERS = 16
 """Caches of one contender, at most."""
 
 CACHE_BYTES = 64 * 2**20
