@@ -180,6 +180,11 @@ MISTAKES = {
         "simd_barrier(); zero(scores)",
         "zero(scores)",
     ),
+    "two equal large products are subtracted": (
+        "attend.h",
+        "factor[b][r] = exp2_fast((state.peak[b][r] - peak) * SCALE_LOG2E);",
+        "factor[b][r] = exp2_fast(state.peak[b][r] * SCALE_LOG2E - peak * SCALE_LOG2E);",
+    ),
     "a fetch is not waited for": ("attend.h", "fetch_wait<1>();", "fetch_wait<2>();"),
     "no barrier before the merge": ("attend.h", "barrier(); float factor", "float factor"),
     "old totals are not scaled down": ("attend.h", "[r] * keep + sum", "[r] + sum"),
@@ -192,6 +197,7 @@ SMALL = Case(("K4V3",), heads=1, key_dim=64, repeats=2, length=2, sinks=True)
 SMALL_RUNS = [
     Run(pages=(4,), hot=(70,), valid=(0, 65), tiles=16, spare=0, kind="ramp"),
     Run(pages=(1,), hot=(5,), valid=(65,), spare=0),
+    Run(pages=(1,), hot=(65,), valid=(64,), hot_per_split=64),  # one query sees none
 ]
 
 

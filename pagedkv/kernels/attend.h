@@ -234,6 +234,8 @@ FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, 
 
 // Scores become weights of the running softmax, in place; `limit` counts the visible tokens.
 // Weights carry a factor 2^15: float16 then resolves them down to 2^-39 of the largest.
+// Differences of scores come before their scaling: a compiler may fuse a product and a difference,
+// and what is left of two equal large products is then no zero.
 FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, THREAD const int (&limit)[ROW_BLOCKS][2],
                 bool all_visible) {
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
@@ -248,10 +250,9 @@ FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, THREAD c
         UNROLL for (int h = 0; h < 2; h++) peak = max_of(peak, scores.s[b][m][2 * h + r]);
       peak = max_of(state.peak[b][r], max_over_rows(peak));
       float keep = exp2_fast((state.peak[b][r] - peak) * SCALE_LOG2E), sum = 0;
-      float shift = 15.0f - peak * SCALE_LOG2E;
       UNROLL for (int m = 0; m < 4; m++)
         UNROLL for (int h = 0; h < 2; h++) {
-          float p = exp2_fast(scores.s[b][m][2 * h + r] * SCALE_LOG2E + shift);
+          float p = exp2_fast((scores.s[b][m][2 * h + r] - peak) * SCALE_LOG2E + 15.0f);
           scores.s[b][m][2 * h + r] = p;
           sum += p;
         }
@@ -447,7 +448,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
       float total = sum_over_rows(state.total[b][r]);
       if (at.g == 0) {
         int row = at.warp * width + 8 * b + 2 * at.t + r;
-        peaks[row] = as_word(state.peak[b][r] * SCALE_LOG2E);
+        peaks[row] = as_word(state.peak[b][r]);
         totals[row] = as_word(total);
       }
     }
@@ -457,7 +458,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
     UNROLL for (int r = 0; r < 2; r++) {
       float peak = LOWEST;
       for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + 8 * b + 2 * at.t + r]));
-      factor[b][r] = exp2_fast(state.peak[b][r] * SCALE_LOG2E - peak);
+      factor[b][r] = exp2_fast((state.peak[b][r] - peak) * SCALE_LOG2E);
     }
   for (int turn = 0; turn < WARPS; turn++) {
     if (turn == at.warp) {
@@ -481,7 +482,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
       float peak = LOWEST, total = 0;
       for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + row]));
       for (int w = 0; w < WARPS; w++)
-        total += as_float(totals[w * width + row]) * exp2_fast(as_float(peaks[w * width + row]) - peak);
+        total += as_float(totals[w * width + row]) * exp2_fast((as_float(peaks[w * width + row]) - peak) * SCALE_LOG2E);
       store_number(partial, (row0 + row) * VALUE_DIM + channel, total > 0 ? x / total : 0.0f);
     } else {
       store(partial, (row0 + row) * VALUE_DIM + channel, as_word(x));
@@ -491,8 +492,8 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
     float peak = LOWEST, total = 0;
     for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + me]));
     for (int w = 0; w < WARPS; w++)
-      total += as_float(totals[w * width + me]) * exp2_fast(as_float(peaks[w * width + me]) - peak);
-    store(stats, 2 * (row0 + me), as_word(peak));
+      total += as_float(totals[w * width + me]) * exp2_fast((as_float(peaks[w * width + me]) - peak) * SCALE_LOG2E);
+    store(stats, 2 * (row0 + me), as_word(peak * SCALE_LOG2E));
     store(stats, 2 * (row0 + me) + 1, as_word(total));
   }
 }
