@@ -40,8 +40,8 @@ placement: $(VENV)/test openblas-hint  ## the placement property, 2,100 examples
 	OPENBLAS_NUM_THREADS=1 PLACEMENT_EXAMPLES=300 $(PRELOAD) \
 		$(BIN)/python -m pytest -n auto tests/test_placement.py
 
-benchmark: $(VENV)/test openblas-hint  ## what a step costs in each tier, on this machine
-	$(PRELOAD) $(BIN)/python benchmarks/decode.py
+benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
+	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table
 
 format: $(VENV)/test  ## let ruff format and fix
 	$(BIN)/ruff format .
