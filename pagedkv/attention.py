@@ -177,7 +177,7 @@ def _dense(view: KVView, dtype: mx.Dtype, backend: Backend) -> tuple[mx.array, m
     """All keys and values of the view, by a kernel where there is one."""
     if isinstance(backend, KernelBackend):
         assert view.pager is not None
-        dense = backend.expand(view.pager, view.entries, view.hot, view.sinks, dtype)
+        dense = backend.fused.expand(view.pager, view.entries, view.hot, view.sinks, dtype)
         if dense is not None:
             return dense
     return view.dense(dtype)
@@ -195,7 +195,7 @@ def _fused(
     if isinstance(mask, mx.array):
         return None
     assert view.pager is not None
-    return backend.decode(
+    return backend.fused.attend(
         view.pager,
         view.entries,
         view.hot,

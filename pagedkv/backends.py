@@ -7,16 +7,13 @@ online softmax of Milakov & Gimelshein, arXiv:1805.02867, as FlashAttention uses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from pagedkv.allocator import Precision, TableEntry
-from pagedkv.fused import FusedDecode
+from pagedkv.fused import FusedLayer
 from pagedkv.kernels.launch import Launcher, device_launcher
-from pagedkv.tiers import AffineCodec, HotTokens, LayerPager, Sixteen
-from pagedkv.tiers.reader import Batch
+from pagedkv.tiers import AffineCodec, Sixteen
 
 FEW_ROWS = 8
 """Rows (query heads of a KV head times query tokens) up to which the CPU multiplies codes."""
@@ -141,17 +138,20 @@ class QuantizedBackend(DequantizeBackend):
         return out[..., : codec.geometry.shape.value_dim]
 
 
-class KernelBackend(QuantizedBackend):
-    """Decodes in fused kernels; what they are not made for goes the composed way.
+class KernelBackend:
+    """The GPU's way: fused kernels where they are made for a call, else composed of MLX's own.
 
     One for each layer's cache: it keeps the page table on the device between steps.
+
+    Attributes:
+        fused: what the kernels do for the layer.
     """
 
     name = "kernel"
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self._decode = FusedDecode(launcher or device_launcher())
-        self._composed: Backend = composed_for_gpu()
+        self.fused = FusedLayer(launcher or device_launcher())
+        self._composed = composed_for_gpu()
 
     def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
         """See `Backend.scores`."""
@@ -160,60 +160,6 @@ class KernelBackend(QuantizedBackend):
     def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
         """See `Backend.weigh`."""
         return self._composed.weigh(p, codec, records)
-
-    def decode(
-        self,
-        pager: LayerPager,
-        entries: tuple[TableEntry, ...],
-        hot: HotTokens,
-        q: mx.array,
-        scale: float,
-        causal: bool,
-        sinks: mx.array | None,
-        check: Callable[[], None],
-        following: Callable[[], Sequence[Batch]],
-    ) -> mx.array | None:
-        """See `FusedDecode.attend`."""
-        return self._decode.attend(pager, entries, hot, q, scale, causal, sinks, check, following)
-
-    def cold_batches(
-        self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int
-    ) -> list[Batch]:
-        """See `FusedDecode.cold_batches`."""
-        return self._decode.cold_batches(pager, entries, hot, rows)
-
-    def seal(
-        self, pager: LayerPager, hot: HotTokens, first: int, pages: int, precision: Precision
-    ) -> mx.array | None:
-        """Page records of hot tokens; None if the kernel is not made for this layer.
-
-        Args:
-            pager: of the layer.
-            hot: the hot tokens.
-            first: the hot token with which the first page begins.
-            pages: how many follow each other from there.
-            precision: of the pages.
-        """
-        return self._decode.seal(pager, hot, first, pages, precision)
-
-    def expand(
-        self,
-        pager: LayerPager,
-        entries: Sequence[TableEntry],
-        hot: HotTokens,
-        sinks: int,
-        dtype: mx.Dtype,
-    ) -> tuple[mx.array, mx.array] | None:
-        """Dense keys and values in token order; None if the kernel is not made for this.
-
-        Args:
-            pager: of the layer.
-            entries: the sequence's pages, oldest first.
-            hot: the hot tokens.
-            sinks: how many of them come before the pages.
-            dtype: of the result.
-        """
-        return self._decode.expand(pager, entries, hot, sinks, dtype)
 
 
 class CpuBackend:

@@ -1,4 +1,4 @@
-"""The fused decode path: a sequence's view as one or two kernel launches.
+"""The fused path: attention, expanding and sealing of one layer as one or two kernel launches.
 
 Warm pages, hot tokens and pages staged from disk are attended by the same kernel, split by split.
 Where splits begin depends on numbers of tokens alone, and each split is computed on its own, so
@@ -102,8 +102,11 @@ class _Kind:
     launches: dict[tuple[int, int], Callable[..., mx.array]] = field(default_factory=dict)
 
 
-class FusedDecode:
-    """Attention of a few query tokens over one layer's views."""
+class FusedLayer:
+    """What the kernels do for one layer's cache: decode attention, expanding, sealing.
+
+    Keeps the page table on the device, and the traced calls.
+    """
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -248,7 +251,18 @@ class FusedDecode:
     def seal(
         self, pager: LayerPager, hot: HotTokens, first: int, pages: int, precision: Precision
     ) -> mx.array | None:
-        """See `KernelBackend.seal`."""
+        """Page records of hot tokens, lazily.
+
+        Args:
+            pager: of the layer.
+            hot: the hot tokens.
+            first: the hot token with which the first page begins.
+            pages: how many follow each other from there.
+            precision: of the pages.
+
+        Returns:
+            uint32 ``[pages, page_bytes / 4]``, or None if the kernel is not made for this layer.
+        """
         if hot.keys.dtype not in SIXTEEN or not supported(*_dims(pager)):
             return None
         geometry = pager.codecs[precision].geometry
@@ -268,7 +282,19 @@ class FusedDecode:
         sinks: int,
         dtype: mx.Dtype,
     ) -> tuple[mx.array, mx.array] | None:
-        """See `KernelBackend.expand`."""
+        """All keys and values in token order, dequantized, lazily.
+
+        Args:
+            pager: of the layer.
+            entries: the sequence's pages, oldest first.
+            hot: the hot tokens.
+            sinks: how many of them come before the pages.
+            dtype: of the result.
+
+        Returns:
+            ``[1, kv_heads, tokens, key_dim]`` and ``[1, kv_heads, tokens, value_dim]``, or None
+            if the kernel is not made for this: another type, or cold pages.
+        """
         made_for = dtype in SIXTEEN and hot.keys.dtype in SIXTEEN and supported(*_dims(pager))
         words = _words(pager, entries)
         if not made_for or (words[:, 0] & STAGED).any():

@@ -405,7 +405,8 @@ class PagedLayerCache:
         """Records of the pages that begin at hot token `start`, lazily."""
         assert self._pager is not None
         if isinstance(self._backend, KernelBackend):
-            records = self._backend.seal(self._pager, self._hot.tokens, start, pages, precision)
+            fused, hot = self._backend.fused, self._hot.tokens
+            records = fused.seal(self._pager, hot, start, pages, precision)
             if records is not None:
                 return records
         keys, values = self._hot.view(start, start + pages * self._pager.page_tokens)
@@ -446,7 +447,7 @@ class PagedLayerCache:
         if self._pager is None or self._table is None or not self._context.pager.open_cold:
             return ()
         if isinstance(self._backend, KernelBackend) and self._rows:
-            return self._backend.cold_batches(
+            return self._backend.fused.cold_batches(
                 self._pager, self._table.entries, self._hot.used, self._rows
             )
         return self._pager.cold_batches(self._table.entries)
