@@ -399,6 +399,8 @@ class PagedLayerCache:
             done += len(pages)
             if len(pages) < now:
                 break
+            if done < count:
+                mx.eval(*self._pager.slabs)
         return done
 
     def _encode(self, start: int, pages: int, precision: Precision) -> mx.array:
@@ -570,6 +572,7 @@ class PagedLayerCache:
         self._hot = HotBuffer(0)
         self.offset = 0
         self._closed = True
+        self._accepted = ()
         self._context.pager.users.discard(self)
         if not self._context.pager.users:
             self._context.pager.close()
