@@ -7,6 +7,7 @@ the bits of the result do not depend on where pages are.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -360,7 +361,7 @@ class FusedLayer:
         old = self._table
         if old is None or old.moves != pager.moves or old.stretches:
             words = _words(pager, entries)
-        elif entries[: len(old.entries)] == old.entries:
+        elif _begins_with(entries, old.entries):
             words = np.concatenate([old.words, _words(pager, entries[len(old.entries) :])])
         else:
             words = _words(pager, entries)
@@ -370,6 +371,11 @@ class FusedLayer:
         flat[: words.size] = words.reshape(-1)
         self._table = _Table(entries, pager.moves, plan, words, mx.array(flat), stretches)
         return self._table
+
+
+def _begins_with(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> bool:
+    """Whether the very entries of an earlier table come first: a number may be a new page's."""
+    return len(entries) >= len(old) and all(map(operator.is_, entries, old))
 
 
 def takes(pager: LayerPager, hot: HotTokens, q: mx.array, scale: float) -> bool:

@@ -129,6 +129,23 @@ def test_tables_follow_the_pages() -> None:
         check(cache, queries(4, 1, 64, mx.float16))
 
 
+def test_a_number_that_is_used_again_is_another_page() -> None:
+    """A page is dropped, and another gets its number in another slot, between two steps."""
+    cache = filled(config(kv="K4V4", warm="64MB"), 1600, mx.float16)
+    layer = cache[0]
+    check(cache, queries(4, 1, 64, mx.float16))
+    before = layer.view().entries
+    cache.trim(1600 - 4 - 256 * (len(before) - 1))  # all of the last page, and what is hot
+    layer._pager._slabs[pagedkv.Precision(4, 4)].take()  # as if another sequence had sealed
+    rng = np.random.default_rng(9)
+    x = mx.array(rng.standard_normal((1, 2, 400, 64)).astype(np.float16))
+    layer.append(x, x)
+    layer._settle()
+    after = layer.view().entries
+    assert [e.page for e in after] == [e.page for e in before]
+    check(cache, queries(4, 1, 64, mx.float16))
+
+
 def test_what_the_kernels_are_not_made_for_goes_the_composed_way() -> None:
     cache = filled(config(kv="K4V4"), 1000, mx.float16)
     layer = cache[0]
