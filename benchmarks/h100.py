@@ -39,12 +39,14 @@ from pagedkv.errors import PagedKVError
 
 K = 1024
 KV = ("K8V4", "K4V4", "K4V2", "K2V2")
-LONG = tuple(K * n for n in (128, 256, 32, 4, 8, 16, 64, 1))
+# The depths that matter most come first: the time may be up before the last.
+LONG = (*(K * n for n in (128, 256, 32, 4, 8, 16, 64, 1)), 512)
 SHORT = (256, 512, K, 2 * K, 4 * K)
 ATTENTION = {
     "32/8x128": LONG,
-    "32/4x128": (128 * K, 32 * K, 4 * K),
-    "12/2x128": (128 * K, 4 * K),
+    "32/4x128": LONG,
+    "12/2x128": (128 * K, *SHORT),
+    "4/1x256": SHORT,
 }
 EVERY_PRECISION = (32 * K, 128 * K)
 """Depths at which attention is measured at all precisions, for the first shape."""

@@ -534,5 +534,7 @@ def test_the_campaign_covers_what_is_promised() -> None:
     assert (
         depths["12/2x128"] == depths["4/1x256"] | {131072} == {256, 512, 1024, 2048, 4096, 131072}
     )
-    assert [t.depth for t in script.tasks("decode")][-2:] == [102400, 131072]
+    assert {t.depth for t in script.tasks("decode")} == {1024, 8192, 32768, 102400, 131072}
+    paged = {t.depth for t in script.tasks("paged") if str(t.shape) == "4/1x256"}
+    assert paged == {257, 513, 1025, 2049, 4097}
     assert script.tasks("prefill") == [Task("prefill", 65536)]

@@ -87,7 +87,7 @@ def _needle_page(stress: SyntheticStress, layer: int = 0) -> Any:
 
 
 def _overwrite(stress: SyntheticStress, page: Any, record: mx.array) -> None:
-    stress.cache[0]._pager._slabs[page.precision].write(page.slot, record)
+    stress.cache[0]._pager._slabs[page.precision].write([page.slot], record)
 
 
 def _record(stress: SyntheticStress, page: Any) -> mx.array:
