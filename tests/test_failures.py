@@ -222,3 +222,14 @@ def test_attention_with_bad_arguments_changes_nothing(bad: dict[str, Any]) -> No
         with pytest.raises(pagedkv.ShapeError):
             pagedkv.attention(cache=cache[0], scale=1.0, **given)
         assert cache.offset == 0
+
+
+def test_a_closed_cache_takes_nothing_more() -> None:
+    """Not even tokens of a shape that it took before."""
+    layer = pagedkv.PagedCache.standalone(1, pagedkv.TierConfig(cold=0))[0]
+    x = mx.zeros((1, 2, 1, 64))
+    for _ in range(3):
+        layer.append(x, x)
+    layer.close()
+    with pytest.raises(pagedkv.ClosedError):
+        layer.append(x, x)
