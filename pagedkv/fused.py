@@ -175,7 +175,7 @@ class FusedLayer:
             launch = self._whole(pager, q, kind, plan)
             kind.launches[plan.splits, plan.warps] = launch
         params = _params(plan, len(entries), hot.used, hot.keys.shape[2], 0)
-        slabs = pager.slabs
+        slabs = _slabs(pager)
         return launch(q, params, table.array, hot.keys, hot.values, _logits(sinks), *slabs)
 
     def _works(self, pager: LayerPager, spec: AttentionSpec) -> bool:
@@ -316,7 +316,7 @@ class FusedLayer:
             TOLERANCE[dtype],
         ):
             return None
-        sources = [array for slab in pager.slabs for array in (slab, slab)]
+        sources = [array for slab in _slabs(pager) for array in (slab, slab)]
         arrays = (hot.keys, hot.values)
         return expand_pages(self._launcher, spec, places, arrays, hot.used, sinks, sources)
 
@@ -373,6 +373,15 @@ class FusedLayer:
         return self._table
 
 
+def _slabs(pager: LayerPager) -> list[mx.array]:
+    """The page arrays; another stands in for one without slots, for Metal takes no empty ones."""
+    slabs = pager.slabs
+    if all(slab.size for slab in slabs):
+        return slabs
+    stand_in = next((slab for slab in slabs if slab.size), _zeros())
+    return [slab if slab.size else stand_in for slab in slabs]
+
+
 def _begins_with(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> bool:
     """Whether the very entries of an earlier table come first: a number may be a new page's."""
     return len(entries) >= len(old) and all(map(operator.is_, entries, old))
@@ -423,13 +432,13 @@ def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) ->
 def _logits(sinks: mx.array | None) -> mx.array:
     """Attention sinks in float32, at least eight."""
     if sinks is None:
-        return _no_sinks()
+        return _zeros()
     logits = sinks.astype(mx.float32).reshape(-1)
     return logits if logits.size >= 8 else mx.pad(logits, (0, 8 - logits.size))
 
 
 @lru_cache(maxsize=1)
-def _no_sinks() -> mx.array:
+def _zeros() -> mx.array:
     zeros = mx.zeros(8)
     mx.eval(zeros)
     return zeros
@@ -489,7 +498,7 @@ def _sources(
     pager: LayerPager, table: _Table, following: Sequence[Batch]
 ) -> Iterator[tuple[_Stretch, list[mx.array]]]:
     """Each stretch with the page arrays to read: slab and staging of every precision."""
-    slabs = pager.slabs
+    slabs = _slabs(pager)
     staged = pager.stream([s.cold for s in table.stretches if s.cold], following)
     for stretch in table.stretches:
         sources = [array for slab in slabs for array in (slab, slab)]
@@ -504,7 +513,7 @@ def _sources(
                     if k == kind
                 ]
                 pages = np.stack(mine) if len(set(stretch.kinds)) > 1 else rows
-                words = slabs[kind].shape[1]
+                words = stretch.cold[stretch.kinds.index(kind)].nbytes // 4
                 # Copies out of staging.
                 sources[2 * kind + 1] = mx.array(pages.view(np.uint32).reshape(-1, words))
         yield stretch, sources

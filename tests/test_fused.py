@@ -146,6 +146,19 @@ def test_a_number_that_is_used_again_is_another_page() -> None:
     check(cache, queries(4, 1, 64, mx.float16))
 
 
+def test_a_step_of_the_ladder_without_pages() -> None:
+    """Metal takes small arrays from another address space: an empty slab must not be passed."""
+    cache = pagedkv.PagedCache.standalone(1, config(kv="K8V4:5000,K4V4"))
+    launcher = HostLauncher(fetch_ahead=False, target="metal")
+    cache[0]._backend = KernelBackend(launcher)
+    x = mx.array(np.random.default_rng(4).standard_normal((1, 2, 900, 64)).astype(np.float16))
+    cache[0].append(x, x)
+    cache[0]._settle()
+    assert [int(slab.size > 0) for slab in cache[0]._pager.slabs] == [1, 0]
+    for length in (1, 20):
+        check(cache, queries(4, length, 64, mx.float16))
+
+
 def test_what_the_kernels_are_not_made_for_goes_the_composed_way() -> None:
     cache = filled(config(kv="K4V4"), 1000, mx.float16)
     layer = cache[0]
