@@ -30,13 +30,12 @@ from pagedkv.kernels.decode import (
     STAGED,
     SplitPlan,
     attend_splits,
-    group_count,
     merge_splits,
 )
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
-from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, supported
+from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, group_count, supported
 from pagedkv.tiers import HotTokens, LayerPager
 from pagedkv.tiers.reader import Batch
 
@@ -94,6 +93,7 @@ class _Kind:
         causal: whether a query token sees only what is before it.
         has_sinks: whether the model has attention sinks.
         launches: by numbers of splits and of SIMD groups.
+        specs: by whether there is one split, and the SIMD groups; making one reads its text.
     """
 
     rows: int
@@ -101,6 +101,7 @@ class _Kind:
     causal: bool
     has_sinks: bool
     launches: dict[tuple[int, int], Callable[..., mx.array]] = field(default_factory=dict)
+    specs: dict[tuple[bool, int], AttentionSpec] = field(default_factory=dict)
 
 
 class FusedLayer:
@@ -165,12 +166,12 @@ class FusedLayer:
         ):
             table = self._prepare(pager, entries, plan)
         if table.stretches:
-            if not self._works(pager, self._spec(pager, q, kind, plan)):
+            if not self._attend_works(pager, self._spec(pager, q, kind, plan)):
                 return None
             return self._streamed(pager, table, hot, q, kind, sinks, following())
         launch = kind.launches.get((plan.splits, plan.warps))
         if launch is None:
-            if not self._works(pager, self._spec(pager, q, kind, plan)):
+            if not self._attend_works(pager, self._spec(pager, q, kind, plan)):
                 return None
             launch = self._whole(pager, q, kind, plan)
             kind.launches[plan.splits, plan.warps] = launch
@@ -178,15 +179,17 @@ class FusedLayer:
         slabs = _slabs(pager)
         return launch(q, params, table.array, hot.keys, hot.values, _logits(sinks), *slabs)
 
-    def _works(self, pager: LayerPager, spec: AttentionSpec) -> bool:
-        """Whether the kernel passes its self-check; checked once in a process."""
-        if self._launcher.trusted:
-            return True
-        return works(
+    def _attend_works(self, pager: LayerPager, spec: AttentionSpec) -> bool:
+        """Whether the decode kernels pass their self-check."""
+        return self._works(
             spec.attend.name,
             lambda: attend_difference(self._launcher, spec, list(pager.codecs.values())),
             TOLERANCE[mx.bfloat16 if spec.query_bfloat else mx.float16],
         )
+
+    def _works(self, name: str, check: Callable[[], float], tolerance: float) -> bool:
+        """Whether a kernel passes its self-check; checked once in a process."""
+        return self._launcher.trusted or works(name, check, tolerance)
 
     def _whole(
         self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan
@@ -267,9 +270,9 @@ class FusedLayer:
         if hot.keys.dtype not in SIXTEEN or not supported(*_dims(pager)):
             return None
         geometry = pager.codecs[precision].geometry
-        spec = SealSpec(geometry, hot.keys.dtype == mx.bfloat16)
+        spec = _seal_spec(geometry, hot.keys.dtype == mx.bfloat16)
         codec = pager.codecs[precision]
-        if not self._launcher.trusted and not works(
+        if not self._works(
             spec.text.name, lambda: seal_difference(self._launcher, spec, codec), SEAL_TOLERANCE
         ):
             return None
@@ -302,7 +305,7 @@ class FusedLayer:
             return None
         mask = (1 << PRECISION_SHIFT) - 1
         places = [(int(w) >> PRECISION_SHIFT, int(w) & mask, int(n)) for w, n in words]
-        spec = ExpandSpec(
+        spec = _expand_spec(
             tuple(codec.geometry for codec in pager.codecs.values()),
             pager.shape,
             pager.page_tokens,
@@ -310,7 +313,7 @@ class FusedLayer:
             hot.keys.dtype == mx.bfloat16,
         )
         codecs = list(pager.codecs.values())
-        if not self._launcher.trusted and not works(
+        if not self._works(
             spec.text.name,
             lambda: expand_difference(self._launcher, spec, codecs),
             TOLERANCE[dtype],
@@ -335,24 +338,29 @@ class FusedLayer:
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
     def _spec(self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan) -> AttentionSpec:
-        return AttentionSpec(
-            geometries=tuple(codec.geometry for codec in pager.codecs.values()),
-            heads=pager.shape.kv_heads,
-            key_dim=pager.shape.key_dim,
-            value_dim=pager.shape.value_dim,
-            page_tokens=pager.page_tokens,
-            rows=kind.rows,
-            query_tokens=int(q.shape[2]),
-            sequences=1,
-            scale=kind.scale,
-            query_bfloat=q.dtype == mx.bfloat16,
-            hot_bfloat=pager.hot_dtype == mx.bfloat16,
-            causal=kind.causal,
-            final=plan.splits == 1 and not kind.has_sinks,
-            has_sinks=kind.has_sinks,
-            warps=plan.warps,
-            fetch_ahead=self._launcher.fetch_ahead,
-        )
+        """The kernels of a kind of call; made once."""
+        final = plan.splits == 1 and not kind.has_sinks
+        spec = kind.specs.get((final, plan.warps))
+        if spec is None:
+            spec = kind.specs[final, plan.warps] = AttentionSpec(
+                geometries=tuple(codec.geometry for codec in pager.codecs.values()),
+                heads=pager.shape.kv_heads,
+                key_dim=pager.shape.key_dim,
+                value_dim=pager.shape.value_dim,
+                page_tokens=pager.page_tokens,
+                rows=kind.rows,
+                query_tokens=int(q.shape[2]),
+                sequences=1,
+                scale=kind.scale,
+                query_bfloat=q.dtype == mx.bfloat16,
+                hot_bfloat=pager.hot_dtype == mx.bfloat16,
+                causal=kind.causal,
+                final=final,
+                has_sinks=kind.has_sinks,
+                warps=plan.warps,
+                fetch_ahead=self._launcher.fetch_ahead,
+            )
+        return spec
 
     def _prepare(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], plan: SplitPlan
@@ -385,6 +393,11 @@ def _slabs(pager: LayerPager) -> list[mx.array]:
 def _begins_with(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> bool:
     """Whether the very entries of an earlier table come first: a number may be a new page's."""
     return len(entries) >= len(old) and all(map(operator.is_, entries, old))
+
+
+# Making a text reads and hashes it: not for each layer of each chunk.
+_seal_spec = lru_cache(maxsize=64)(SealSpec)
+_expand_spec = lru_cache(maxsize=64)(ExpandSpec)
 
 
 def takes(pager: LayerPager, hot: HotTokens, q: mx.array, scale: float) -> bool:

@@ -127,9 +127,8 @@ class PagedLayerCache:
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
         with self._taken_back_to(self.offset - self._appended):
-            dense = view.dense(
-                view.hot.keys.dtype
-            )  # the hot arrays themselves if there are no pages
+            # The hot arrays themselves if there are no pages.
+            dense = view.dense(view.hot.keys.dtype)
         if not hook.installed():
             return dense
         if not view.entries and known is not None and not self._overflowing():

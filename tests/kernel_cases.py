@@ -14,12 +14,11 @@ from pagedkv.kernels.decode import (
     STAGED,
     SplitPlan,
     attend_splits,
-    group_count,
     merge_splits,
     table_words,
 )
 from pagedkv.kernels.launch import Launcher
-from pagedkv.kernels.source import AttentionSpec
+from pagedkv.kernels.source import AttentionSpec, group_count
 from pagedkv.tiers.codec import FLOAT16_MAX, codec_for
 from tests import reference
 

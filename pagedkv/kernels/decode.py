@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,8 +170,3 @@ def merge_splits(
         [q.dtype],
     )
     return out
-
-
-def group_count(rows: int) -> int:
-    """Row blocks of that many query rows."""
-    return math.ceil(rows / (16 if rows > 8 else 8))

@@ -142,7 +142,7 @@ class AttentionSpec:
     @property
     def row_blocks(self) -> int:
         """Blocks of query rows, each of which reads the pages once: 16 rows, or 8 if that's all."""
-        return math.ceil(self.rows / (16 if self.rows > 8 else 8))
+        return group_count(self.rows)
 
     @cached_property
     def _constants(self) -> Mapping[str, str]:
@@ -287,6 +287,11 @@ def sources_macro(geometries: Sequence[PageGeometry]) -> str:
 def source_names(precisions: int) -> tuple[str, ...]:
     """Names of the page arrays, two for each precision: the slab and what is staged."""
     return tuple(f"{kind}{i}" for i in range(precisions) for kind in _KINDS)
+
+
+def group_count(rows: int) -> int:
+    """Row blocks of that many query rows."""
+    return math.ceil(rows / (16 if rows > 8 else 8))
 
 
 def padding(value_dim: int) -> tuple[int, int]:
