@@ -29,8 +29,11 @@ from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     STAGED,
     SplitPlan,
+    attend_and_merge,
     attend_splits,
+    can_merge,
     merge_splits,
+    new_turns,
 )
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
@@ -83,7 +86,11 @@ class _Table:
     stretches: tuple[_Stretch, ...]
 
 
-@dataclass(frozen=True, eq=False)
+_Launch = Callable[..., tuple[mx.array, mx.array | None]]
+"""All splits and their merge: the output, and the counters for the next launch if it counts."""
+
+
+@dataclass(eq=False)
 class _Kind:
     """Calls that differ in nothing but the sequence's length.
 
@@ -93,15 +100,18 @@ class _Kind:
         causal: whether a query token sees only what is before it.
         has_sinks: whether the model has attention sinks.
         launches: by numbers of splits and of SIMD groups.
-        specs: by whether there is one split, and the SIMD groups; making one reads its text.
+        specs: by whether there is one split, whether one launch does all, and the SIMD groups;
+            making one reads its text.
+        turns: counters for the next launch that merges what it attended.
     """
 
     rows: int
     scale: float
     causal: bool
     has_sinks: bool
-    launches: dict[tuple[int, int], Callable[..., mx.array]] = field(default_factory=dict)
-    specs: dict[tuple[bool, int], AttentionSpec] = field(default_factory=dict)
+    launches: dict[tuple[int, int], _Launch] = field(default_factory=dict)
+    specs: dict[tuple[bool, bool, int], AttentionSpec] = field(default_factory=dict)
+    turns: mx.array | None = None
 
 
 class FusedLayer:
@@ -166,18 +176,24 @@ class FusedLayer:
         ):
             table = self._prepare(pager, entries, plan)
         if table.stretches:
-            if not self._attend_works(pager, self._spec(pager, q, kind, plan)):
+            if not self._attend_works(pager, self._spec(pager, q, kind, plan, False)):
                 return None
             return self._streamed(pager, table, hot, q, kind, sinks, following())
         launch = kind.launches.get((plan.splits, plan.warps))
         if launch is None:
-            if not self._attend_works(pager, self._spec(pager, q, kind, plan)):
+            spec = self._spec(pager, q, kind, plan, self._launcher.together and can_merge(plan))
+            if not self._attend_works(pager, spec):
                 return None
-            launch = self._whole(pager, q, kind, plan)
+            launch = self._whole(spec, plan)
             kind.launches[plan.splits, plan.warps] = launch
+            if kind.turns is None:
+                kind.turns = new_turns(spec)
         params = _params(plan, len(entries), hot.used, hot.keys.shape[2], 0)
-        slabs = _slabs(pager)
-        return launch(q, params, table.array, hot.keys, hot.values, _logits(sinks), *slabs)
+        arrays = (q, params, table.array, hot.keys, hot.values, _logits(sinks))
+        out, turns = launch(*arrays, kind.turns, *_slabs(pager))
+        # Of two launches that nothing else orders, each now has counters of its own.
+        kind.turns = turns if turns is not None else kind.turns
+        return out
 
     def _attend_works(self, pager: LayerPager, spec: AttentionSpec) -> bool:
         """Whether the decode kernels pass their self-check."""
@@ -191,16 +207,13 @@ class FusedLayer:
         """Whether a kernel passes its self-check; checked once in a process."""
         return self._launcher.trusted or works(name, check, tolerance)
 
-    def _whole(
-        self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan
-    ) -> Callable[..., mx.array]:
+    def _whole(self, spec: AttentionSpec, plan: SplitPlan) -> _Launch:
         """All splits and their merge as one function.
 
         It is traced by `mx.compile`, not to be optimized, but because a kernel that is called
         anew builds its whole text again, which takes longer than everything else here.
         """
-        spec = self._spec(pager, q, kind, plan)
-        launcher, splits = self._launcher, plan.splits
+        launcher = self._launcher
 
         def run(
             q: mx.array,
@@ -209,14 +222,17 @@ class FusedLayer:
             keys: mx.array,
             values: mx.array,
             logits: mx.array,
+            turns: mx.array,
             *slabs: mx.array,
-        ) -> mx.array:
+        ) -> tuple[mx.array, mx.array | None]:
             sources = [array for slab in slabs for array in (slab, slab)]
-            hot = (keys, values)
-            out, stats = attend_splits(launcher, spec, plan, q, params, table, hot, sources, splits)
-            if spec.final:
-                return out
-            return merge_splits(launcher, spec, q, out, stats, params, logits)
+            given = (launcher, spec, plan, q, params, table, (keys, values), sources)
+            if spec.together:
+                return attend_and_merge(*given, logits, turns)
+            out, stats = attend_splits(*given, plan.splits)
+            if not spec.final:
+                out = merge_splits(launcher, spec, q, out, stats, params, logits)
+            return out, None
 
         return mx.compile(run) if launcher.traceable else run
 
@@ -232,7 +248,7 @@ class FusedLayer:
     ) -> mx.array:
         """Stretch by stretch, while the next one's cold pages are read."""
         plan = table.plan
-        spec = self._spec(pager, q, kind, plan)
+        spec = self._spec(pager, q, kind, plan, False)
         pages, capacity = len(table.entries), int(hot.keys.shape[2])
         arrays = (hot.keys, hot.values)
         pieces: list[list[mx.array]] = []
@@ -337,12 +353,15 @@ class FusedLayer:
         plan = _plan(pager, len(entries), hot, rows)
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
-    def _spec(self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan) -> AttentionSpec:
+    def _spec(
+        self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan, together: bool
+    ) -> AttentionSpec:
         """The kernels of a kind of call; made once."""
         final = plan.splits == 1 and not kind.has_sinks
-        spec = kind.specs.get((final, plan.warps))
+        key = (final, together and not final, plan.warps)
+        spec = kind.specs.get(key)
         if spec is None:
-            spec = kind.specs[final, plan.warps] = AttentionSpec(
+            spec = kind.specs[key] = AttentionSpec(
                 geometries=tuple(codec.geometry for codec in pager.codecs.values()),
                 heads=pager.shape.kv_heads,
                 key_dim=pager.shape.key_dim,
@@ -356,6 +375,7 @@ class FusedLayer:
                 hot_bfloat=pager.hot_dtype == mx.bfloat16,
                 causal=kind.causal,
                 final=final,
+                together=together and not final,
                 has_sinks=kind.has_sinks,
                 warps=plan.warps,
                 fetch_ahead=self._launcher.fetch_ahead,
@@ -416,24 +436,17 @@ def _dims(pager: LayerPager) -> tuple[int, int]:
 
 
 def _plan(pager: LayerPager, pages: int, hot: int, rows: int) -> SplitPlan:
-    # In steps, so that a plan lasts.
     return _choose(
         pages,
-        -(-hot // 64) * 64,
-        pager.shape.kv_heads,
-        rows,
+        -(-hot // 64) * 64,  # in steps, so that a plan lasts
+        pager.shape.kv_heads * group_count(rows),
         pager.page_tokens,
         pager.pages_per_run,
     )
 
 
 # The layers of a model ask the same of these, step by step.
-@lru_cache(maxsize=64)
-def _choose(
-    pages: int, hot: int, heads: int, rows: int, page_tokens: int, pages_per_run: int
-) -> SplitPlan:
-    parallel = heads * group_count(rows)
-    return SplitPlan.choose(pages, hot, parallel, page_tokens, pages_per_run)
+_choose = lru_cache(maxsize=64)(SplitPlan.choose)
 
 
 @lru_cache(maxsize=64)

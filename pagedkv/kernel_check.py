@@ -15,7 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import KVShape
-from pagedkv.kernels.decode import SplitPlan, attend_splits, merge_splits, table_words
+from pagedkv.kernels.decode import (
+    SplitPlan,
+    attend_and_merge,
+    attend_splits,
+    merge_splits,
+    new_turns,
+    table_words,
+)
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
@@ -83,7 +90,8 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
         keys.append(codec.keys(page, mx.float32).swapaxes(2, 3))
         values.append(codec.values(page, mx.float32))
     hot_keys, hot_values = _numbers(mx.random.key(8), spec, CAPACITY, spec.value_dim)
-    order = [(kind, slot) for kind in range(len(codecs)) for slot in (1, 0)]
+    # Often enough that groups of splits are merged as well.
+    order = [(kind, slot) for kind in range(len(codecs)) for slot in (1, 0)] * 3
     valid = [spec.page_tokens] * (len(order) - 1) + [LAST_PAGE]
     places = [(*place, n) for place, n in zip(order, valid, strict=True)]
     dense = [
@@ -102,11 +110,13 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     plan = _small_plan(spec, len(places))
     words = plan.params(len(places), HOT, CAPACITY, len(places))
     params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
-    out, stats = attend_splits(
-        launcher, spec, plan, q, params, table, (hot_keys, hot_values), records, plan.splits
-    )
-    if not spec.final:
-        out = merge_splits(launcher, spec, q, out, stats, params, sinks)
+    given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), records)
+    if spec.together:
+        out, _ = attend_and_merge(*given, sinks, new_turns(spec))
+    else:
+        out, stats = attend_splits(*given, plan.splits)
+        if not spec.final:
+            out = merge_splits(launcher, spec, q, out, stats, params, sinks)
     expected = _attention(spec, q, dense[0], dense[1], sinks)
     return _difference(out, expected)
 
@@ -115,7 +125,8 @@ def _small_plan(spec: AttentionSpec, pages: int) -> SplitPlan:
     groups = spec.page_tokens // 64
     if spec.final:
         return SplitPlan(pages * groups, 1, 128, 0, 1, spec.warps)
-    return SplitPlan(groups, pages, 64, pages, pages + math.ceil(HOT / 64), spec.warps)
+    tiles = pages * groups
+    return SplitPlan(1, tiles, 64, tiles, tiles + math.ceil(HOT / 64), spec.warps)
 
 
 def _numbers(

@@ -13,8 +13,10 @@ from pagedkv.allocator import KVShape, Precision
 from pagedkv.kernels.decode import (
     STAGED,
     SplitPlan,
+    attend_and_merge,
     attend_splits,
     merge_splits,
+    new_turns,
     table_words,
 )
 from pagedkv.kernels.launch import Launcher
@@ -45,6 +47,7 @@ class Case:
     hot_dtype: mx.Dtype = mx.float16
     sinks: bool = False
     final: bool = False
+    together: bool = False
     warps: int = 4
 
     @property
@@ -71,6 +74,7 @@ class Case:
             hot_bfloat=self.hot_dtype == mx.bfloat16,
             causal=True,
             final=self.final,
+            together=self.together,
             has_sinks=self.sinks,
             warps=self.warps,
             fetch_ahead=fetch_ahead,
@@ -273,7 +277,15 @@ def attend(
     sinks: mx.array,
     launches: int,
 ) -> mx.array:
-    """Both kernels, the first in several launches if asked."""
+    """Everything in one launch, or both kernels, the first in several launches if asked."""
+    arrays = ((hot[0], hot[1]), sources)
+    if spec.together and launches == 1:
+        words = mx.array(params, mx.uint32).reshape(-1)
+        zeros = new_turns(spec)
+        out, turns = attend_and_merge(launcher, spec, plan, q, words, table, *arrays, sinks, zeros)
+        assert not turns.any(), "the counters of the next launch do not begin at zero"
+        return out
+    spec = replace(spec, together=False)
     parts = []
     each = -(-plan.splits // launches)
     for first in range(0, plan.splits, each):
@@ -286,8 +298,7 @@ def attend(
                 q,
                 mx.array(words, mx.uint32).reshape(-1),
                 table,
-                (hot[0], hot[1]),
-                sources,
+                *arrays,
                 min(each, plan.splits - first),
             )
         )

@@ -94,7 +94,7 @@ def program(text: KernelText) -> Path:
 class SanitizedLauncher:
     """Runs each launch as a program under one of compute-sanitizer's tools."""
 
-    fetch_ahead, traceable, trusted = True, False, True
+    fetch_ahead, together, traceable, trusted = True, True, False, True
 
     def __init__(self, tool: str) -> None:
         self._tool = tool
@@ -159,7 +159,8 @@ def build() -> None:
     texts = {}
     for case in SANITIZED:
         spec = case.spec(fetch_ahead=True)
-        texts |= {t.name: t for t in ((spec.attend,) if spec.final else (spec.attend, spec.merge))}
+        alone = spec.final or spec.together
+        texts |= {t.name: t for t in ((spec.attend,) if alone else (spec.attend, spec.merge))}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path in pool.map(program, texts.values()):
             print(path)

@@ -37,18 +37,24 @@ BF16 = {"dtype": mx.bfloat16, "hot_dtype": mx.bfloat16}
 SPLIT = [
     (AHEAD, Case(SQUARES[0], key_dim=64, repeats=1)),
     (WHERE_IT_IS, Case(SQUARES[1], key_dim=64, repeats=3, length=5, batch=2)),
-    (AHEAD, Case(SQUARES[1], key_dim=80, repeats=2, length=2, sinks=True)),
+    (AHEAD, Case(SQUARES[1], key_dim=80, repeats=2, length=2, sinks=True, together=True)),
     (WHERE_IT_IS, Case(SQUARES[2], key_dim=80, repeats=4, **BF16)),
-    (AHEAD, Case(SQUARES[2], key_dim=96, repeats=6, batch=3, hot_dtype=mx.bfloat16)),
+    (AHEAD, Case(SQUARES[2], key_dim=96, repeats=6, batch=3, hot_dtype=mx.bfloat16, together=True)),
     (WHERE_IT_IS, Case(SQUARES[3], key_dim=96, heads=1, repeats=6, length=3, sinks=True)),
-    (AHEAD, Case(SQUARES[3], heads=1, page_tokens=512, warps=8)),
+    (AHEAD, Case(SQUARES[3], heads=1, page_tokens=512, warps=8, together=True)),
     (WHERE_IT_IS, Case(SQUARES[0], repeats=8, heads=3)),
     (AHEAD, Case(EIGHT, repeats=16, heads=1, **BF16)),
     (AHEAD, Case(SQUARES[0], key_dim=192, heads=1, repeats=8, length=2)),
     (WHERE_IT_IS, Case(SQUARES[3], key_dim=192, heads=1, repeats=1, length=7, dtype=mx.bfloat16)),
-    (AHEAD, Case(SQUARES[1], key_dim=256, heads=1, repeats=2, length=4, warps=2, **BF16)),
+    (
+        AHEAD,
+        Case(SQUARES[1], key_dim=256, heads=1, repeats=2, length=4, warps=2, together=True, **BF16),
+    ),
     (WHERE_IT_IS, Case(SQUARES[2], key_dim=256, heads=1, repeats=16, sinks=True)),
-    (AHEAD, Case(SQUARES[3], key_dim=192, value_dim=128, heads=1, repeats=16, length=8)),
+    (
+        AHEAD,
+        Case(SQUARES[3], key_dim=192, value_dim=128, heads=1, repeats=16, length=8, together=True),
+    ),
     (WHERE_IT_IS, Case(SQUARES[1], key_dim=64, value_dim=96, repeats=4, length=8, warps=8)),
 ]
 WHOLE = [
@@ -66,6 +72,7 @@ RUNS = [
     Run(pages=(2, 3), hot=(256, 257, 8), valid=(0, 64), tiles=8, kind="ramp", launches=2),
     Run(pages=(4, 1), hot=(257, 9), valid=(255, 0, 63), tiles=0, spare=0, kind="huge"),
     Run(pages=(0, 2), hot=(64, 8), spare=0, hot_per_split=128),
+    Run(pages=(3, 1), hot=(70,), valid=(0, 65), tiles=1),  # more splits than are merged at once
 ]
 BORDERS = [
     Run(pages=(pages,), hot=(hot,), valid=valid, tiles=tiles, hot_per_split=256, spare=spare)
@@ -115,7 +122,8 @@ def test_lengths_around_every_border_in_one_split() -> None:
 def test_splits_of_large_pages() -> None:
     """Splits that are parts of a page, and splits in which nothing is visible at all."""
     ahead, case = LONG
-    runs = [
+    many = Run(pages=(5,), hot=(70,), valid=(0, 1000), tiles=1)  # more than one round of merging
+    runs = [many] + [
         Run(pages=(2,), hot=(hot,), valid=valid, tiles=tiles, hot_per_split=256, kind=kind)
         for hot, valid, tiles, kind in (
             (6, (1, 0), 4, "plain"),
@@ -128,11 +136,15 @@ def test_splits_of_large_pages() -> None:
     check(HostLauncher(ahead), case, runs)
 
 
-def test_where_pages_are_changes_no_bit() -> None:
+@pytest.mark.parametrize("tiles", [8, 1])
+def test_where_pages_are_changes_no_bit(tiles: int) -> None:
+    """Nor does who merges: the launch that attends, or another one after several."""
     ahead, case = BORDER
-    run = Run(pages=(6,), hot=(70,), tiles=8, seed=3)
+    together = replace(case, together=True)
+    run = Run(pages=(6,), hot=(70,), tiles=tiles, seed=3)
     made = [outputs(HostLauncher(ahead), case, replace(run, places=i))[0] for i in range(3)]
     made.append(outputs(HostLauncher(ahead), case, replace(run, launches=3))[0])
+    made.append(outputs(HostLauncher(ahead), together, run)[0])
     words = [np.asarray(x.view(mx.uint16)) for x in made]
     assert all((x == words[0]).all() for x in words)
 
@@ -169,7 +181,11 @@ MISTAKES = {
         "tokens - (QUERY_TOKENS - 1 - query)",
         "tokens - (QUERY_TOKENS - 2 - query)",
     ),
-    "hot keys beyond the end": ("attend.h", "least(8 * at.g + 2 * m, last)", "(8 * at.g + 2 * m)"),
+    "hot keys beyond the end": (
+        "attend.h",
+        "least(2 * (HOT_BLOCKS * at.g + m), last)",
+        "2 * (HOT_BLOCKS * at.g + m)",
+    ),
     "no barrier before scales are overwritten": (
         "attend.h",
         "Tile following = take_tile(tiles, table); simd_barrier();",
@@ -191,7 +207,21 @@ MISTAKES = {
     "staging is taken for the slab": ("layout.h", ">> 31 ? staged", ">> 31 ? source"),
     "three bytes across two words": ("page.h", "shift > 8 ?", "shift > 16 ?"),
     "sinks weigh too little": ("merge.h", "sink - peak + 15.0f", "sink - peak"),
-    "no barrier in the last merge": ("merge.h", "barrier(); total =", "total ="),
+    "no barrier before groups are merged": ("merge.h", "barrier(); if (4 * me", "if (4 * me"),
+    "a split is merged twice": ("merge.h", "j < count ? exp2_fast", "j <= count ? exp2_fast"),
+}
+MISTAKES_TOGETHER = {
+    "the last but one merges": ("together.h", "shared[0] == count - 1", "shared[0] == count - 2"),
+    "everyone merges": ("together.h", "shared[0] == count - 1", "shared[0] < count"),
+    "heads share their counters": ("together.h", "* ROW_GROUPS) + head_block)", "* ROW_GROUPS))"),
+    "the next counters are not zero": ("together.h", "store(next_turns, turn + i, 0)", "(void)i"),
+    "no barrier before counting": ("together.h", "barrier(); if (thread == 0)", "if (thread == 0)"),
+    "no barrier after counting": ("together.h", "barrier(); return", "return"),
+    "groups begin one split late": (
+        "together.h",
+        "first = mine * MERGE_GROUP",
+        "first = mine * MERGE_GROUP + 1",
+    ),
 }
 SMALL = Case(("K4V3",), heads=1, key_dim=64, repeats=2, length=2, sinks=True)
 SMALL_RUNS = [
@@ -199,6 +229,10 @@ SMALL_RUNS = [
     Run(pages=(1,), hot=(5,), valid=(65,), spare=0),
     Run(pages=(1,), hot=(65,), valid=(64,), hot_per_split=64),  # one query sees none
 ]
+
+
+SMALL_TOGETHER = replace(SMALL, heads=2, together=True)
+SMALL_RUNS_TOGETHER = [Run(pages=(3,), hot=(70,), valid=(0, 65), tiles=1, spare=0)]
 
 
 def plant(mistake: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +260,23 @@ def test_mistakes_are_noticed(
         check(HostLauncher(AHEAD), SMALL, SMALL_RUNS)
 
 
+def test_the_small_case_is_right_in_one_launch() -> None:
+    check(HostLauncher(AHEAD), SMALL_TOGETHER, SMALL_RUNS_TOGETHER)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_TOGETHER.values(), ids=MISTAKES_TOGETHER.keys())
+def test_mistakes_in_one_launch_are_noticed(
+    mistake: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(mistake, tmp_path / "kernels", monkeypatch)
+    with pytest.raises(AssertionError):
+        check(HostLauncher(AHEAD), SMALL_TOGETHER, SMALL_RUNS_TOGETHER)
+
+
 @pytest.mark.parametrize(
     ("ahead", "case"),
     [
-        (AHEAD, Case(("K3V4", "K8V2", "fp16"), heads=1, repeats=3)),
+        (AHEAD, Case(("K3V4", "K8V2", "fp16"), heads=1, repeats=3, together=True)),
         (
             WHERE_IT_IS,
             Case(("K4V3",), heads=1, key_dim=80, repeats=2, length=2, sinks=True, batch=2),
@@ -263,9 +310,10 @@ extern "C" __global__ void kernel({parameters}) {{
     ("case", "spills"),
     [
         (Case(("K4V4",), heads=8, repeats=4), False),
+        (Case(("K4V4",), heads=8, repeats=4, together=True), False),
         (Case(("K4V4",), heads=8, repeats=8), False),
         (Case(LADDER, heads=8, repeats=4), False),
-        (Case(LADDER, heads=8, repeats=8), False),
+        (Case(LADDER, heads=8, repeats=8, together=True), False),
         (Case(("K3V2",), key_dim=256, repeats=8, length=2, **BF16), True),
         (Case(SQUARES[0], key_dim=80, repeats=3, final=True, sinks=True), True),
     ],

@@ -8,6 +8,7 @@
 // key biases are a product of their own, the same for all tokens of the tile.
 //
 // Lane (g, t) holds token 8g + j of a tile in its j-th score, and the query rows 2t and 2t + 1.
+// Hot tokens come in smaller tiles, of HOT_TILE.
 
 CONSTANT int STEPS = KEY_DIM / 16;
 CONSTANT int ROW_BLOCKS = ROWS > 8 ? 2 : 1;
@@ -15,6 +16,8 @@ CONSTANT int UNITS = PADDED_VALUE_DIM / 8;
 CONSTANT int LANE_UNITS = (UNITS + 7) / 8;  // units of eight channels that one lane holds
 // 16-bit pages store no padded channels.
 CONSTANT int ROW_UNITS = VALUE_DIM / 8;
+// Hot tokens that a SIMD group takes at once: few, for all their loads are under way together.
+CONSTANT int HOT_BLOCKS = HOT_TILE / 16;
 
 // Shared memory, in words: queries; per SIMD group the scales of its tile and, where tiles are
 // fetched ahead, its codes; statistics. The merge at the end takes the words before the statistics
@@ -215,9 +218,9 @@ FN void score_page(Place at, THREAD Scores& scores, SHARED queries, SHARED meta,
 
 // Hot keys: rows of 16-bit channels. Rows past the end read the last one; they are masked later.
 FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, int last) {
-  UNROLL for (int m = 0; m < 4; m++) {
-    int row0 = least(8 * at.g + 2 * m, last) * (KEY_DIM / 2);
-    int row1 = least(8 * at.g + 2 * m + 1, last) * (KEY_DIM / 2);
+  UNROLL for (int m = 0; m < HOT_BLOCKS; m++) {
+    int row0 = least(2 * (HOT_BLOCKS * at.g + m), last) * (KEY_DIM / 2);
+    int row1 = least(2 * (HOT_BLOCKS * at.g + m) + 1, last) * (KEY_DIM / 2);
     UNROLL for (int step = 0; step < STEPS; step++) {
       Words2 x = load2(keys, row0 + 8 * step + 2 * at.t), y = load2(keys, row1 + 8 * step + 2 * at.t);
       if constexpr (HOT_BFLOAT) {
@@ -236,21 +239,22 @@ FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, 
 // Weights carry a factor 2^15: float16 then resolves them down to 2^-39 of the largest.
 // Differences of scores come before their scaling: a compiler may fuse a product and a difference,
 // and what is left of two equal large products is then no zero.
+template <int BLOCKS>
 FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, THREAD const int (&limit)[ROW_BLOCKS][2],
                 bool all_visible) {
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
     UNROLL for (int r = 0; r < 2; r++) {
       if (!all_visible) {
-        UNROLL for (int m = 0; m < 4; m++)
+        UNROLL for (int m = 0; m < BLOCKS; m++)
           UNROLL for (int h = 0; h < 2; h++)
-            if (8 * at.g + 2 * m + h >= limit[b][r]) scores.s[b][m][2 * h + r] = 2 * LOWEST;
+            if (2 * (BLOCKS * at.g + m) + h >= limit[b][r]) scores.s[b][m][2 * h + r] = 2 * LOWEST;
       }
       float peak = LOWEST;
-      UNROLL for (int m = 0; m < 4; m++)
+      UNROLL for (int m = 0; m < BLOCKS; m++)
         UNROLL for (int h = 0; h < 2; h++) peak = max_of(peak, scores.s[b][m][2 * h + r]);
       peak = max_of(state.peak[b][r], max_over_rows(peak));
       float keep = exp2_fast((state.peak[b][r] - peak) * SCALE_LOG2E), sum = 0;
-      UNROLL for (int m = 0; m < 4; m++)
+      UNROLL for (int m = 0; m < BLOCKS; m++)
         UNROLL for (int h = 0; h < 2; h++) {
           float p = exp2_fast((scores.s[b][m][2 * h + r] - peak) * SCALE_LOG2E + 15.0f);
           scores.s[b][m][2 * h + r] = p;
@@ -316,18 +320,26 @@ FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state,
   }
 }
 
-FN void weigh_hot(Place at, THREAD const Scores& scores, THREAD Softmax& state, BUFFER values, int last) {
+struct HotValues {
+  Unit units[HOT_BLOCKS][LANE_UNITS][4];
+};
+
+FN void load_hot(Place at, THREAD HotValues& hot, BUFFER values, int last) {
   int first = at.g * LANE_UNITS < ROW_UNITS ? at.g * LANE_UNITS : 0;
-  UNROLL for (int m = 0; m < 4; m++) {
+  UNROLL for (int m = 0; m < HOT_BLOCKS; m++)
+    UNROLL for (int w = 0; w < LANE_UNITS; w++)
+      UNROLL for (int h = 0; h < 4; h++) {
+        int token = least(2 * (HOT_BLOCKS * (2 * at.t + (h & 1)) + m) + (h >> 1), last);
+        hot.units[m][w][h] = load_unit<16>(values, token * (VALUE_DIM / 2), least(first + w, ROW_UNITS - 1));
+      }
+}
+
+FN void weigh_hot(THREAD const Scores& scores, THREAD Softmax& state, THREAD const HotValues& hot) {
+  UNROLL for (int m = 0; m < HOT_BLOCKS; m++) {
     u32 p[ROW_BLOCKS][2];
     weights(scores, m, p);
     UNROLL for (int w = 0; w < LANE_UNITS; w++) {
-      int unit = least(first + w, ROW_UNITS - 1);
-      Unit units[4];
-      UNROLL for (int h = 0; h < 4; h++) {
-        int token = least(16 * at.t + 2 * m + (h >> 1) + 8 * (h & 1), last);
-        units[h] = load_unit<16>(values, token * (VALUE_DIM / 2), unit);
-      }
+      THREAD const Unit(&units)[4] = hot.units[m][w];
       u32 x[8], y[8];
       unpack<16, HOT_BFLOAT>(units[0], units[1], x);
       unpack<16, HOT_BFLOAT>(units[2], units[3], y);
@@ -390,7 +402,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
 #undef DO
     int limit[ROW_BLOCKS][2];
     UNROLL for (int b = 0; b < ROW_BLOCKS; b++) limit[b][0] = limit[b][1] = tile.valid;
-    softmax(at, scores, state, limit, tile.valid >= 64);
+    softmax<4>(at, scores, state, limit, tile.valid >= 64);
     Tile current = tile;
     tile = following;
     simd_barrier();
@@ -427,10 +439,12 @@ FN void hot_tile(Place at, THREAD Softmax& state, SHARED queries, BUFFER keys, B
       int query = (first_row + 8 * b + 2 * at.t + r) % QUERY_TOKENS;
       limit[b][r] = CAUSAL ? tokens - (QUERY_TOKENS - 1 - query) : tokens;
     }
-  int last = least(tokens, 64) - 1;
+  int last = least(tokens, HOT_TILE) - 1;
+  HotValues hot;
+  load_hot(at, hot, values, last);  // on their way while keys are scored
   score_hot(at, scores, queries, keys, last);
-  softmax(at, scores, state, limit, tokens - (CAUSAL ? QUERY_TOKENS - 1 : 0) >= 64);
-  weigh_hot(at, scores, state, values, last);
+  softmax<HOT_BLOCKS>(at, scores, state, limit, tokens - (CAUSAL ? QUERY_TOKENS - 1 : 0) >= HOT_TILE);
+  weigh_hot(scores, state, hot);
 }
 
 // Where output element (w, i, e) of lane (g, t) lies during the merge: lanes side by side.
@@ -499,40 +513,55 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
 }
 
 // Grid: x splits, y KV heads times row blocks, z sequences of the batch.
+struct Group {
+  int split, head, sequence, first_row;
+};
+FN Group group_at(u32 split, u32 head_block, u32 sequence) {
+  return {int(split), int(head_block % HEADS), int(sequence), int(head_block / HEADS) * (8 * ROW_BLOCKS)};
+}
+// Which row of a split's partial outputs is the threadgroup's first, and how many it has.
+FN int row_at(Group group) { return (group.sequence * HEADS + group.head) * ROWS + group.first_row; }
+FN int rows_of(Group group) { return least(ROWS - group.first_row, 8 * ROW_BLOCKS); }
+
 // params, 16 words per sequence: pages, hot tokens, tiles per split, splits that have pages, hot
 // capacity, hot tokens per split, pages per row of the table, splits, first split that has hot
 // tokens, first split of this launch.
 // table, two words per page: slot | precision << 28 | staged << 31, valid tokens.
-FN void attend_pages(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
-                     BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER),
-                     OUTPUT partial, OUTPUT stats) {
+FN void attend_split(u32 lane, u32 warp, Group group, SHARED shared, BUFFER q, BUFFER params, BUFFER table,
+                     BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER), OUTPUT partial, OUTPUT stats) {
   Place at = {int(lane), int(warp), int(FRAGMENT_ROW(lane)), int(FRAGMENT_PAIR(lane))};
-  int head = head_block % HEADS, first_row = head_block / HEADS * (8 * ROW_BLOCKS);
-  int head_row = sequence * HEADS + head, fixed = 16 * sequence;
-  int number = split + load(params, fixed + 9);
+  int head_row = group.sequence * HEADS + group.head, fixed = 16 * group.sequence;
+  int number = group.split + load(params, fixed + 9);
   int pages = load(params, fixed), hot = load(params, fixed + 1), per_split = load(params, fixed + 2);
   int page_splits = load(params, fixed + 3), capacity = load(params, fixed + 4);
   int hot_per_split = load(params, fixed + 5), stride = load(params, fixed + 6);
   int first_hot_split = load(params, fixed + 8);
-  stage_queries(at, shared, q, first_row, head_row * ROWS);
+  stage_queries(at, shared, q, group.first_row, head_row * ROWS);
   barrier();
   Softmax state = {};
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++) state.peak[b][0] = state.peak[b][1] = LOWEST;
   SHARED meta = shared + QUERY_WORDS + at.warp * GROUP_WORDS;
   if (number < page_splits) {
     int first = number * per_split;
-    Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * int(sequence) * stride};
-    page_tiles(at, state, shared, meta, head, tiles, table SOURCES(SOURCE_ARGUMENT));
+    Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * group.sequence * stride};
+    page_tiles(at, state, shared, meta, group.head, tiles, table SOURCES(SOURCE_ARGUMENT));
   }
   if (number >= first_hot_split) {
     int first = (number - first_hot_split) * hot_per_split, stop = least(first + hot_per_split, hot);
-    for (int token = first + 64 * at.warp; token < stop; token += 64 * WARPS) {
+    for (int token = first + HOT_TILE * at.warp; token < stop; token += HOT_TILE * WARPS) {
       u64 row = u64(head_row) * capacity + token;
       hot_tile(at, state, shared, hot_keys + row * (KEY_DIM / 2), hot_values + row * (VALUE_DIM / 2), hot - token,
-               first_row);
+               group.first_row);
     }
   }
-  int rows = least(ROWS - first_row, 8 * ROW_BLOCKS);
-  u64 row0 = (u64(split) * SEQUENCES * HEADS + head_row) * ROWS + first_row;
-  finish(at, state, shared, partial, stats, row0, rows);
+  u64 row0 = u64(group.split) * (SEQUENCES * HEADS * ROWS) + row_at(group);
+  finish(at, state, shared, partial, stats, row0, rows_of(group));
+}
+
+// The kernel where another one merges.
+FN void attend_pages(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
+                     BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER),
+                     OUTPUT partial, OUTPUT stats) {
+  attend_split(lane, warp, group_at(split, head_block, sequence), shared, q, params, table, hot_keys,
+               hot_values SOURCES(SOURCE_ARGUMENT), partial, stats);
 }

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from pagedkv.kernels.launch import Launcher
-from pagedkv.kernels.source import LANES, MERGE_WARPS, AttentionSpec
+from pagedkv.kernels.source import LANES, MERGE_GROUP, MERGE_GROUPS, MERGE_WARPS, AttentionSpec
 
 GROUPS_WANTED = 396
 """Threadgroups that run at once on a large GPU: three on each of an H100's 132 multiprocessors."""
 
-HOT_PER_SPLIT = 256
-"""Hot tokens of a split: in bytes about what two 4-bit pages have."""
+HOT_PER_SPLIT = 128
+"""Hot tokens of a split: a few tiles for each SIMD group."""
+
+WARPS = 4
+"""SIMD groups of a threadgroup that attends."""
 
 PARAMS = 16
 LEAST_WORDS = 8
@@ -48,7 +51,12 @@ class SplitPlan:
 
     @classmethod
     def choose(
-        cls, pages: int, hot: int, parallel: int, page_tokens: int, pages_per_run: int
+        cls,
+        pages: int,
+        hot: int,
+        parallel: int,
+        page_tokens: int,
+        pages_per_run: int,
     ) -> SplitPlan:
         """Fill the GPU in as few rounds as possible, each of them full.
 
@@ -62,17 +70,18 @@ class SplitPlan:
         groups = page_tokens // 64
         tiles = pages * groups
         hot_splits = -(-hot // HOT_PER_SPLIT)
-        if tiles + -(-hot // 64) <= 16:
-            warps = 8 if tiles > 4 else 4
-            return cls(max(1, tiles), 1, max(64, hot), 0, 1, warps)
-        per_split = 4
+        if tiles + -(-hot // 64) <= WARPS:
+            return cls(max(1, tiles), 1, max(64, hot), 0, 1, WARPS)
+        per_split = WARPS
         at_once = max(1, GROUPS_WANTED // parallel)
-        if tiles > 4 * at_once:
+        if tiles > per_split * at_once:
             rounds = -(-tiles // (at_once * pages_per_run * groups))
             per_split = -(-pages // max(1, rounds * at_once - hot_splits)) * groups
             per_split = min(per_split, pages_per_run * groups)
         page_splits = -(-tiles // per_split)
-        return cls(per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, 4)
+        return cls(
+            per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, WARPS
+        )
 
     def params(self, pages: int, hot: int, capacity: int, stride: int, first: int = 0) -> list[int]:
         """The words that the kernels read, for one sequence.
@@ -132,7 +141,7 @@ def attend_splits(
         ``[splits, sequences * kv_heads * rows, value_dim]`` and their peaks and totals
         ``[splits, sequences * kv_heads * rows, 2]``, float32.
     """
-    rows = spec.sequences * spec.heads * spec.rows
+    rows = _rows(spec)
     if spec.final:
         shapes: list[tuple[int, ...]] = [(*q.shape[:3], spec.value_dim), (1,)]
         dtypes = [q.dtype, mx.float32]
@@ -147,6 +156,67 @@ def attend_splits(
         shapes,
         dtypes,
     )
+
+
+def attend_and_merge(
+    launcher: Launcher,
+    spec: AttentionSpec,
+    plan: SplitPlan,
+    q: mx.array,
+    params: mx.array,
+    table: mx.array,
+    hot: tuple[mx.array, mx.array],
+    sources: Sequence[mx.array],
+    sinks: mx.array,
+    turns: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Everything in one launch.
+
+    Args:
+        launcher: where.
+        spec: of the kernel, with `together`.
+        plan: of the splits; `can_merge` tells whether there are few enough.
+        q: ``[sequences, query_heads, L, key_dim]``.
+        params: see `attend_splits`.
+        table: likewise.
+        hot: likewise.
+        sources: likewise.
+        sinks: float32, the model's attention sinks, at least eight numbers.
+        turns: uint32, zeros: `new_turns`, or what the launch before returned. The kernel counts in
+            it; no two launches may be given the same.
+
+    Returns:
+        The output, ``[…, L, value_dim]`` like q, and the counters for the next launch.
+    """
+    groups = -(-plan.splits // MERGE_GROUP)
+    scratch = (plan.splits + groups) * _rows(spec) * (spec.value_dim + 2)
+    out, _, following = launcher.launch(
+        spec.attend,
+        [q, params, table, *hot, *sources, sinks, turns],
+        (plan.splits, spec.heads * spec.row_blocks, spec.sequences),
+        LANES * plan.warps,
+        [(*q.shape[:3], spec.value_dim), (scratch,), (_turn_words(spec),)],
+        [q.dtype, mx.float32, mx.uint32],
+    )
+    return out, following
+
+
+def can_merge(plan: SplitPlan) -> bool:
+    """Whether a launch can merge so many splits itself."""
+    return plan.splits <= MERGE_GROUP * MERGE_GROUPS
+
+
+def new_turns(spec: AttentionSpec) -> mx.array:
+    """Counters for the first of a chain of launches."""
+    return mx.zeros(_turn_words(spec), mx.uint32)
+
+
+def _turn_words(spec: AttentionSpec) -> int:
+    return spec.sequences * spec.heads * spec.row_blocks * (MERGE_GROUPS + 1)
+
+
+def _rows(spec: AttentionSpec) -> int:
+    return spec.sequences * spec.heads * spec.rows
 
 
 def merge_splits(
@@ -164,7 +234,7 @@ def merge_splits(
     (out,) = launcher.launch(
         spec.merge,
         [partial, stats, params, sinks],
-        (spec.sequences * spec.heads * spec.rows, 1, 1),
+        (_rows(spec), 1, 1),
         LANES * MERGE_WARPS,
         [(*q.shape[:3], spec.value_dim)],
         [q.dtype],

@@ -17,11 +17,14 @@ class Launcher(Protocol):
 
     Attributes:
         fetch_ahead: whether tiles go to threadgroup memory while others are worked on.
+        together: whether a threadgroup can tell that it is the last one, and see what others have
+            stored. Metal has no such fence before version 3.2.
         traceable: whether `mx.compile` can trace a launch.
         trusted: whether kernels are used without a self-check.
     """
 
     fetch_ahead: bool
+    together: bool
     traceable: bool
     trusted: bool
 
@@ -55,7 +58,7 @@ class DeviceLauncher:
 
     def __init__(self) -> None:
         self.target = "metal" if mx.metal.is_available() else "cuda"
-        self.fetch_ahead = self.target == "cuda"
+        self.fetch_ahead = self.together = self.target == "cuda"
         self.traceable = True
         self.trusted = False
         self._kernels: dict[str, Callable[..., list[mx.array]]] = {}

@@ -36,6 +36,31 @@ FN Words4 load4(BUFFER p, int i) {
 FN void store(OUTPUT p, u64 i, u32 x) { p[i] = x; }
 FN void store16(OUTPUT p, u64 i, u32 x) { ((unsigned short*)p)[i] = (unsigned short)x; }
 
+// What other threadgroups of the same launch have stored: read past the caches of this one.
+struct Fresh {
+  const u32* p;
+};
+FN Words2 load2(Fresh m, int i) {
+  Words2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(m.p + i) : "memory");
+  return v;
+}
+FN Words4 load4(Fresh m, int i) {
+  Words4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(m.p + i)
+               : "memory");
+  return v;
+}
+// How many threadgroups came here before. What they had stored before their barrier is visible after
+// this one's next barrier.
+FN u32 arrive(BUFFER turns, u32 i) {
+  __threadfence();
+  u32 before = atomicAdd((u32*)turns + i, 1u);
+  __threadfence();
+  return before;
+}
 
 // Tiles go to shared memory while others are worked on.
 struct Staged {

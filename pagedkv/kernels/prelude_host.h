@@ -38,6 +38,10 @@ FN void store16(const OUTPUT& p, u64 i, u32 x) {
   *word = (*word & ~(0xffffu << shift)) | ((x & 0xffff) << shift);
 }
 
+// Threadgroups run one after the other, in any order.
+typedef BUFFER Fresh;
+FN u32 arrive(const BUFFER& turns, u32 i) { return (*turns.at(i, 1, 1))++; }
+
 // Fetching ahead: what is read too early or overwritten too early is noticed.
 struct Staged {
   emulator::SharedWords p;

@@ -29,6 +29,15 @@ SHARED_LIMIT = 32 * 1024
 MERGE_WARPS = 8
 """SIMD groups of a threadgroup that merges."""
 
+MERGE_GROUP = 8
+"""Splits that are merged together, before their groups are."""
+
+MERGE_GROUPS = 64
+"""Groups of splits that a launch can merge itself, at most."""
+
+HOT_TILE = 16
+"""Hot tokens that a SIMD group attends at once."""
+
 LANES = 32
 """Lanes of a SIMD group (Metal) or warp (CUDA)."""
 
@@ -117,6 +126,7 @@ class AttentionSpec:
         hot_bfloat: whether hot tokens and 16-bit pages are bfloat16, else float16.
         causal: whether query tokens see only what is before them.
         final: whether there is one split, so that the output needs no merging.
+        together: whether the launch that attends merges as well.
         has_sinks: whether the model has attention sinks.
         warps: SIMD groups of a threadgroup.
         fetch_ahead: whether tiles are copied to threadgroup memory while others are worked on.
@@ -135,6 +145,7 @@ class AttentionSpec:
     hot_bfloat: bool
     causal: bool
     final: bool
+    together: bool
     has_sinks: bool
     warps: int
     fetch_ahead: bool
@@ -159,6 +170,10 @@ class AttentionSpec:
             "SEQUENCES": self.sequences,
             "WARPS": self.warps,
             "MERGE_WARPS": MERGE_WARPS,
+            "MERGE_GROUP": MERGE_GROUP,
+            "MERGE_GROUPS": MERGE_GROUPS,
+            "ROW_GROUPS": self.row_blocks,
+            "HOT_TILE": HOT_TILE,
             "STAGED_KEY_WORDS": self._staged[0],
             "STAGED_VALUE_WORDS": self._staged[1],
         }
@@ -201,13 +216,17 @@ class AttentionSpec:
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
         sources = source_names(len(self.geometries))
-        return self._text(
-            "attend_pages",
-            ("q", "params", "table", "hot_keys", "hot_values", *sources),
-            ("partial", "stats"),
-            ("numbers.h", "page.h", "layout.h", "attend.h"),
-            self.shared_words,
-        )
+        inputs = ("q", "params", "table", "hot_keys", "hot_values", *sources)
+        files = ("numbers.h", "page.h", "layout.h", "attend.h")
+        if self.together:
+            return self._text(
+                "attend_and_merge",
+                (*inputs, "sinks", "turns"),
+                ("out", "scratch", "next_turns"),
+                (*files, "merge.h", "together.h"),
+                self.shared_words,
+            )
+        return self._text("attend_pages", inputs, ("partial", "stats"), files, self.shared_words)
 
     @cached_property
     def merge(self) -> KernelText:

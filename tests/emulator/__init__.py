@@ -57,12 +57,15 @@ extern "C" const char* run(const u32* grid, u32 threads, u32** data, const int64
   for (int i = 0; i < {buffers}; i++) buffers[i] = {{data[i], words[i], 0, names[i]}};
   std::vector<u32> memory({shared} + 8);
   shared_memory = (u32*)((uintptr_t(memory.data()) + 15) & ~uintptr_t(15));
-  for (position[2] = 0; position[2] < grid[2]; position[2]++)
-    for (position[1] = 0; position[1] < grid[1]; position[1]++)
-      for (position[0] = 0; position[0] < grid[0]; position[0]++) {{
-        failure = emulator::run_group(threads, lane_body, seed++, shared_memory, {shared});
-        if (!failure.empty()) return failure.c_str();
-      }}
+  std::vector<u32> groups(grid[0] * grid[1] * grid[2]);
+  for (u32 i = 0; i < groups.size(); i++) groups[i] = i;
+  std::shuffle(groups.begin(), groups.end(), std::mt19937(seed));
+  for (u32 i : groups) {{
+    position[0] = i % grid[0], i /= grid[0];
+    position[1] = i % grid[1], position[2] = i / grid[1];
+    failure = emulator::run_group(threads, lane_body, seed++, shared_memory, {shared});
+    if (!failure.empty()) return failure.c_str();
+  }}
   return nullptr;
 }}
 """
@@ -227,6 +230,7 @@ class HostLauncher:
         self, fetch_ahead: bool = True, sanitize: bool = False, target: str = "host"
     ) -> None:
         self.fetch_ahead = fetch_ahead
+        self.together = target == "host"
         self.traceable = False
         self.trusted = True
         self.sanitize = sanitize
