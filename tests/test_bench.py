@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
+from pagedkv import hook
 from pagedkv.attention import attend
 from pagedkv.bench import (
     AttentionShape,
@@ -28,6 +29,7 @@ from pagedkv.bench import (
     Subject,
     Task,
     attention,
+    decode,
     page,
     plan_tasks,
     plots,
@@ -37,7 +39,7 @@ from pagedkv.bench import (
 )
 from pagedkv.bench.caches import budgeted, bytes_read, fill, fill_model
 from pagedkv.bench.contenders import Contender, Place
-from pagedkv.bench.decode import count_launches
+from pagedkv.bench.decode import alternating, count_launches, measure_decode
 from pagedkv.bench.prefill import prefill_bytes
 from pagedkv.bench.result import failed, group_of, skipped, succeeded
 from pagedkv.bench.shuffle import shuffle_pages
@@ -117,6 +119,7 @@ def test_ratios_and_rooflines_follow_from_the_numbers(
     baseline = rows[KINDS[part][0]]
     for row in rows.values():
         assert 0 < row[f"{unit}_p10"] <= row[unit] <= row[f"{unit}_p90"]
+        # In decode a ratio of pairs: of one pair here, as there is but one block.
         assert row["times_fp16"] == pytest.approx(baseline[unit] / row[unit])
         roofline = scale * row["bytes"] / (1e9 * row["copy_gb_per_s"])
         assert row[f"roofline_{unit}"] == pytest.approx(roofline)
@@ -149,6 +152,7 @@ def test_decode_rows_have_memory(run: tuple[Document, Path, str]) -> None:
     assert stock["cache_bytes"] == pytest.approx(1024 * 2 * 2 * 64 * 4, rel=0.01)
     assert stock["model"] == "synthetic:tiny, layers=1"
     assert rows["K4V4"]["cache_of_fp16"] == rows["K4V4"]["cache_bytes"] / stock["cache_bytes"] < 0.6
+    assert {(row["turns"], row["blocks"], row["steps"]) for row in rows.values()} == {("all", 1, 4)}
 
 
 def test_plots_or_a_hint(run: tuple[Document, Path, str], tmp_path: Path) -> None:
@@ -160,6 +164,7 @@ def test_plots_or_a_hint(run: tuple[Document, Path, str], tmp_path: Path) -> Non
     assert "attention-4-2x64.svg" in drawn
     assert "speed-4-2x64.svg" in drawn
     assert "decode-time-synthetic-tiny-layers-1.svg" in drawn
+    assert "decode-speed-synthetic-tiny-layers-1.svg" in drawn
     assert "decode-memory-synthetic-tiny-layers-1.svg" in drawn
     again = plots.draw(document["rows"], tmp_path)
     assert [p.name for p in sorted(again)] == drawn
@@ -371,6 +376,129 @@ def test_bytes_read_follow_a_trim(small: pagedkv.TierConfig) -> None:
         page_bytes = pagedkv.PageGeometry(shape, 256, pagedkv.Precision(4, 4)).payload_bytes
         hot = 252 * shape.token_bytes()
         assert whole - bytes_read(cache[0]) == hot + page_bytes // 2
+
+
+# Decode: kinds of cache alternate
+
+
+def decoded(model: Any = None, depth: int = 1024, **settings: Any) -> dict[str, Document]:
+    """Rows of decode over a tiny model, by kind of cache."""
+    small = pagedkv.TierConfig(hot_tokens=64, sink_tokens=4, page_tokens=256)
+    given = {"kv": ("K4V4", "K2V2"), "repeats": 1, "chunk": 512, "copy_bytes": 2**20, **settings}
+    model = model or random_llama(LlamaShape(2, 4, 2, 64, 128, 256), mx.float32)
+    rows = measure_decode(
+        Subject("tiny", model), depth, BenchSettings(**given, tiers=small), Deadline()
+    )
+    assert not hook.installed()
+    assert pagedkv.models.wrapping_of(model) is None
+    return {row["what"]: row for row in rows}
+
+
+def test_paired_blocks_see_through_a_host_that_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    slowness = {"mlx-lm fp32": 1.0, "mlx-lm quantized": 2.0, "K4V4": 0.5, "K2V2": 0.8}
+
+    def block(run: Any) -> None:
+        order.append(run.tally.kind.name)
+        drift = 1.5 ** len(run.seconds)  # a median of all blocks says little
+        run.seconds.append(slowness[run.tally.kind.name] * drift)
+
+    monkeypatch.setattr(decode._Run, "block", block)
+    rows = decoded(depth=256, steps=18, repeats=2)
+    names = list(slowness)
+    assert list(rows) == names
+    # Five blocks hold 18 steps; every round has all kinds and begins with another.
+    turns = [names[i % 4 :] + names[: i % 4] for i in range(5)]
+    assert order == [name for turn in turns + turns for name in turn]
+    for name, row in rows.items():
+        ratios = [row[f"time_of_fp16{q}"] for q in ("", "_p10", "_p90")]
+        assert ratios == pytest.approx([slowness[name]] * 3)
+        assert row["times_fp16"] == pytest.approx(1 / slowness[name])
+        assert (row["turns"], row["blocks"], row["steps"]) == ("all", 10, 40)
+    table = report.markdown("decode", rows.values())
+    assert "| 2.00x | 2.00-2.00x | all |" in table
+
+
+def test_a_block_is_the_same_work_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets: dict[str, list[int]] = {}
+    probe = decode._Run.probe
+
+    def seen(run: Any) -> None:
+        offsets[run.tally.kind.name] = [cache.offset for cache in run._caches]
+        probe(run)
+
+    monkeypatch.setattr(decode._Run, "probe", seen)
+    decoded(depth=256, steps=8)
+    # The generator is one step ahead, and began with a prompt of one token.
+    made = decode.WARM_UP_STEPS + 2 * (decode.LEAD_IN_STEPS + decode.BLOCK_STEPS) + 1
+    assert list(offsets.values()) == [[256 + made] * 2] * 4
+
+
+def test_memory_is_the_same_in_company_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = decoded(steps=4)
+    monkeypatch.setattr(mx, "get_memory_limit", lambda: 0)
+    alone = decoded(steps=4)
+    assert {row["turns"] for row in together.values()} == {"all"}
+    assert {row["turns"] for row in alone.values()} == {"runs"}
+    stock = together["mlx-lm fp32"]["cache_bytes"]
+    assert stock >= 2 * 1024 * 2 * 2 * 64 * 4
+    for what, row in together.items():
+        assert row["cache_bytes"] == alone[what]["cache_bytes"]
+        for name in ("active_bytes", "fill_peak_bytes"):
+            assert row[name] == pytest.approx(alone[what][name], abs=2**16), (what, name)
+        # How much of two steps overlaps varies on the CPU; nobody else's cache is in it.
+        assert row["peak_bytes"] == pytest.approx(alone[what]["peak_bytes"], abs=stock // 2)
+    assert "time_of_fp16_p10" not in alone["K4V4"]
+    expected = alone["K4V4"]["ms"] / alone["mlx-lm fp32"]["ms"]
+    assert alone["K4V4"]["time_of_fp16"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "groups"),
+    [
+        ([17, 5, 7, 3], 41, [[0, 1, 2, 3]]),  # 32, and half of 17 for a step
+        ([17, 5, 7, 3], 39, [[0, 1], [0, 2], [0, 3]]),
+        ([17, 5, 7, 3], 31, [[0, 1], [2], [0, 3]]),
+        ([17, 5, 7, 3], 20, [[0], [1], [2], [3]]),
+        ([17], 0, [[0]]),
+    ],
+)
+def test_who_is_in_memory_together(sizes: list[int], room: int, groups: list[list[int]]) -> None:
+    assert alternating(sizes, room) == groups
+
+
+def test_pairs_where_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"mlx-lm fp32": 10, "mlx-lm quantized": 99, "K4V4": 4, "K2V2": 3}
+    monkeypatch.setattr(decode, "cache_bytes", lambda kind, *_: sizes[kind.name])
+    held = mx.get_active_memory
+    monkeypatch.setattr(mx, "get_memory_limit", lambda: held() + 19)
+    rows = decoded(depth=256, steps=4)
+    turns = {what: (row["turns"], row["blocks"]) for what, row in rows.items()}
+    assert turns == {
+        "mlx-lm fp32": ("pairs", 2),  # beside each of ours
+        "mlx-lm quantized": ("runs", 1),
+        "K4V4": ("pairs", 1),
+        "K2V2": ("pairs", 1),
+    }
+
+
+def test_a_cache_that_does_not_run_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = decode._Run.block
+
+    def breaks(run: Any) -> None:
+        if run.tally.kind.name == "K4V4" and len(run.seconds) == 1:
+            raise RuntimeError("out of memory")
+        block(run)
+
+    monkeypatch.setattr(decode._Run, "block", breaks)
+    rows = decoded(tiny_llama(), depth=512, steps=8)  # 16 channels: no group of 64 fits
+    assert "does not run" in rows["mlx-lm quantized"]["note"]
+    assert rows["K4V4"]["note"] == "does not run: out of memory"
+    assert [(r["status"], r["blocks"]) for r in (rows["mlx-lm fp32"], rows["K2V2"])] == [
+        ("ok", 2)
+    ] * 2
 
 
 # What fails is a row

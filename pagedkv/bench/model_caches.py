@@ -1,4 +1,4 @@
-"""The caches that a whole model is measured with, opened and closed one at a time."""
+"""The caches that a whole model is measured with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pagedkv import hook
+from pagedkv.allocator import KVShape
 from pagedkv.bench.caches import budgeted, bytes_read, stock_bytes_read
 from pagedkv.bench.contenders import QUANTIZED_BITS, QUANTIZED_GROUP, QUANTIZED_NAME
 from pagedkv.bench.settings import BenchSettings, short_dtype
@@ -14,6 +16,7 @@ from pagedkv.bench.subject import Subject
 from pagedkv.config import TierConfig
 from pagedkv.layer import PagedLayerCache
 from pagedkv.models import unwrap, wrap
+from pagedkv.plan import plan
 
 STOCK, QUANTIZED, PAGED = "stock", "quantized", "paged"
 
@@ -53,23 +56,62 @@ def opened(
 ) -> Iterator[list[Any]]:
     """Empty caches for a model, one per layer; call `caches.release` when nothing holds them.
 
+    Several may be open at a time. The model runs over them while they are `hooked`.
+
     Args:
         kind: of cache.
-        subject: the model; while the caches are open it may be wrapped.
+        subject: the model.
         tokens: that ours must hold.
         tiers: windows, page size and backend of ours.
     """
     if kind.kind != PAGED:
         yield _stock(kind, subject)
         return
-    largest = max(subject.shapes, key=lambda shape: shape.token_bytes())
-    config = budgeted(replace(tiers, kv=kind.kv), largest, len(subject.shapes), tokens)
-    cache = wrap(subject.model, config)
+    cache = wrap(subject.model, _config(kind, subject, tokens, tiers))
+    unwrap(subject.model)
+    with cache:
+        yield cache
+
+
+@contextmanager
+def hooked(kind: CacheKind) -> Iterator[None]:
+    """Let attention calls reach caches of ours; those of others go to MLX as ever."""
+    if kind.kind != PAGED:
+        yield
+        return
+    hook.install()
     try:
-        with cache:
-            yield cache
+        yield
     finally:
-        unwrap(subject.model)
+        hook.uninstall()
+
+
+def cache_bytes(kind: CacheKind, subject: Subject, tokens: int, tiers: TierConfig) -> int:
+    """Memory that the caches of all layers will take.
+
+    Args:
+        kind: of cache.
+        subject: the model.
+        tokens: that they must hold.
+        tiers: windows, page size and backend of ours.
+    """
+    if kind.kind == PAGED:
+        config = _config(kind, subject, tokens, tiers)
+        planned = plan(_largest(subject), len(subject.shapes), tokens, config)
+        return planned.hot_bytes + planned.warm_bytes
+    bits = 8.0 * subject.dtype.size
+    if kind.kind == QUANTIZED:  # a scale and a bias per group
+        bits = QUANTIZED_BITS + 2 * bits / QUANTIZED_GROUP
+    return int(tokens * sum(shape.token_bytes(8) for shape in subject.shapes) * bits / 8)
+
+
+def _config(kind: CacheKind, subject: Subject, tokens: int, tiers: TierConfig) -> TierConfig:
+    config = replace(tiers, kv=kind.kv)
+    return budgeted(config, _largest(subject), len(subject.shapes), tokens)
+
+
+def _largest(subject: Subject) -> KVShape:
+    return max(subject.shapes, key=lambda shape: shape.token_bytes())
 
 
 def _stock(kind: CacheKind, subject: Subject) -> list[Any]:

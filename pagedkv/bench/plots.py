@@ -55,7 +55,8 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         yield figure.lines(mine, "us", dashed="roofline_us").save(folder / f"attention-{name}.svg")
         figure = _Figure(f"{title}: speed relative to fp16", "times")
         yield figure.lines(mine, "times_fp16").save(folder / f"speed-{name}.svg")
-    for part, names in (("decode", ("ms", "cache_bytes")), ("prefill", ("tokens_per_s",))):
+    whole = (("decode", ("ms", "times_fp16", "cache_bytes")), ("prefill", ("tokens_per_s",)))
+    for part, names in whole:
         for model in dict.fromkeys(r["model"] for r in rows if r["part"] == part):
             mine = [r for r in rows if r["part"] == part and r["model"] == model]
             for name in names:
@@ -64,13 +65,15 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
                 )
 
 
-_FILE = {"ms": "time", "cache_bytes": "memory", "tokens_per_s": "speed"}
+_FILE = {"ms": "time", "times_fp16": "speed", "cache_bytes": "memory", "tokens_per_s": "speed"}
 
 
 def _whole_model(part: str, model: str, name: str, rows: Sequence[Row]) -> _Figure:
     if name == "ms":
         figure = _Figure(f"{part}, {model}: time per token and roofline (dashed)", "ms")
         return figure.lines(rows, "ms", dashed="roofline_ms")
+    if name == "times_fp16":
+        return _Figure(f"{part}, {model}: speed relative to fp16", "times").lines(rows, name)
     if name == "cache_bytes":
         figure = _Figure(f"{part}, {model}: cache, and MLX's peak (dashed)", "GiB")
         return figure.lines(rows, "cache_bytes", dashed="peak_bytes", scale=1 / GIB)

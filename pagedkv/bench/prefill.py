@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from pagedkv.bench.caches import release
-from pagedkv.bench.model_caches import CacheKind, cache_bytes_read, kinds, opened
+from pagedkv.bench.model_caches import CacheKind, cache_bytes_read, hooked, kinds, opened
 from pagedkv.bench.result import Row, failed, first_words, skipped, succeeded
 from pagedkv.bench.settings import BenchSettings
 from pagedkv.bench.subject import Subject
@@ -76,7 +76,7 @@ def _prompt(
     from mlx_lm.generate import generate_step
 
     prompt = subject.prompt(tokens)
-    with opened(tally.kind, subject, tokens, settings.tiers) as caches:
+    with opened(tally.kind, subject, tokens, settings.tiers) as caches, hooked(tally.kind):
         mx.eval(prompt)
         mx.reset_peak_memory()
         started = time.perf_counter()

@@ -69,6 +69,14 @@ def _spread(name: str) -> Column:
     return Column("p10-p90", text)
 
 
+def _speed_spread() -> Column:
+    def text(row: Row) -> str:
+        low, high = row.get("time_of_fp16_p90"), row.get("time_of_fp16_p10")
+        return f"{1 / low:.2f}-{1 / high:.2f}x" if low and high else ""
+
+    return Column("speed p10-p90", text)
+
+
 _DEPTH = Column("tokens", lambda row: short_tokens(row["depth"]), always=True)
 _END = (_bytes("bytes", "reads"),)
 _LAST = (_percent("achieved", "of it"), _text("limit"), _text("note"))
@@ -93,6 +101,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _number("ms", "ms/token"),
         _spread("ms"),
         _ratio("times_fp16", "speed"),
+        _speed_spread(),
+        Column("turns", lambda row: row.get("turns", ""), left=True),
         _bytes("cache_bytes", "memory"),
         _ratio("cache_of_fp16", "of fp16's"),
         _bytes("active_bytes", "active"),

@@ -27,7 +27,14 @@ Row = dict[str, Any]
 """One measurement. Every row has ``part``, ``depth``, ``what``, ``status`` and ``note``; rows of
 attention have ``shape`` and ``queries``, the others ``model``. Times carry their unit in their
 name, with ``_p10`` and ``_p90`` beside the median; ``bytes`` must be read; ``achieved`` is the
-roofline over the time; ``limit`` is what bounds the row."""
+roofline over the time; ``limit`` is what bounds the row; ``times_fp16`` is the fp16 row's time over
+its own.
+
+In rows of decode, ``turns`` says whose blocks of steps alternated: ``"all"``, ``"pairs"`` (fp16's
+and this one's) or ``"runs"`` (nobody's). ``time_of_fp16`` is the median of its blocks' times, each
+over that of fp16's block in the same round, with ``_p10`` and ``_p90``; for ``"runs"`` it is a
+ratio of medians, without them. ``times_fp16`` is its inverse. ``blocks`` and ``steps`` count what
+was timed."""
 
 
 def succeeded(row: Row) -> Row:

@@ -82,8 +82,8 @@ class BenchSettings:
         kv: precisions of our cache, each a row.
         queries: query tokens per attention call.
         rounds: measurements of each row; the rows of a group take turns.
-        steps: decode steps per repeat.
-        repeats: whole-model runs of each row, taking turns.
+        steps: decode steps of each row per repeat; blocks of them take turns.
+        repeats: prompts of each row, taking turns; and times that decode's caches are filled.
         chunk: tokens per chunk of a prompt, and in filling caches.
         shuffled: also measure pages whose slots are in random order.
         cold: also measure with nearly all pages on disk.
@@ -97,7 +97,7 @@ class BenchSettings:
     kv: tuple[str, ...] = ("K4V4",)
     queries: int = 1
     rounds: int = 20
-    steps: int = 32
+    steps: int = 64
     repeats: int = 2
     chunk: int = 2048
     shuffled: bool = True

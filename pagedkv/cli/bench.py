@@ -40,7 +40,8 @@ _TINY = ModelShape(layers=2, query_heads=4, kv_heads=2, head_dim=64)
 _EPILOG = f"""\
 Every row stands beside its roofline, the bytes that it must read over the copy bandwidth measured
 in the same run; "speed" is the fp16 row's time over its own; "limit" says what bounds it. What is
-compared takes turns. Caches are filled with random tokens.
+compared takes turns: round by round, in decode every four steps. Caches are filled with random
+tokens.
 
 --model synthetic:NAME has random 4-bit weights, and nothing is downloaded. NAME is one of
 {", ".join(WIDTHS)}.
@@ -117,9 +118,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="small depths and few rounds: a minute on a CPU"
     )
     group.add_argument("--rounds", type=int, metavar="N", help="attention: rounds (default: 20)")
-    group.add_argument("--steps", type=int, metavar="N", help="decode: steps (default: 32)")
+    group.add_argument("--steps", type=int, metavar="N", help="decode: steps per run (default: 64)")
     group.add_argument(
-        "--repeats", type=int, metavar="N", help="decode, prefill: runs in turns (default: 2)"
+        "--repeats", type=int, metavar="N", help="decode, prefill: runs (default: 2)"
     )
     group.add_argument("--chunk", metavar="TOKENS", help="tokens per prompt chunk (default: 2048)")
     group.add_argument(
