@@ -1,13 +1,15 @@
 """The campaign behind docs/performance.md, in pieces that fit a few minutes each.
 
-    python benchmarks/h100.py --part attention --out benchmarks/results/h100 --seconds 540
-    python benchmarks/h100.py --part decode    --out benchmarks/results/h100 --seconds 540
-    python benchmarks/h100.py --part prefill   --out benchmarks/results/h100 --seconds 540
-    python benchmarks/h100.py --part page      --out benchmarks/results/h100
+    python benchmarks/h100.py --part all --out DIR --seconds 500
+    python benchmarks/h100.py --part all --out DIR2 --resume DIR --seconds 500
+    python benchmarks/h100.py --part page --out benchmarks/results/h100
 
-A part writes DIR/PART.json, whole again after every group of rows, and draws its plots. Started
-again, it goes on where the time was up; what was measured is not measured again. What cannot run
-is a row that says why. `page` fills docs/performance.md from all parts, and needs no GPU.
+A part writes DIR/PART.json, whole again after every group of rows; sealing is in prefill.json.
+Several parts run the most important first: decode, prefill, paged, attention, and within a part the
+most important depths. --seconds is for all of them together. Started again, with the same --out or
+with --resume, it goes on where the time was up; what was measured is not measured again. What
+cannot run is a row that says why. `page` needs no GPU and nothing but the JSON files: it fills
+docs/performance.md and draws the plots beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from pagedkv.bench import (
     random_llama,
 )
 from pagedkv.bench.page import fill_page
-from pagedkv.bench.plots import HINT, available, draw
+from pagedkv.bench.plots import HINT, available
 from pagedkv.bench.report import COLUMNS, markdown, yardstick_line
 from pagedkv.bench.seal import seal_tokens
 from pagedkv.cli.bench import synthetic_shape
@@ -53,52 +56,60 @@ EVERY_PRECISION = (32 * K, 128 * K)
 PAGED = {"12/2x128": SHORT, "4/1x256": SHORT}
 """Short contexts with all but one token in pages: by default they would be in the hot window."""
 PAGED_TIERS = {"hot_tokens": 1, "sink_tokens": 0, "page_tokens": 256}
-DECODE = {K: 2, 8 * K: 2, 32 * K: 2, 128 * K: 2, 100 * K: 1}
-"""Depths and repeats; at all precisions but for the deepest."""
+DECODE = {32 * K: 2, 128 * K: 2, 8 * K: 2, K: 2, 100 * K: 1, 256 * K: 1}
+"""Depths and repeats; at all precisions but for the deepest two."""
 PREFILL = (64 * K,)
 MODEL = "llama3-8b"
+PARTS = ("decode", "prefill", "paged", "attention")
+"""The most important first, and what takes longest last."""
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
-def tasks(part: str) -> list[Task]:
-    if part in ("attention", "paged"):
-        extra = part == "paged"
-        return [
-            Task("attention", depth + extra, AttentionShape.parse(shape))
-            for shape, depths in (PAGED if extra else ATTENTION).items()
-            for depth in depths
-        ]
-    return [Task(part, depth) for depth in (DECODE if part == "decode" else PREFILL)]
+def tasks(part: str, settings: BenchSettings) -> list[Task]:
+    if part == "decode":
+        return [Task(part, depth) for depth in DECODE]
+    if part == "prefill":
+        return [*(Task(part, depth) for depth in PREFILL), Task("seal", seal_tokens(settings))]
+    shapes, extra = (PAGED, 1) if part == "paged" else (ATTENTION, 0)
+    return [
+        Task(part, depth + extra, AttentionShape.parse(shape))
+        for shape, depths in shapes.items()
+        for depth in depths
+    ]
 
 
-def campaign(args: argparse.Namespace) -> Result:
-    dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-    settings = BenchSettings(kv=KV, rounds=args.rounds, steps=args.steps, repeats=args.repeats)
-    name = f"synthetic:{args.model}" + (f", layers={args.layers}" if args.layers else "")
-    result = Result({**settings.to_dict(), "model": name}, args.out / f"{args.part}.json")
-    if before := result.resume():
-        say(f"going on after {before} rows")
-
-    @functools.cache
-    def model() -> Any:
-        return random_llama(synthetic_shape(args.model, args.layers), dtype)
-
-    deadline = Deadline(args.seconds)
-    todo = [task for task in tasks(args.part) if args.most is None or task.depth <= args.most]
-    tiers = replace(settings.tiers, **PAGED_TIERS) if args.part == "paged" else settings.tiers
-    for task in todo:
+def ladders(task: Task) -> tuple[str, ...]:
+    """Precisions at which a task is measured: all of them where that is worth the time."""
+    if task.part == "attention":
         every = str(task.shape) == next(iter(ATTENTION)) and task.depth in EVERY_PRECISION
-        every = every or (args.part == "decode" and task.depth < max(DECODE))
-        here = replace(
-            settings,
-            kv=KV if every else ("K4V4",),
-            tiers=tiers,
-            repeats=DECODE.get(task.depth, 1) if args.part == "decode" else args.repeats,
-        )
-        Campaign(here, dtype, name, model, result, deadline, say).run([task])
-    if args.part == "prefill":
-        seal = Task("seal", seal_tokens(settings))
-        Campaign(settings, dtype, name, model, result, deadline, say).run([seal])
+    else:
+        every = task.part == "seal" or (task.part == "decode" and task.depth <= 100 * K)
+    return KV if every else ("K4V4",)
+
+
+def dtype() -> mx.Dtype:
+    return mx.float16 if mx.default_device() == mx.gpu else mx.float32
+
+
+def campaign(
+    part: str, args: argparse.Namespace, model: Callable[[], Any], deadline: Deadline
+) -> Result:
+    settings = BenchSettings(kv=KV, rounds=args.rounds, steps=args.steps, repeats=args.repeats)
+    if part == "paged":
+        settings = replace(settings, tiers=replace(settings.tiers, **PAGED_TIERS))
+    name = f"synthetic:{args.model}" + (f", layers={args.layers}" if args.layers else "")
+    path = args.out / f"{part}.json"
+    result = Result({**settings.to_dict(), "model": name}, path)
+    earlier = args.resume / path.name if args.resume and not path.exists() else None
+    if before := result.resume(earlier):
+        say(f"{part}: going on after {before} rows")
+        result.add([])
+    for task in tasks(part, settings):
+        if args.most is not None and task.part != "seal" and task.depth > args.most:
+            continue
+        repeats = DECODE[task.depth] if part == "decode" else args.repeats
+        here = replace(settings, kv=ladders(task), repeats=repeats)
+        Campaign(here, dtype(), name, model, result, deadline, say).run([task])
     return result
 
 
@@ -106,41 +117,55 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def report(args: argparse.Namespace, result: Result) -> None:
+def report(result: Result) -> None:
     for part in COLUMNS:
         if table := markdown(part, result.rows):
             mine = [row for row in result.rows if row["part"] == part]
-            print(f"\n{part}: {yardstick_line(mine)}\n\n{table}")
-    if available():
-        draw(result.rows, args.out)
-    else:
+            print(f"\n{part}: {yardstick_line(mine)}\n\n{table}", flush=True)
+
+
+def fill(args: argparse.Namespace) -> None:
+    filled = fill_page(args.page, sorted(args.out.glob("*.json")))
+    print(f"{args.page}: {', '.join(filled) or 'nothing to fill'}")
+    if not available():
         say(HINT)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parts = ("attention", "paged", "decode", "prefill", "page")
-    parser.add_argument("--part", required=True, choices=parts)
+    parts = (*PARTS, "all", "page")
+    parser.add_argument("--part", required=True, nargs="+", choices=parts)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="of an earlier run, to go on")
     parser.add_argument("--seconds", type=float, help="begin nothing new after this long")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=1, help="of prefill")
     parser.add_argument("--model", default=MODEL, help="synthetic model (default: llama3-8b)")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what page fills")
     parser.add_argument("--layers", type=int, help="cut the model, for a trial")
     parser.add_argument("--most", type=int, metavar="TOKENS", help="no deeper, for a trial")
-    args = parser.parse_args()
-    try:
-        if args.part == "page":
-            filled = fill_page(args.page, sorted(args.out.glob("*.json")))
-            print(f"{args.page}: {', '.join(filled) or 'nothing to fill'}")
-        else:
-            report(args, campaign(args))
-    except (PagedKVError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse_args(argv)
+
+    @functools.cache
+    def model() -> Any:
+        return random_llama(synthetic_shape(args.model, args.layers), dtype())
+
+    deadline = Deadline(args.seconds)
+    chosen = [part for part in PARTS if part in args.part or "all" in args.part]
+    work: list[Callable[[], None]] = [
+        lambda part=part: report(campaign(part, args, model, deadline)) for part in chosen
+    ]
+    if "page" in args.part:
+        work.append(lambda: fill(args))
+    code = 0
+    for piece in work:
+        try:
+            piece()
+        except (PagedKVError, OSError) as e:  # one part's; the others go on
+            print(f"error: {e}", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def test_tables_and_csv(run: tuple[Document, Path, str], monkeypatch: pytest.Mon
     code, out, _ = call("bench", "all", "--quick", "--format", "table", "--quiet")
     assert code == 0
     tables = [table.splitlines() for table in out.split("\n\n")]
-    assert [title.partition(":")[0] for title, *_ in tables] == list(report.TITLES.values())
+    assert [title.partition(":")[0] for title, *_ in tables] == [report.TITLES[p] for p in KINDS]
     _, headings, *lines = tables[0]
     assert headings.split()[:4] == ["shape", "tokens", "attention", "µs"]
     assert [line.split()[:3] for line in lines[2:4]] == [
@@ -650,19 +650,64 @@ def test_the_page_is_filled(run: tuple[Document, Path, str], tmp_path: Path) -> 
         page.fill_page(target, [folder / "result.json"])
 
 
-def test_the_campaign_covers_what_is_promised() -> None:
+@pytest.fixture
+def script() -> Any:
+    """benchmarks/h100.py."""
     spec = importlib.util.spec_from_file_location("h100", ROOT / "benchmarks" / "h100.py")
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    found = script.tasks("attention")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_campaign_covers_what_is_promised(script: Any) -> None:
+    settings = BenchSettings()
+    found = script.tasks("attention", settings)
     depths = {s: {t.depth for t in found if str(t.shape) == s} for s in script.ATTENTION}
     assert {512, 1024, 131072, 262144} < depths["32/8x128"] == depths["32/4x128"]
     assert (
         depths["12/2x128"] == depths["4/1x256"] | {131072} == {256, 512, 1024, 2048, 4096, 131072}
     )
-    assert {t.depth for t in script.tasks("decode")} == {1024, 8192, 32768, 102400, 131072}
-    paged = {t.depth for t in script.tasks("paged") if str(t.shape) == "4/1x256"}
+    assert {t.depth for t in script.tasks("decode", settings)} == {
+        *(1024, 8192, 32768, 102400, 131072, 262144)
+    }
+    paged = {t.depth for t in script.tasks("paged", settings) if str(t.shape) == "4/1x256"}
     assert paged == {257, 513, 1025, 2049, 4097}
-    assert script.tasks("prefill") == [Task("prefill", 65536)]
+    assert script.tasks("prefill", settings) == [Task("prefill", 65536), Task("seal", 45056)]
+
+
+def test_the_campaign_goes_on_part_by_part(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Task] = []
+
+    def measure(self: Campaign, task: Task) -> list[Document]:
+        if len(done) == 8:
+            monkeypatch.setattr(Deadline, "passed", True)
+        done.append(task)
+        return [failed(task.row(self.model, 1), "not here")]
+
+    monkeypatch.setattr(script, "ATTENTION", {"4/1x256": (256, 512)})
+    monkeypatch.setattr(Campaign, "_require_subject", lambda self: None)
+    monkeypatch.setattr(Campaign, "_measure", lambda self, task: measure(self, task))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert script.main(["--part", "all", "--out", str(first)]) == 0
+    assert [task.part for task in done] == ["decode"] * 6 + ["prefill", "seal", "paged"]
+    assert sorted(path.name for path in first.iterdir()) == [
+        *("attention.json", "decode.json", "paged.json", "prefill.json")
+    ]
+    paged = read_result(first / "paged.json")
+    assert paged["settings"]["tiers"]["hot_tokens"] == 1
+    assert {row["part"] for row in paged["rows"]} == {"paged"}
+
+    monkeypatch.setattr(Deadline, "passed", False)
+    assert (
+        script.main(["--part", "attention", "paged", "--out", str(second), "--resume", str(first)])
+        == 0
+    )
+    assert [task.part for task in done[9:]] == ["paged"] * 9 + ["attention"] * 2
+    assert len(set(done)) == len(done)
+    for part, count in (("paged", 10), ("attention", 2)):
+        rows = read_result(second / f"{part}.json")["rows"]
+        assert [row["status"] for row in rows] == ["failed"] * count

@@ -27,7 +27,8 @@ class Task:
     """One group of rows, measured in turns.
 
     Attributes:
-        part: ``"attention"``, ``"decode"``, ``"prefill"`` or ``"seal"``.
+        part: ``"attention"``, ``"paged"`` (attention again, over windows that hold nothing),
+            ``"decode"``, ``"prefill"`` or ``"seal"``.
         depth: tokens in the cache, or of the prompt.
         shape: of attention; None for the parts that take a model.
     """
@@ -130,7 +131,7 @@ class Campaign:
     def _measure(self, task: Task) -> list[Row]:
         if task.shape is not None:
             place = Place(task.shape, task.depth, self.dtype, self.settings)
-            return measure_attention(place, self.deadline)
+            return [row | {"part": task.part} for row in measure_attention(place, self.deadline)]
         subject = self._require_subject()
         if task.part == "seal":
             return measure_seal(subject, self.settings)

@@ -81,19 +81,22 @@ _DEPTH = Column("tokens", lambda row: short_tokens(row["depth"]), always=True)
 _END = (_bytes("bytes", "reads"),)
 _LAST = (_percent("achieved", "of it"), _text("limit"), _text("note"))
 
+_ATTENTION = (
+    _text("shape"),
+    _DEPTH,
+    _text("what", "attention"),
+    _number("us", "µs"),
+    _spread("us"),
+    _number("single_us", "one call µs"),
+    _ratio("times_fp16", "speed"),
+    *_END,
+    _number("roofline_us", "roofline µs"),
+    *_LAST,
+)
+
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    "attention": (
-        _text("shape"),
-        _DEPTH,
-        _text("what", "attention"),
-        _number("us", "µs"),
-        _spread("us"),
-        _number("single_us", "one call µs"),
-        _ratio("times_fp16", "speed"),
-        *_END,
-        _number("roofline_us", "roofline µs"),
-        *_LAST,
-    ),
+    "attention": _ATTENTION,
+    "paged": _ATTENTION,
     "decode": (
         _text("model"),
         _DEPTH,
@@ -138,6 +141,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 TITLES = {
     "attention": "Attention alone",
+    "paged": "Short contexts in pages",
     "decode": "Decode",
     "prefill": "Prefill",
     "seal": "Sealing",

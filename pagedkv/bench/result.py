@@ -138,8 +138,11 @@ class Result:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def resume(self) -> int:
-        """Take over the rows of an earlier run from the file; groups it had no time for aside.
+    def resume(self, earlier: Path | None = None) -> int:
+        """Take over the rows of an earlier run; groups it had no time for aside.
+
+        Args:
+            earlier: file of that run, if it is not the one that is written.
 
         Returns:
             How many rows that were; 0 if there is no file.
@@ -147,14 +150,15 @@ class Result:
         Raises:
             ConfigError: if the file is of another machine, or of other versions of the code.
         """
-        if self._path is None or not self._path.exists():
+        path = earlier or self._path
+        if path is None or not path.exists():
             return 0
-        before = read_result(self._path)
+        before = read_result(path)
         now, then = self._head["machine"], before["machine"]
         differ = [name for name in _IDENTITY if now[name] != then.get(name)]
         if differ:
             raise ConfigError(
-                f"{str(self._path)!r} was measured elsewhere ({', '.join(differ)} differ): rows of "
+                f"{str(path)!r} was measured elsewhere ({', '.join(differ)} differ): rows of "
                 f"two machines or versions do not belong in one file; give another folder"
             )
         again = {group_of(row) for row in before["rows"] if row["status"] == SKIPPED}
