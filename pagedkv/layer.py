@@ -43,6 +43,7 @@ class SequenceContext:
         max_tokens: the model's context limit, if it states one.
         sequence_id: tells the layers of one saved file from another's.
         admitted: length up to which no layer has to seal a page.
+        behind: the layer that attended last in a prefill chunk, if that is not known to be done.
     """
 
     config: TierConfig
@@ -53,6 +54,7 @@ class SequenceContext:
     max_tokens: int | None = None
     sequence_id: str = field(default_factory=state.new_sequence_id)
     admitted: int = 0
+    behind: weakref.ref[PagedLayerCache] | None = None
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -71,6 +73,10 @@ class PagedLayerCache:
     Speaks mlx-lm's cache protocol. Holds one sequence (batch size 1). New tokens are appended in
     16 bit; pages that left the hot window are sealed after the attention of a prefill chunk, or
     before the next token is appended, so that a query never sees its own neighbourhood rounded.
+
+    In a prefill chunk a layer waits for the attention of the layer behind it, not for its own,
+    and seals that layer's pages, when its own queries are under way: memory is that of one layer,
+    and the device has work all the time.
     """
 
     def __init__(self, context: SequenceContext, layer: int) -> None:
@@ -93,6 +99,7 @@ class PagedLayerCache:
         self.readers = 1  # how many times per call a view is attended
         self._unread = 0
         self._spent: KVView | None = None
+        self._attended: tuple[mx.array, ...] = ()  # what may still be reading the slabs
         self._appended = 0
         self._backend = choose_backend(context.config.backend)
         self._accepted: tuple[tuple[int, ...], ...] = ()  # shapes that were checked
@@ -193,6 +200,8 @@ class PagedLayerCache:
         self.reaches_hook[q.shape[2] == 1] = True
         few = q.shape[2] <= DECODE_TOKENS
         self._rows = q.shape[1] * q.shape[2] // view.hot.keys.shape[1] if few else 0
+        if not few:
+            self._catch_up(view, q)
         scratch = self._context.pager.budget.scratch_bytes
         if view.entries and self._pager is not None and self._pager.any_cold:
             with self._taken_back_to(self.offset - self._appended):
@@ -200,14 +209,49 @@ class PagedLayerCache:
         else:
             out = attend(view, q, scale, mask, sinks, self._backend, scratch)
         self._unread -= 1
-        # Layers that share this one's keys (gemma3n) attend to the same view: wait for the last.
-        if q.shape[2] > DECODE_TOKENS and self._unread <= 0 and self._overflowing():
-            # Nothing may be reading the slabs when pages are written to them.
-            mx.eval(out)
-            self._settle()
-            if len(self._context.config.ladder.steps) > 1:
-                self._spent = view  # pages that it names may have been lowered and freed
+        if not few and (view.entries or self._overflowing()):
+            self._fall_behind(view, out)
         return out
+
+    def _catch_up(self, view: KVView, q: mx.array) -> None:
+        """Start this layer's queries and tokens, then see to the layer that attended before.
+
+        Waiting for it before this layer's pages are expanded keeps one layer's in memory.
+        """
+        if view.entries or self._context.behind:
+            mx.async_eval(q, view.hot.keys, view.hot.values)  # type: ignore[no-untyped-call]
+        behind = self._context.behind and self._context.behind()
+        if behind:
+            with self._taken_back_to(self.offset - self._appended):
+                behind._finish()
+
+    def _fall_behind(self, view: KVView, out: mx.array) -> None:
+        """Start this layer's attention, and leave the rest of its work for the next layer."""
+        mx.async_eval(out)  # type: ignore[no-untyped-call]
+        self._attended = (out,)
+        self._context.behind = weakref.ref(self)
+        if self._unread > 0:
+            return
+        if self._overflowing() and len(self._context.config.ladder.steps) > 1:
+            self._spent = view  # pages that it names may be lowered and freed
+        *_, last = self.siblings()
+        if last is self:
+            with self._taken_back_to(self.offset - self._appended):
+                self._finish()
+
+    def _finish(self) -> None:
+        """Wait for this layer's attention, and seal what its chunk pushed out of the window."""
+        self._context.behind = None
+        # Layers that share this one's keys (gemma3n) attend to the same view: not before the last.
+        if self._unread <= 0 and self._overflowing():
+            self._settle()
+        else:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until nothing reads the slabs, that pages be written in place: else MLX copies them."""
+        mx.eval(*self._attended, *self._hot.arrays)
+        self._attended = ()
 
     @contextmanager
     def _taken_back_to(self, length: int) -> Iterator[None]:
@@ -365,7 +409,7 @@ class PagedLayerCache:
         due = self._pages_due()
         if not due:
             return
-        mx.eval(*self._hot.arrays)
+        self._wait()
         self._lower()  # first: it makes room where the new pages go
         sealed = 0
         precisions = self._page_precisions(due, self.offset)
@@ -378,7 +422,8 @@ class PagedLayerCache:
         if sealed:
             sinks = self._context.config.sink_tokens
             self._hot.remove(sinks, sealed * self._pager.page_tokens)
-            mx.eval(*self._hot.arrays, *self._pager.slabs)
+            # Started and not waited for: what uses them comes later in the same stream.
+            mx.async_eval(*self._hot.arrays, *self._pager.slabs)  # type: ignore[no-untyped-call]
 
     def _seal(self, first: int, count: int, precision: Precision) -> int:
         """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
@@ -569,6 +614,7 @@ class PagedLayerCache:
             self._finalizer.detach()
             self._table.clear()
         self._hot = HotBuffer(0)
+        self._attended = ()
         self.offset = 0
         self._closed = True
         self._accepted = ()

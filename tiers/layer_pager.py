@@ -174,7 +174,7 @@ class LayerPager:
     ) -> list[int]:
         """Store encoded pages warm, demoting the farthest pages if need be.
 
-        Writes lazily: evaluate `slabs` before anything else happens to them.
+        Writes lazily: evaluate `slabs`, or start to, before they are used again.
 
         Args:
             records: uint32 ``[pages, page_bytes / 4]``.

@@ -74,7 +74,7 @@ class WarmSlab:
         self._slots.give(slot)
 
     def write(self, slots: Sequence[int], records: mx.array) -> None:
-        """Store pages, lazily: evaluate `array` before anything else happens to the slab.
+        """Store pages, lazily: evaluate `array`, or start to, before the slab is used again.
 
         Args:
             slots: taken slots.
@@ -104,5 +104,6 @@ class WarmSlab:
         if self._slots.capacity:
             larger = mx.slice_update(larger, self._array, mx.array([0]), [0])  # in place
         self._array = larger
-        mx.eval(self._array)
+        # Started here, for a lazy array could only be evaluated by the thread that made it.
+        mx.async_eval(self._array)  # type: ignore[no-untyped-call]
         self._slots.grow(slots)
