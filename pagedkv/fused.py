@@ -66,6 +66,21 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
+class _Words:
+    """A page table in words.
+
+    Attributes:
+        entries: the pages it was made of.
+        moves: the pager's count of moves then.
+        words: two per page, see `_words`; not to be changed.
+    """
+
+    entries: tuple[TableEntry, ...]
+    moves: int
+    words: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
 class _Table:
     """A page table on the device, and how it is launched.
 
@@ -73,15 +88,13 @@ class _Table:
         entries: the pages it was made of.
         moves: the pager's count of moves then.
         plan: the division that the stretches follow.
-        words: two per page, kept to be extended.
-        array: the same on the device.
+        array: two words per page.
         stretches: how it is launched; none if all pages are warm.
     """
 
     entries: tuple[TableEntry, ...]
     moves: int
     plan: SplitPlan
-    words: npt.NDArray[np.uint32]
     array: mx.array
     stretches: tuple[_Stretch, ...]
 
@@ -117,11 +130,12 @@ class _Kind:
 class FusedLayer:
     """What the kernels do for one layer's cache: decode attention, expanding, sealing.
 
-    Keeps the page table on the device, and the traced calls.
+    Keeps the page table, in words and on the device, and the traced calls.
     """
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
+        self._known = _Words((), 0, np.zeros((0, 2), np.uint32))
         self._table: _Table | None = None
         self._kinds: dict[tuple[object, ...], _Kind] = {}
 
@@ -297,7 +311,7 @@ class FusedLayer:
     def expand(
         self,
         pager: LayerPager,
-        entries: Sequence[TableEntry],
+        entries: tuple[TableEntry, ...],
         hot: HotTokens,
         sinks: int,
         dtype: mx.Dtype,
@@ -316,11 +330,11 @@ class FusedLayer:
             if the kernel is not made for this: another type, or cold pages.
         """
         made_for = dtype in SIXTEEN and hot.keys.dtype in SIXTEEN and supported(*_dims(pager))
-        words = _words(pager, entries)
-        if not made_for or (words[:, 0] & STAGED).any():
+        if not made_for:
             return None
-        mask = (1 << PRECISION_SHIFT) - 1
-        places = [(int(w) >> PRECISION_SHIFT, int(w) & mask, int(n)) for w, n in words]
+        pages = self._words(pager, entries)
+        if (pages[:, 0] & STAGED).any():
+            return None
         spec = _expand_spec(
             tuple(codec.geometry for codec in pager.codecs.values()),
             pager.shape,
@@ -337,7 +351,7 @@ class FusedLayer:
             return None
         sources = [array for slab in _slabs(pager) for array in (slab, slab)]
         arrays = (hot.keys, hot.values)
-        return expand_pages(self._launcher, spec, places, arrays, hot.used, sinks, sources)
+        return expand_pages(self._launcher, spec, pages, arrays, hot.used, sinks, sources)
 
     def cold_batches(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], hot: int, rows: int
@@ -385,20 +399,23 @@ class FusedLayer:
     def _prepare(
         self, pager: LayerPager, entries: tuple[TableEntry, ...], plan: SplitPlan
     ) -> _Table:
-        """The table on the device: kept while nothing moves, extended when pages are appended."""
-        old = self._table
-        if old is None or old.moves != pager.moves or old.stretches:
-            words = _words(pager, entries)
-        elif _begins_with(entries, old.entries):
-            words = np.concatenate([old.words, _words(pager, entries[len(old.entries) :])])
-        else:
-            words = _words(pager, entries)
+        """The table on the device, for one division of it."""
+        words = self._words(pager, entries).copy()
         stretches = tuple(_stretches(pager, entries, plan, words))
         # Sizes in steps, for a traced call is traced again for each new shape.
         flat = np.zeros(-(-max(1, words.size) // TABLE_STEP) * TABLE_STEP, np.uint32)
         flat[: words.size] = words.reshape(-1)
-        self._table = _Table(entries, pager.moves, plan, words, mx.array(flat), stretches)
+        self._table = _Table(entries, pager.moves, plan, mx.array(flat), stretches)
         return self._table
+
+    def _words(self, pager: LayerPager, entries: tuple[TableEntry, ...]) -> npt.NDArray[np.uint32]:
+        """The table in words: what is known of it is kept while nothing moves."""
+        known = self._known
+        same = _in_common(entries, known.entries) if known.moves == pager.moves else 0
+        if same < len(entries) or same < len(known.entries):
+            words = np.concatenate([known.words[:same], _words(pager, entries[same:])])
+            self._known = known = _Words(entries, pager.moves, words)
+        return known.words
 
 
 def _slabs(pager: LayerPager) -> list[mx.array]:
@@ -410,9 +427,10 @@ def _slabs(pager: LayerPager) -> list[mx.array]:
     return [slab if slab.size else stand_in for slab in slabs]
 
 
-def _begins_with(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> bool:
-    """Whether the very entries of an earlier table come first: a number may be a new page's."""
-    return len(entries) >= len(old) and all(map(operator.is_, entries, old))
+def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> int:
+    """How many of the very same entries come first in both: a number may be a new page's."""
+    same = list(map(operator.is_, entries, old))
+    return same.index(False) if False in same else len(same)
 
 
 # Making a text reads and hashes it: not for each layer of each chunk.
@@ -471,14 +489,14 @@ def _zeros() -> mx.array:
 
 
 def _words(pager: LayerPager, entries: Sequence[TableEntry]) -> npt.NDArray[np.uint32]:
-    """Two words per page; a cold page's slot is told by `_stretches`."""
-    kinds = {precision: i for i, precision in enumerate(pager.codecs)}
-    words = np.zeros((len(entries), 2), np.uint32)
-    for i, entry in enumerate(entries):
+    """Two words per page: where it is, valid tokens. `_stretches` tells a cold page's slot."""
+    kinds = {precision: i << PRECISION_SHIFT for i, precision in enumerate(pager.codecs)}
+    words = []
+    for entry in entries:
         page = pager.pages[entry.page]
         slot = STAGED if page.slot is None else page.slot
-        words[i] = (kinds[page.precision] << PRECISION_SHIFT | slot, entry.tokens)
-    return words
+        words.append((kinds[page.precision] | slot, entry.tokens))
+    return np.array(words, np.uint32).reshape(-1, 2)
 
 
 def _stretches(

@@ -16,6 +16,7 @@ import numpy as np
 
 from pagedkv.allocator import KVShape
 from pagedkv.kernels.decode import (
+    PRECISION_SHIFT,
     SplitPlan,
     attend_and_merge,
     attend_splits,
@@ -181,8 +182,8 @@ def expand_difference(launcher: Launcher, spec: ExpandSpec, codecs: Codecs) -> f
         records += [page, page]
         keys.append(codec.keys(page, mx.float32)[0].swapaxes(1, 2)[:, :LAST_PAGE])
         values.append(codec.values(page, mx.float32)[0][:, :LAST_PAGE])
-    places = [(kind, 0, LAST_PAGE) for kind in range(len(codecs))]
-    dense = expand_pages(launcher, spec, places, hot, HOT, 4, records)
+    table = [(kind << PRECISION_SHIFT, LAST_PAGE) for kind in range(len(codecs))]
+    dense = expand_pages(launcher, spec, np.array(table, np.uint32), hot, HOT, 4, records)
     worst = 0.0
     for out, pages, tokens in zip(dense, (keys, values), hot, strict=True):
         tail = tokens[0, :, :HOT].astype(mx.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.kernels.decode import STAGED
+from pagedkv.kernels.decode import PRECISION_SHIFT, STAGED
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import SHARED_LIMIT
@@ -96,7 +96,9 @@ def expand_and_check(
     # What lies behind the hot tokens is not read.
     for x in hot:
         x[:, :, hot_tokens:] = float("nan")
-    got = expand_pages(launcher, spec, places, hot, hot_tokens, sinks, pages.sources)
+    words = [(kind << PRECISION_SHIFT | slot, valid) for kind, slot, valid in places]
+    table = np.array(words, np.uint32).reshape(-1, 2)
+    got = expand_pages(launcher, spec, table, hot, hot_tokens, sinks, pages.sources)
     tokens = hot_tokens + sum(valid for _, _, valid in places)
     for i, out in enumerate(got):
         assert out.dtype == pages.dtype
@@ -271,7 +273,8 @@ def test_seal_and_expand_are_inverse() -> None:
         for dim in (80, 72)
     ]
     record = seal_pages(LAUNCHER, SealSpec(spec.geometries[0], False), (hot[0], hot[1]), 0, 1)
-    got = expand_pages(LAUNCHER, spec, [(0, 0, 256)], (hot[0], hot[1]), 0, 0, [record, record])
+    page = np.array([[0, 256]], np.uint32)
+    got = expand_pages(LAUNCHER, spec, page, (hot[0], hot[1]), 0, 0, [record, record])
     for a, b in zip(got, hot, strict=True):
         assert mx.array_equal(a.view(mx.uint16), b.view(mx.uint16))
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from pagedkv.allocator import KVShape, PageGeometry
 from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.kernels.decode import PARAMS, PRECISION_SHIFT
+from pagedkv.kernels.decode import PARAMS
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.source import (
     LANES,
@@ -76,29 +78,27 @@ class ExpandSpec:
         )
 
 
-def expand_table(places: Sequence[tuple[int, int, int]], sinks: int) -> list[int]:
+def expand_table(pages: npt.NDArray[np.uint32], sinks: int) -> npt.NDArray[np.uint32]:
     """A page table as the kernel reads it.
 
     Args:
-        places: per page: number of its precision, slot (`STAGED` set if in staging), valid
-            tokens: more than 0.
+        pages: two words per page: where it is (as in `table_words`), and its valid tokens: more
+            than 0.
         sinks: hot tokens that stand before the pages.
 
     Returns:
-        Four words per page, padded to at least 8: Metal keeps smaller inputs elsewhere.
+        Four words per page, of two pages at least: Metal keeps smaller inputs elsewhere.
     """
-    words: list[int] = []
-    token = sinks
-    for kind, slot, valid in places:
-        words += [kind << PRECISION_SHIFT | slot, valid, token, 0]
-        token += valid
-    return words + [0] * (8 - len(words))
+    table = np.zeros((max(2, len(pages)), 4), np.uint32)
+    table[: len(pages), :2] = pages
+    table[: len(pages), 2] = sinks + np.cumsum(pages[:, 1]) - pages[:, 1]
+    return table
 
 
 def expand_pages(
     launcher: Launcher,
     spec: ExpandSpec,
-    places: Sequence[tuple[int, int, int]],
+    pages: npt.NDArray[np.uint32],
     hot: tuple[mx.array, mx.array],
     hot_tokens: int,
     sinks: int,
@@ -109,7 +109,7 @@ def expand_pages(
     Args:
         launcher: where.
         spec: of the kernel.
-        places: the page table, see `expand_table`.
+        pages: the page table, ``[pages, 2]``, see `expand_table`.
         hot: keys and values ``[1, kv_heads, capacity, dim]``, of the spec's 16-bit type.
         hot_tokens: how many of them there are.
         sinks: how many of those stand before the pages, at most `hot_tokens`.
@@ -122,12 +122,11 @@ def expand_pages(
         Codes are dequantized in one rounding; bfloat16 numbers that float16 cannot hold are
         clamped if that is the output's type.
     """
-    pages = len(places)
-    tokens = hot_tokens + sum(valid for _, _, valid in places)
-    words = [pages, hot_tokens, sinks, hot[0].shape[2], tokens]
+    tokens = hot_tokens + int(pages[:, 1].sum())
+    words = [len(pages), hot_tokens, sinks, hot[0].shape[2], tokens]
     params = mx.array(words + [0] * (PARAMS - len(words)), mx.uint32)
-    table = mx.array(expand_table(places, sinks), mx.uint32)
-    tiles = pages * (spec.page_tokens // GROUP_TOKENS) + -(-hot_tokens // GROUP_TOKENS)
+    table = mx.array(expand_table(pages, sinks))
+    tiles = len(pages) * (spec.page_tokens // GROUP_TOKENS) + -(-hot_tokens // GROUP_TOKENS)
     heads, shape = spec.shape.kv_heads, spec.shape
     dtype = mx.bfloat16 if spec.bfloat else mx.float16
     keys, values = launcher.launch(
