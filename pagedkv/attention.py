@@ -154,8 +154,25 @@ def attend(
         ShapeError: if the query or mask does not fit.
         CorruptPageError, ColdStoreError: if a cold page cannot be read.
     """
-    if isinstance(backend, KernelBackend) and view.entries and q.shape[2] <= DECODE_TOKENS:
-        out = _fused(view, q, scale, mask, sinks, backend)
+    length = q.shape[2]
+    if (
+        isinstance(backend, KernelBackend)
+        and view.entries
+        and length <= DECODE_TOKENS
+        and not isinstance(mask, mx.array)
+    ):
+        assert view.pager is not None
+        out = backend.fused.attend(
+            view.pager,
+            view.entries,
+            view.hot,
+            q,
+            scale,
+            mask == "causal",
+            sinks,
+            lambda: _check(view, q, mask, sinks),
+            view.following,
+        )
         if out is not None:
             return out
     _check(view, q, mask, sinks)
@@ -165,7 +182,7 @@ def attend(
     # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
     on_gpu = mx.default_device() == mx.gpu or isinstance(backend, KernelBackend)
     slow_dense = q.dtype != mx.float32 and not on_gpu
-    if q.shape[2] > DECODE_TOKENS and not slow_dense:
+    if length > DECODE_TOKENS and not slow_dense:
         per_token = view.hot.keys.shape[1] * (view.hot.keys.shape[3] + view.hot.values.shape[3])
         if view.tokens * per_token * q.dtype.size <= scratch_bytes:
             keys, values = _dense(view, q.dtype, backend)
@@ -181,31 +198,6 @@ def _dense(view: KVView, dtype: mx.Dtype, backend: Backend) -> tuple[mx.array, m
         if dense is not None:
             return dense
     return view.dense(dtype)
-
-
-def _fused(
-    view: KVView,
-    q: mx.array,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-    backend: KernelBackend,
-) -> mx.array | None:
-    """A few query tokens in the fused kernel; None if it is not made for this call."""
-    if isinstance(mask, mx.array):
-        return None
-    assert view.pager is not None
-    return backend.fused.attend(
-        view.pager,
-        view.entries,
-        view.hot,
-        q,
-        scale,
-        mask == "causal",
-        sinks,
-        lambda: _check(view, q, mask, sinks),
-        view.following,
-    )
 
 
 def check_queries(

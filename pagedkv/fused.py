@@ -171,6 +171,8 @@ class FusedLayer:
         Raises:
             CorruptPageError, ColdStoreError: if a cold page cannot be read.
         """
+        # Every microsecond here is one per layer and token, and below 64K tokens the GPU waits for
+        # it: what can be is kept, or shared by the layers of a step.
         key = (q.shape, q.dtype, scale, causal, sinks is not None)
         kind = self._kinds.get(key)
         if kind is None:
@@ -180,7 +182,15 @@ class FusedLayer:
             kind = self._kinds[key] = _Kind(rows, scale, causal, sinks is not None)
         if not kind.rows:
             return None
-        plan = _plan(pager, len(entries), hot.used, kind.rows)
+        plan, params = _planned(
+            len(entries),
+            hot.used,
+            hot.capacity,
+            pager.shape.kv_heads,
+            kind.rows,
+            pager.page_tokens,
+            pager.pages_per_run,
+        )
         table = self._table
         if (
             table is None
@@ -202,9 +212,8 @@ class FusedLayer:
             kind.launches[plan.splits, plan.warps] = launch
             if kind.turns is None:
                 kind.turns = new_turns(spec)
-        params = _params(plan, len(entries), hot.used, hot.keys.shape[2], 0)
-        arrays = (q, params, table.array, hot.keys, hot.values, _logits(sinks))
-        out, turns = launch(*arrays, kind.turns, *_slabs(pager))
+        more = _slabs(pager) if sinks is None else [*_slabs(pager), _logits(sinks)]
+        out, turns = launch(q, params, table.array, hot.keys, hot.values, kind.turns, *more)
         # Of two launches that nothing else orders, each now has counters of its own.
         kind.turns = turns if turns is not None else kind.turns
         return out
@@ -235,15 +244,15 @@ class FusedLayer:
             table: mx.array,
             keys: mx.array,
             values: mx.array,
-            logits: mx.array,
             turns: mx.array,
-            *slabs: mx.array,
+            *more: mx.array,
         ) -> tuple[mx.array, mx.array | None]:
-            sources = [array for slab in slabs for array in (slab, slab)]
-            given = (launcher, spec, plan, q, params, table, (keys, values), sources)
+            slabs, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, _zeros())
+            given = (launcher, spec, plan, q, params, table, (keys, values))
             if spec.together:
-                return attend_and_merge(*given, logits, turns)
-            out, stats = attend_splits(*given, plan.splits)
+                return attend_and_merge(*given, slabs, logits, turns)
+            sources = [array for slab in slabs for array in (slab, slab)]
+            out, stats = attend_splits(*given, sources, plan.splits)
             if not spec.final:
                 out = merge_splits(launcher, spec, q, out, stats, params, logits)
             return out, None
@@ -263,7 +272,7 @@ class FusedLayer:
         """Stretch by stretch, while the next one's cold pages are read."""
         plan = table.plan
         spec = self._spec(pager, q, kind, plan, False)
-        pages, capacity = len(table.entries), int(hot.keys.shape[2])
+        pages, capacity = len(table.entries), hot.capacity
         arrays = (hot.keys, hot.values)
         pieces: list[list[mx.array]] = []
         for stretch, sources in _sources(pager, table, following):
@@ -364,7 +373,10 @@ class FusedLayer:
             hot: hot tokens.
             rows: query rows per KV head.
         """
-        plan = _plan(pager, len(entries), hot, rows)
+        parallel = pager.shape.kv_heads * group_count(rows)
+        plan = _choose(
+            len(entries), -(-hot // 64) * 64, parallel, pager.page_tokens, pager.pages_per_run
+        )
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
     def _spec(
@@ -453,21 +465,26 @@ def _dims(pager: LayerPager) -> tuple[int, int]:
     return pager.shape.key_dim, pager.shape.value_dim
 
 
-def _plan(pager: LayerPager, pages: int, hot: int, rows: int) -> SplitPlan:
-    return _choose(
-        pages,
-        -(-hot // 64) * 64,  # in steps, so that a plan lasts
-        pager.shape.kv_heads * group_count(rows),
-        pager.page_tokens,
-        pager.pages_per_run,
-    )
+@lru_cache(maxsize=64)
+def _planned(
+    pages: int,
+    hot: int,
+    capacity: int,
+    heads: int,
+    rows: int,
+    page_tokens: int,
+    pages_per_run: int,
+) -> tuple[SplitPlan, mx.array]:
+    """How to divide a sequence, and what the kernels read of that: the same for all layers."""
+    # In steps, so that a plan lasts.
+    parallel = heads * group_count(rows)
+    plan = _choose(pages, -(-hot // 64) * 64, parallel, page_tokens, pages_per_run)
+    return plan, _params(plan, pages, hot, capacity, 0)
 
 
-# The layers of a model ask the same of these, step by step.
 _choose = lru_cache(maxsize=64)(SplitPlan.choose)
 
 
-@lru_cache(maxsize=64)
 def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) -> mx.array:
     """Sizes, on the device."""
     return mx.array(plan.params(pages, hot, capacity, pages, first), mx.uint32)

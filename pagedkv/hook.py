@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView, stock_attention
 from pagedkv.errors import PagedKVError
 
@@ -53,26 +54,25 @@ def tag_pair(
     owner: Attends, view: KVView, keys: mx.array, values: mx.array, placeholder: bool
 ) -> tuple[TaggedArray, TaggedArray]:
     """Tag keys and values as standing for `view`."""
-    pair = (TaggedArray(keys), TaggedArray(values))
-    for array, role in zip(pair, (KEYS, VALUES), strict=True):
-        array.owner, array.kv, array.role = owner, view, role
-        array.placeholder = placeholder
-    return pair
+    first, second = TaggedArray(keys), TaggedArray(values)
+    first.owner, first.kv, first.role, first.placeholder = owner, view, KEYS, placeholder
+    second.owner, second.kv, second.role, second.placeholder = owner, view, VALUES, placeholder
+    return first, second
 
 
 def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
     """NaN arrays with the shape of the view's keys and values, without their memory."""
-    keys, values, _ = view.hot
-    heads, tokens = keys.shape[1], view.tokens
-    return (
-        _nothing(keys.dtype, heads, tokens, keys.shape[3]),
-        _nothing(keys.dtype, heads, tokens, values.shape[3]),
-    )
+    assert view.pager is not None
+    return _nothing(view.pager.shape, view.pager.hot_dtype, view.tokens)
 
 
 @lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step
-def _nothing(dtype: mx.Dtype, heads: int, tokens: int, dim: int) -> mx.array:
-    return mx.broadcast_to(mx.array(float("nan"), dtype), (1, heads, tokens, dim))
+def _nothing(shape: KVShape, dtype: mx.Dtype, tokens: int) -> tuple[mx.array, mx.array]:
+    nan, heads = mx.array(float("nan"), dtype), shape.kv_heads
+    return (
+        mx.broadcast_to(nan, (1, heads, tokens, shape.key_dim)),
+        mx.broadcast_to(nan, (1, heads, tokens, shape.value_dim)),
+    )
 
 
 def _dispatch(

@@ -111,7 +111,8 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     plan = _small_plan(spec, len(places))
     words = plan.params(len(places), HOT, CAPACITY, len(places))
     params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
-    given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), records)
+    sources = records if spec.staging else records[::2]
+    given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), sources)
     if spec.together:
         out, _ = attend_and_merge(*given, sinks, new_turns(spec))
     else:

@@ -130,7 +130,7 @@ class PagedLayerCache:
             ClosedError: after `close`.
         """
         view = self.append(keys, values)
-        known = self.reaches_hook[keys.shape[2] == 1]
+        known = self.reaches_hook[self._appended == 1]
         if view.entries and known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
         with self._taken_back_to(self.offset - self._appended):
@@ -197,9 +197,11 @@ class PagedLayerCache:
                 f"layer {self.layer}: its keys were attended more often than when the model was "
                 f"wrapped ({self.readers} times a call); please report this model"
             )
-        self.reaches_hook[q.shape[2] == 1] = True
-        few = q.shape[2] <= DECODE_TOKENS
-        self._rows = q.shape[1] * q.shape[2] // view.hot.keys.shape[1] if few else 0
+        _, query_heads, length, _ = q.shape
+        self.reaches_hook[length == 1] = True
+        few = length <= DECODE_TOKENS
+        heads = self._pager.shape.kv_heads if self._pager else view.hot.keys.shape[1]
+        self._rows = query_heads * length // heads if few else 0
         if not few:
             self._catch_up(view, q)
         scratch = self._context.pager.budget.scratch_bytes

@@ -268,7 +268,7 @@ class _ProbeCache(PagedLayerCache):
             KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])),
             keys.dtype,
         )
-        view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2])), 0)
+        view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2]), int(keys.shape[2])), 0)
         return hook.tag_pair(self, view, keys, values, placeholder=False)
 
     def attend_tagged(

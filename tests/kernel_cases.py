@@ -228,7 +228,9 @@ def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndar
             kind, slot = int(rng.integers(len(contents))), int(rng.integers(SLOTS))
             valid = run.valid[i % len(run.valid)] or case.page_tokens
             staged = (slot + 1) % SLOTS | STAGED
-            places.append((kind, staged if place.random() < 0.4 else slot, valid))
+            may_stage = not _together(case.spec(launcher.fetch_ahead), run.launches)
+            stages = place.random() < 0.4 and may_stage
+            places.append((kind, staged if stages else slot, valid))
             keys.append(contents[kind][slot][0][:, :valid])
             values.append(contents[kind][slot][1][:, :valid])
         words = table_words(places)[: 2 * stride]
@@ -265,6 +267,10 @@ def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndar
     return out, np.stack(expected)
 
 
+def _together(spec: AttentionSpec, launches: int) -> bool:
+    return spec.together and launches == 1
+
+
 def attend(
     launcher: Launcher,
     spec: AttentionSpec,
@@ -279,10 +285,10 @@ def attend(
 ) -> mx.array:
     """Everything in one launch, or both kernels, the first in several launches if asked."""
     arrays = ((hot[0], hot[1]), sources)
-    if spec.together and launches == 1:
-        words = mx.array(params, mx.uint32).reshape(-1)
-        zeros = new_turns(spec)
-        out, turns = attend_and_merge(launcher, spec, plan, q, words, table, *arrays, sinks, zeros)
+    if _together(spec, launches):
+        words, slabs = mx.array(params, mx.uint32).reshape(-1), sources[::2]
+        given = (launcher, spec, plan, q, words, table, arrays[0], slabs)
+        out, turns = attend_and_merge(*given, sinks, new_turns(spec))
         assert not turns.any(), "the counters of the next launch do not begin at zero"
         return out
     spec = replace(spec, together=False)

@@ -17,11 +17,13 @@ class HotTokens(NamedTuple):
         keys: ``[batch, kv_heads, capacity, key_dim]``, of which the first `used` tokens count.
         values: ``[batch, kv_heads, capacity, value_dim]``, likewise.
         used: tokens.
+        capacity: tokens that the arrays have room for.
     """
 
     keys: mx.array
     values: mx.array
     used: int
+    capacity: int
 
 
 class HotBuffer:
@@ -43,11 +45,8 @@ class HotBuffer:
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self.used = 0
-
-    @property
-    def capacity(self) -> int:
+        self.capacity = 0
         """Tokens that fit without another allocation."""
-        return 0 if self._keys is None else int(self._keys.shape[2])
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +85,7 @@ class HotBuffer:
         """
         if self._keys is None or self._values is None:
             raise ValueError("the hot buffer is empty")
-        return HotTokens(self._keys, self._values, self.used)
+        return HotTokens(self._keys, self._values, self.used, self.capacity)
 
     def view(self, start: int = 0, stop: int | None = None) -> tuple[mx.array, mx.array]:
         """Keys and values of tokens ``start … stop``, as lazy slices."""
@@ -102,15 +101,16 @@ class HotBuffer:
     def remove(self, start: int, count: int) -> None:
         """Take out `count` tokens from `start` on and close the gap."""
         left = self.used - count
-        capacity = max(self._limit, left)
-        self._keys = self._without(self._keys, start, count, capacity)
-        self._values = self._without(self._values, start, count, capacity)
+        self.capacity = max(self._limit, left)
+        self._keys = self._without(self._keys, start, count)
+        self._values = self._without(self._values, start, count)
         self.used = left
 
     def share(self) -> HotBuffer:
         """A second buffer with the same tokens; memory is shared until one of them writes."""
         twin = HotBuffer(self._limit)
-        twin._keys, twin._values, twin.used = self._keys, self._values, self.used
+        twin._keys, twin._values = self._keys, self._values
+        twin.used, twin.capacity = self.used, self.capacity
         if self._keys is not None and self._values is not None:
             # New array handles: an in-place write through one handle must not reach the other.
             twin._keys, twin._values = self._keys[:], self._values[:]
@@ -119,7 +119,7 @@ class HotBuffer:
     def load(self, keys: mx.array, values: mx.array) -> None:
         """Hold these tokens and nothing else."""
         self._keys = self._values = None
-        self.used = 0
+        self.used = self.capacity = 0
         if keys.shape[2]:
             self.append(keys, values)
 
@@ -135,10 +135,11 @@ class HotBuffer:
             return mx.concatenate([old[:, :, :used], room], axis=2)
 
         self._keys, self._values = enlarge(self._keys, keys), enlarge(self._values, values)
+        self.capacity = capacity
 
-    def _without(self, old: mx.array | None, start: int, count: int, capacity: int) -> mx.array:
+    def _without(self, old: mx.array | None, start: int, count: int) -> mx.array:
         assert old is not None
         batch, heads, _, dim = old.shape
-        room = mx.zeros((batch, heads, capacity - (self.used - count), dim), old.dtype)
+        room = mx.zeros((batch, heads, self.capacity - (self.used - count), dim), old.dtype)
         kept = [old[:, :, :start], old[:, :, start + count : self.used], room]
         return mx.concatenate(kept, axis=2)

@@ -180,7 +180,7 @@ def attend_and_merge(
         params: see `attend_splits`.
         table: likewise.
         hot: likewise.
-        sources: likewise.
+        sources: the slab of each precision; no page may be staged.
         sinks: float32, the model's attention sinks, at least eight numbers.
         turns: uint32, zeros: `new_turns`, or what the launch before returned. The kernel counts in
             it; no two launches may be given the same.

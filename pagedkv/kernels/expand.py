@@ -60,17 +60,18 @@ class ExpandSpec:
     @cached_property
     def text(self) -> KernelText:
         """The kernel."""
+        sources = source_names(len(self.geometries), staging=True)
         constants = [
             *page_constants(self.shape, self.page_tokens),
             f"CONSTANT int WARPS = {self.warps};",
             f"CONSTANT int CHUNK = {min(CHUNK, self.shape.key_dim)};",
             f"CONSTANT bool OUT_BFLOAT = {str(self.bfloat).lower()};",
             f"CONSTANT bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
-            sources_macro(self.geometries),
+            sources_macro(self.geometries, staging=True),
         ]
         return specialize(
             "expand_pages",
-            ("params", "table", "hot_keys", "hot_values", *source_names(len(self.geometries))),
+            ("params", "table", "hot_keys", "hot_values", *sources),
             ("keys", "values"),
             ("page.h", "layout.h", "expand.h"),
             constants,

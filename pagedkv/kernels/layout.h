@@ -19,11 +19,19 @@ template <int KEY_BITS, int VALUE_BITS> struct Layout {
   static CONSTANT int words = (coded ? value_biases + HEADS * PAGE_TOKENS * VALUE_GROUPS : value_scales) / 2;
 };
 
-// Each precision has two arrays of pages: the slab, and pages on their way through from disk.
+// Each precision has an array of pages, the slab, and if there is STAGING another one: pages on their
+// way through from disk.
+#if STAGING
 #define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index, BUFFER staged##index
 #define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index, staged##index
-#define ON_SOURCE(index, key_bits, value_bits, page_words)                                                      \
-  case index: {                                                                                                 \
-    BUFFER page = (tile.place >> 31 ? staged##index : source##index) + u64(tile.place & 0xfffffff) * page_words; \
-    DO(key_bits, value_bits)                                                                                    \
+#define SOURCE_OF(place, index) (place >> 31 ? staged##index : source##index)
+#else
+#define SOURCE_PARAMETER(index, key_bits, value_bits, page_words) , BUFFER source##index
+#define SOURCE_ARGUMENT(index, key_bits, value_bits, page_words) , source##index
+#define SOURCE_OF(place, index) source##index
+#endif
+#define ON_SOURCE(index, key_bits, value_bits, page_words)                                    \
+  case index: {                                                                               \
+    BUFFER page = SOURCE_OF(tile.place, index) + u64(tile.place & 0xfffffff) * page_words;    \
+    DO(key_bits, value_bits)                                                                  \
   } break;

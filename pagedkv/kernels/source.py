@@ -20,7 +20,6 @@ from pagedkv.allocator import KVShape, PageGeometry
 MAX_PRECISIONS = 8
 """Precisions of pages that one launch can read: three bits of a table's word."""
 
-_KINDS = ("source", "staged")
 _FOLDER = Path(__file__).resolve().parent
 
 SHARED_LIMIT = 32 * 1024
@@ -151,6 +150,11 @@ class AttentionSpec:
     fetch_ahead: bool
 
     @property
+    def staging(self) -> bool:
+        """Whether pages may be staged: then a launch attends some of the splits only."""
+        return not self.together
+
+    @property
     def row_blocks(self) -> int:
         """Blocks of query rows, each of which reads the pages once: 16 rows, or 8 if that's all."""
         return group_count(self.rows)
@@ -215,7 +219,7 @@ class AttentionSpec:
     @cached_property
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
-        sources = source_names(len(self.geometries))
+        sources = source_names(len(self.geometries), self.staging)
         inputs = ("q", "params", "table", "hot_keys", "hot_values", *sources)
         files = ("numbers.h", "page.h", "layout.h", "attend.h")
         if self.together:
@@ -248,7 +252,7 @@ class AttentionSpec:
         shared_words: int,
     ) -> KernelText:
         constants = [f"{name} = {value};" for name, value in self._constants.items()]
-        constants.append(sources_macro(self.geometries))
+        constants.append(sources_macro(self.geometries, self.staging))
         return specialize(call, inputs, outputs, files, constants, shared_words)
 
 
@@ -294,18 +298,19 @@ def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
     return [f"CONSTANT int {name} = {value};" for name, value in numbers.items()]
 
 
-def sources_macro(geometries: Sequence[PageGeometry]) -> str:
+def sources_macro(geometries: Sequence[PageGeometry], staging: bool) -> str:
     """The list of precisions over which a kernel's switches are made: see ``layout.h``."""
     entries = (
         f"X({i}, {g.precision.key_bits}, {g.precision.value_bits}, {g.page_bytes // 4}u)"
         for i, g in enumerate(geometries)
     )
-    return f"#define SOURCES(X) {' '.join(entries)}"
+    return f"#define STAGING {int(staging)}\n#define SOURCES(X) {' '.join(entries)}"
 
 
-def source_names(precisions: int) -> tuple[str, ...]:
-    """Names of the page arrays, two for each precision: the slab and what is staged."""
-    return tuple(f"{kind}{i}" for i in range(precisions) for kind in _KINDS)
+def source_names(precisions: int, staging: bool) -> tuple[str, ...]:
+    """Names of the page arrays of each precision: the slab, and what is staged."""
+    kinds = ("source", "staged") if staging else ("source",)
+    return tuple(f"{kind}{i}" for i in range(precisions) for kind in kinds)
 
 
 def group_count(rows: int) -> int:
