@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pagedkv.allocator import Ladder
@@ -78,7 +79,7 @@ class TierConfig:
             raise ConfigError(f"cold_dir is a path as text, or None, got {self.cold_dir!r}")
         self.budget()
 
-    @property
+    @cached_property
     def ladder(self) -> Ladder:
         """The parsed `kv`."""
         return Ladder.parse(self.kv)

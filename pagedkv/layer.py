@@ -98,7 +98,7 @@ class PagedLayerCache:
         self.reaches_hook: dict[bool, bool | None] = {False: None, True: None}
         self.readers = 1  # how many times per call a view is attended
         self._unread = 0
-        self._spent: KVView | None = None
+        self._spent: weakref.ref[KVView] | None = None  # weak: it holds a chunk's 16-bit tokens
         self._attended: tuple[mx.array, ...] = ()  # what may still be reading the slabs
         self._appended = 0
         self._backend = choose_backend(context.config.backend)
@@ -192,7 +192,7 @@ class PagedLayerCache:
         See `pagedkv.attention.attend`. If a cold page cannot be read, the tokens of this call are
         taken back from every layer that has them, so that the call can be made again.
         """
-        if view is self._spent:
+        if self._spent and view is self._spent():
             raise PagedKVError(
                 f"layer {self.layer}: its keys were attended more often than when the model was "
                 f"wrapped ({self.readers} times a call); please report this model"
@@ -235,7 +235,7 @@ class PagedLayerCache:
         if self._unread > 0:
             return
         if self._overflowing() and len(self._context.config.ladder.steps) > 1:
-            self._spent = view  # pages that it names may be lowered and freed
+            self._spent = weakref.ref(view)  # pages that it names may be lowered and freed
         *_, last = self.siblings()
         if last is self:
             with self._taken_back_to(self.offset - self._appended):
@@ -463,11 +463,20 @@ class PagedLayerCache:
     def _lower(self) -> None:
         """Re-encode pages that are now farther away than their precision's step."""
         assert self._pager is not None and self._table is not None
-        for i, entry, _, wanted in list(self._to_lower(self.offset)):
-            try:
+        due = list(self._to_lower(self.offset))
+        if not due:
+            return
+        at_once = self._pager.pages_per_run  # bounds the memory of encoding
+        try:
+            for n, (i, entry, _, wanted) in enumerate(due, 1):
                 self._table.replace(i, self._pager.lower(entry.page, wanted))
-            except OutOfPagesError:
-                return  # keep the better precision until there is room
+                if n % at_once == 0:
+                    mx.eval(*self._pager.slabs)
+        except OutOfPagesError:
+            return  # keep the better precision until there is room
+        finally:
+            # Slots that became free are written to next: nothing may be reading them.
+            mx.eval(*self._pager.slabs)
 
     def _to_lower(self, offset: int) -> Iterator[tuple[int, TableEntry, Precision, Precision]]:
         """Entries beyond their precision's step: index, entry, present and wanted precision."""
@@ -478,6 +487,8 @@ class PagedLayerCache:
         for i, entry in enumerate(self._table.entries):
             end += entry.tokens
             present = self._pager.pages[entry.page].precision
+            if present == ladder.steps[-1]:
+                continue  # as most pages are
             wanted = ladder.at(offset - end)
             if ladder.rank(wanted) > ladder.rank(present):
                 yield i, entry, present, wanted

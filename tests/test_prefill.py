@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,25 +40,23 @@ class Lazy:
         return [mx.zeros(s, d) + 0 * first.astype(d) for s, d in zip(shapes, dtypes, strict=True)]
 
 
-def wrapped(tokens: int) -> tuple[Any, pagedkv.PagedCache]:
-    """A model and its cache behind such kernels, with some tokens and room for more pages."""
+def wrapped(tokens: int, kv: str = "K4V4") -> tuple[Any, pagedkv.PagedCache]:
+    """A model and its cache behind such kernels, with some tokens."""
     model = tiny_llama(layers=LAYERS)
     model.set_dtype(mx.float16)
-    cache = pagedkv.wrap(model, CONFIG)
+    cache = pagedkv.wrap(model, replace(CONFIG, kv=kv))
     for layer in cache.paged_layers:
         layer._backend = KernelBackend(Lazy())
         for start in range(0, tokens, 1000):
             x = mx.zeros((1, 2, min(1000, tokens - start), 16), mx.float16)
             layer.append(x, x)
             layer._settle()
-    reserve(cache, 12)
     return model, cache
 
 
-def test_no_layer_waits_before_the_next_one_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per layer and chunk one wait, for the layer behind, when this layer's queries have begun."""
-    model, cache = wrapped(700)
-    before = slab_addresses(cache)
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The evaluations that are asked for, by name, in order."""
     calls: list[str] = []
 
     def note(name: str) -> None:
@@ -71,6 +70,15 @@ def test_no_layer_waits_before_the_next_one_is_under_way(monkeypatch: pytest.Mon
 
     for name in ("eval", "async_eval", "synchronize"):
         note(name)
+    return calls
+
+
+def test_no_layer_waits_before_the_next_one_is_under_way(calls: list[str]) -> None:
+    """Per layer and chunk one wait, for the layer behind, when this layer's queries have begun."""
+    model, cache = wrapped(700)
+    reserve(cache, 12)
+    before = slab_addresses(cache)
+    calls.clear()
     out = model(random_tokens(600), cache=cache)
     queries = attention = pages = "async_eval"
     first, each, end = [queries, attention], [queries, "eval", pages, attention], ["eval", pages]
@@ -78,6 +86,15 @@ def test_no_layer_waits_before_the_next_one_is_under_way(monkeypatch: pytest.Mon
     mx.eval(out)
     assert cache.stats().warm.pages == LAYERS * 4
     assert slab_addresses(cache) == before
+
+
+def test_lowering_waits_once_however_many_pages(calls: list[str]) -> None:
+    model, cache = wrapped(2000, "K8V8:1000,K4V4")
+    lowered = cache.stats().pages_lowered
+    calls.clear()
+    mx.eval(model(random_tokens(1300), cache=cache))
+    assert cache.stats().pages_lowered >= lowered + LAYERS * 3
+    assert calls.count("eval") == 2 * LAYERS + 1
 
 
 @pytest.mark.parametrize("chunk", [16, 500])
@@ -106,7 +123,7 @@ def test_a_page_that_cannot_be_lowered_takes_the_call_back_from_every_layer(
 ) -> None:
     """The layer behind is sealed in the next layer's attention: that one takes back its own."""
     model = tiny_llama(layers=3)
-    ladder = pagedkv.TierConfig(**{**CONFIG.to_dict(), "kv": "K8V8:400,K4V4", "cold": "64MB"})
+    ladder = replace(CONFIG, kv="K8V8:400,K4V4", cold="64MB")
     with pagedkv.wrap(model, ladder) as cache:
         mx.eval(model(random_tokens(900), cache=cache))
         for layer in cache.paged_layers:

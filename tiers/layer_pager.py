@@ -218,6 +218,7 @@ class LayerPager:
         """Encode a page again at a lower precision, as a new page.
 
         Starts from the stored numbers: the 16-bit ones are gone. The old page is untouched.
+        Writes lazily, as `seal` does.
 
         Returns:
             The new page's number, with one reference that the caller owns.
@@ -233,9 +234,9 @@ class LayerPager:
         keys = codec.keys(record, work)[0].swapaxes(1, 2)
         values = codec.values(record, work)[0]
         fresh = self.codecs[precision].encode(keys, values)
-        mx.eval(fresh)
+        number = self._put(fresh, precision, old.position, old.lineage)
         self._pager.counters.lowered += 1
-        return self.store(fresh, precision, old.position, old.lineage)
+        return number
 
     def store(self, record: mx.array, precision: Precision, position: int, lineage: Lineage) -> int:
         """Store a page that is encoded already, such as one from a saved cache.
@@ -247,12 +248,17 @@ class LayerPager:
             OutOfPagesError: if no tier has room.
             ColdStoreError: if making room for it failed on the disk.
         """
+        number = self._put(record, precision, position, lineage)
+        mx.eval(self._slabs[precision].array)
+        return number
+
+    def _put(self, record: mx.array, precision: Precision, position: int, lineage: Lineage) -> int:
+        """See `store`; lazily."""
         slab = self._slabs[precision]
         if not slab.room:
             self._demote_farthest(precision)
         slot = slab.take()
         slab.write([slot], record)
-        mx.eval(slab.array)
         page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
         self.pages[page.number] = page
         return page.number
@@ -393,8 +399,7 @@ class LayerPager:
     def _one_record(self, page: Page) -> mx.array:
         entry = TableEntry(page.number, self.page_tokens)
         _, record, _ = next(self.records([Run((entry,), page.precision)]))
-        mx.eval(record)
-        return record
+        return record  # staged bytes were copied; those of a slab are read when it is evaluated
 
     # Accounts
 
