@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -83,7 +84,7 @@ class WarmSlab:
         start = 0
         for i in range(1, len(slots) + 1):  # neighbouring slots in one update
             if i == len(slots) or slots[i] != slots[i - 1] + 1:
-                where = mx.array([slots[start]])
+                where = _index(slots[start])
                 self._array = mx.slice_update(self._array, records[start:i], where, [0])
                 start = i
 
@@ -107,3 +108,8 @@ class WarmSlab:
         # Started here, for a lazy array could only be evaluated by the thread that made it.
         mx.async_eval(self._array)  # type: ignore[no-untyped-call]
         self._slots.grow(slots)
+
+
+@lru_cache(maxsize=64)  # the layers of a model write to the same slots in turn
+def _index(i: int) -> mx.array:
+    return mx.array([i])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pagedkv.allocator import KVShape, PageGeometry
 from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.kernels.decode import PARAMS
-from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.launch import Launcher, device_words
 from pagedkv.kernels.source import (
     LANES,
     KernelText,
@@ -125,8 +125,8 @@ def expand_pages(
     """
     tokens = hot_tokens + int(pages[:, 1].sum())
     words = [len(pages), hot_tokens, sinks, hot[0].shape[2], tokens]
-    params = mx.array(words + [0] * (PARAMS - len(words)), mx.uint32)
-    table = mx.array(expand_table(pages, sinks))
+    params = device_words(words + [0] * (PARAMS - len(words)))
+    table = device_words(expand_table(pages, sinks))
     tiles = len(pages) * (spec.page_tokens // GROUP_TOKENS) + -(-hot_tokens // GROUP_TOKENS)
     heads, shape = spec.shape.kv_heads, spec.shape
     dtype = mx.bfloat16 if spec.bfloat else mx.float16

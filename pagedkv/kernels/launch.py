@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from pagedkv.allocator import ConfigError
 from pagedkv.kernels.source import KernelText
@@ -51,6 +53,20 @@ class Launcher(Protocol):
             The outputs.
         """
         ...
+
+
+def device_words(words: npt.ArrayLike) -> mx.array:
+    """A kernel's parameters or table, uint32 words in one dimension.
+
+    The layers of a model ask for the same ones in turn: they get the same array, which only the
+    first of them brings to the device.
+    """
+    return _device_words(np.asarray(words, np.uint32).tobytes())
+
+
+@lru_cache(maxsize=64)
+def _device_words(words: bytes) -> mx.array:
+    return mx.array(np.frombuffer(words, np.uint32))
 
 
 class DeviceLauncher:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from pagedkv.allocator import PageGeometry
 from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.kernels.decode import PARAMS
-from pagedkv.kernels.launch import Launcher
+from pagedkv.kernels.launch import Launcher, device_words
 from pagedkv.kernels.source import LANES, KernelText, page_constants, specialize
 
 MAX_WARPS = 8
@@ -73,7 +73,7 @@ def seal_pages(
         `Sixteen.encode` makes of the same tokens on the CPU, for finite numbers.
     """
     geometry = spec.geometry
-    params = mx.array([first, hot[0].shape[2], *[0] * (PARAMS - 2)], mx.uint32)
+    params = device_words([first, hot[0].shape[2], *[0] * (PARAMS - 2)])
     (records,) = launcher.launch(
         spec.text,
         [params, *hot],
