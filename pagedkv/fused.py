@@ -433,7 +433,7 @@ class FusedLayer:
 def _slabs(pager: LayerPager) -> list[mx.array]:
     """The page arrays; another stands in for one without slots, for Metal takes no empty ones."""
     slabs = pager.slabs
-    if all(slab.size for slab in slabs):
+    if pager.all_slabs_have_slots:
         return slabs
     stand_in = next((slab for slab in slabs if slab.size), _zeros())
     return [slab if slab.size else stand_in for slab in slabs]

@@ -131,15 +131,17 @@ class PagedLayerCache:
         """
         view = self.append(keys, values)
         known = self.reaches_hook[self._appended == 1]
-        if view.entries and known and hook.installed():
+        if not view.entries:
+            # Nothing to learn and nothing to seal afterwards: the stock path.
+            if known is not None and not self._overflowing():
+                return view.keys, view.values
+        elif known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
         with self._taken_back_to(self.offset - self._appended):
             # The hot arrays themselves if there are no pages.
             dense = view.dense(view.hot.keys.dtype)
         if not hook.installed():
             return dense
-        if not view.entries and known is not None and not self._overflowing():
-            return dense  # nothing to learn, nothing to seal afterwards: the stock path
         return hook.tag_pair(self, view, *dense, placeholder=False)
 
     def append(self, keys: mx.array, values: mx.array) -> KVView:

@@ -126,7 +126,11 @@ def test_bounds(case: Case) -> None:
 
 
 def test_bounds_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mistake = ("attend.h", "least(2 * (HOT_BLOCKS * at.g + m), last)", "2 * (HOT_BLOCKS * at.g + m)")
+    mistake = (
+        "attend.h",
+        "least(2 * (HOT_BLOCKS * at.g + m), last)",
+        "2 * (HOT_BLOCKS * at.g + m)",
+    )
     plant(mistake, tmp_path / "kernels", monkeypatch)
     with pytest.raises(EmulatorError, match="heap-buffer-overflow"):
         launcher = HostLauncher(fetch_ahead=False, sanitize=True, target="metal")

@@ -106,6 +106,7 @@ class LayerPager:
         self.pages: dict[int, Page] = {}
         self.moves = 0  # how often a page went to another tier
         self._slabs = self._make_slabs()
+        self._sized = False
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
@@ -355,6 +356,13 @@ class LayerPager:
         Read them, never assign to them or keep them across a seal.
         """
         return [slab.array for slab in self._slabs.values()]
+
+    @property
+    def all_slabs_have_slots(self) -> bool:
+        """Whether no page array is empty; once it is so it stays so."""
+        if not self._sized:
+            self._sized = all(slab.array.size for slab in self._slabs.values())
+        return self._sized
 
     @property
     def any_cold(self) -> bool:
