@@ -47,8 +47,8 @@ LONG = (*(K * n for n in (128, 256, 32, 4, 8, 16, 64, 1)), 512)
 SHORT = (256, 512, K, 2 * K, 4 * K)
 ATTENTION = {
     "32/8x128": LONG,
-    "32/4x128": LONG,
     "12/2x128": (128 * K, *SHORT),
+    "32/4x128": (128 * K, 32 * K, 4 * K),
     "4/1x256": SHORT,
 }
 EVERY_PRECISION = (32 * K, 128 * K)
@@ -56,8 +56,8 @@ EVERY_PRECISION = (32 * K, 128 * K)
 PAGED = {"12/2x128": SHORT, "4/1x256": SHORT}
 """Short contexts with all but one token in pages: by default they would be in the hot window."""
 PAGED_TIERS = {"hot_tokens": 1, "sink_tokens": 0, "page_tokens": 256}
-DECODE = {32 * K: 2, 128 * K: 2, 8 * K: 2, K: 2, 100 * K: 1, 256 * K: 1}
-"""Depths and repeats; at all precisions but for the deepest two."""
+DECODE = {32 * K: 1, 8 * K: 1, 128 * K: 1, K: 1, 100 * K: 1}
+"""Depths and repeats; at all precisions but for the deepest."""
 PREFILL = (64 * K,)
 MODEL = "llama3-8b"
 PARTS = ("decode", "prefill", "paged", "attention")
@@ -138,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="of an earlier run, to go on")
     parser.add_argument("--seconds", type=float, help="begin nothing new after this long")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=1, help="of prefill")
     parser.add_argument("--model", default=MODEL, help="synthetic model (default: llama3-8b)")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what page fills")

@@ -212,7 +212,8 @@ class FusedLayer:
             kind.launches[plan.splits, plan.warps] = launch
             if kind.turns is None:
                 kind.turns = new_turns(spec)
-        more = _slabs(pager) if sinks is None else [*_slabs(pager), _logits(sinks)]
+        logits = _logits(sinks)
+        more = _slabs(pager) if logits is None else [*_slabs(pager), logits]
         out, turns = launch(q, params, table.array, hot.keys, hot.values, kind.turns, *more)
         # Of two launches that nothing else orders, each now has counters of its own.
         kind.turns = turns if turns is not None else kind.turns
@@ -247,7 +248,7 @@ class FusedLayer:
             turns: mx.array,
             *more: mx.array,
         ) -> tuple[mx.array, mx.array | None]:
-            slabs, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, _zeros())
+            slabs, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, None)
             given = (launcher, spec, plan, q, params, table, (keys, values))
             if spec.together:
                 return attend_and_merge(*given, slabs, logits, turns)
@@ -485,15 +486,16 @@ def _planned(
 _choose = lru_cache(maxsize=64)(SplitPlan.choose)
 
 
+@lru_cache(maxsize=64)
 def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) -> mx.array:
     """Sizes, on the device."""
     return mx.array(plan.params(pages, hot, capacity, pages, first), mx.uint32)
 
 
-def _logits(sinks: mx.array | None) -> mx.array:
+def _logits(sinks: mx.array | None) -> mx.array | None:
     """Attention sinks in float32, at least eight."""
     if sinks is None:
-        return _zeros()
+        return None
     logits = sinks.astype(mx.float32).reshape(-1)
     return logits if logits.size >= 8 else mx.pad(logits, (0, 8 - logits.size))
 

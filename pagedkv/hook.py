@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView, stock_attention
 from pagedkv.errors import PagedKVError
 
@@ -62,16 +61,21 @@ def tag_pair(
 
 def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
     """NaN arrays with the shape of the view's keys and values, without their memory."""
-    assert view.pager is not None
-    return _nothing(view.pager.shape, view.pager.hot_dtype, view.tokens)
+    pager = view.pager
+    assert pager is not None
+    shape = pager.shape
+    tokens = view.paged_tokens + view.hot.used
+    return _nothing(pager.hot_dtype, shape.kv_heads, tokens, shape.key_dim, shape.value_dim)
 
 
 @lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step
-def _nothing(shape: KVShape, dtype: mx.Dtype, tokens: int) -> tuple[mx.array, mx.array]:
-    nan, heads = mx.array(float("nan"), dtype), shape.kv_heads
+def _nothing(
+    dtype: mx.Dtype, heads: int, tokens: int, key_dim: int, value_dim: int
+) -> tuple[mx.array, mx.array]:
+    nan = mx.array(float("nan"), dtype)
     return (
-        mx.broadcast_to(nan, (1, heads, tokens, shape.key_dim)),
-        mx.broadcast_to(nan, (1, heads, tokens, shape.value_dim)),
+        mx.broadcast_to(nan, (1, heads, tokens, key_dim)),
+        mx.broadcast_to(nan, (1, heads, tokens, value_dim)),
     )
 
 

@@ -112,13 +112,14 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     words = plan.params(len(places), HOT, CAPACITY, len(places))
     params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
     sources = records if spec.staging else records[::2]
+    logits = sinks if spec.has_sinks else None
     given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), sources)
     if spec.together:
-        out, _ = attend_and_merge(*given, sinks, new_turns(spec))
+        out, _ = attend_and_merge(*given, logits, new_turns(spec))
     else:
         out, stats = attend_splits(*given, plan.splits)
         if not spec.final:
-            out = merge_splits(launcher, spec, q, out, stats, params, sinks)
+            out = merge_splits(launcher, spec, q, out, stats, params, logits)
     expected = _attention(spec, q, dense[0], dense[1], sinks)
     return _difference(out, expected)
 

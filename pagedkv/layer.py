@@ -154,32 +154,30 @@ class PagedLayerCache:
         if shapes != self._accepted:
             self._accept(keys, values)
             self._accepted = shapes
-        self._context.pager.use(self._context.lineage)
-        self._appended = shapes[0][2]
-        if self._may_promote or self._hot.used + self._appended >= self._full:
+        context, hot, count = self._context, self._hot, shapes[0][2]
+        context.pager.use(context.lineage)
+        self._appended = count
+        if self._may_promote or hot.used + count >= self._full:
             with self._taken_back_to(self.offset):
                 self._settle()
-            self._admit(self._appended)
-        elif self.offset + self._appended > self._context.admitted:
-            self._admit(self._appended)
-        self._hot.append(to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype))
-        self.offset += self._appended
+            self._admit(count)
+        elif self.offset + count > context.admitted:
+            self._admit(count)
+        if keys.dtype != self._dtype:
+            keys, values = to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype)
+        hot.append(keys, values, count)
+        self.offset += count
         self._unread, self._spent = self.readers, None
-        self._warn_past_limit()
+        if context.max_tokens is not None and self.offset > context.max_tokens:
+            self._warn_past_limit(context.max_tokens)
         return self.view()
 
     def view(self) -> KVView:
         """The present contents, for attention."""
-        assert self._table is not None
-        sinks = min(self._context.config.sink_tokens, self._hot.used)
-        return KVView(
-            self._pager,
-            self._table.entries,
-            self._hot.tokens,
-            sinks,
-            self._table.tokens,
-            self._following_batches,
-        )
+        table, hot = self._table, self._hot.tokens
+        assert table is not None
+        sinks = min(self._context.config.sink_tokens, hot.used)
+        return KVView(self._pager, table.entries, hot, sinks, table.tokens, self._following_batches)
 
     def attend_tagged(
         self,
@@ -513,15 +511,13 @@ class PagedLayerCache:
             )
         return self._pager.cold_batches(self._table.entries)
 
-    def _warn_past_limit(self) -> None:
-        limit = self._context.max_tokens
-        if limit is not None and self.offset > limit:
-            self._context.max_tokens = None  # once per sequence
-            warnings.warn(
-                f"the context has {self.offset:,} tokens and the model was made for {limit:,}: "
-                f"answers may degrade",
-                stacklevel=4,
-            )
+    def _warn_past_limit(self, limit: int) -> None:
+        self._context.max_tokens = None  # once per sequence
+        warnings.warn(
+            f"the context has {self.offset:,} tokens and the model was made for {limit:,}: "
+            f"answers may degrade",
+            stacklevel=4,
+        )
 
     # The rest of mlx-lm's protocol
 

@@ -285,10 +285,11 @@ def attend(
 ) -> mx.array:
     """Everything in one launch, or both kernels, the first in several launches if asked."""
     arrays = ((hot[0], hot[1]), sources)
+    logits = sinks if spec.has_sinks else None
     if _together(spec, launches):
         words, slabs = mx.array(params, mx.uint32).reshape(-1), sources[::2]
         given = (launcher, spec, plan, q, words, table, arrays[0], slabs)
-        out, turns = attend_and_merge(*given, sinks, new_turns(spec))
+        out, turns = attend_and_merge(*given, logits, new_turns(spec))
         assert not turns.any(), "the counters of the next launch do not begin at zero"
         return out
     spec = replace(spec, together=False)
@@ -312,4 +313,4 @@ def attend(
         return parts[0][0]
     partial, stats = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
     words = mx.array(params, mx.uint32).reshape(-1)
-    return merge_splits(launcher, spec, q, partial, stats, words, sinks)
+    return merge_splits(launcher, spec, q, partial, stats, words, logits)

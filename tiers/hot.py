@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+ALL = slice(None)
+
 STEP = 256
 """Tokens by which the buffer grows while the sequence is short (as mlx-lm's KVCache does)."""
 
@@ -60,21 +62,24 @@ class HotBuffer:
         """The backing arrays, for evaluation; empty before the first token."""
         return () if self._keys is None or self._values is None else (self._keys, self._values)
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
+    def append(self, keys: mx.array, values: mx.array, count: int) -> None:
         """Add tokens at the end.
 
         Args:
-            keys: ``[batch, kv_heads, n, key_dim]``.
-            values: ``[batch, kv_heads, n, value_dim]``.
+            keys: ``[batch, kv_heads, count, key_dim]``.
+            values: ``[batch, kv_heads, count, value_dim]``.
+            count: tokens.
         """
-        start, self.used = self.used, self.used + int(keys.shape[2])
+        start, self.used = self.used, self.used + count
         if self.used > self.capacity:
             self._reserve(start, keys, values)
         assert self._keys is not None and self._values is not None
         # New handles: assigning to an array changes it for whoever else holds the object.
-        self._keys, self._values = self._keys[...], self._values[...]
-        self._keys[:, :, start : self.used] = keys
-        self._values[:, :, start : self.used] = values
+        own_keys, own_values = self._keys[...], self._values[...]
+        place = (ALL, ALL, slice(start, self.used))
+        own_keys[place] = keys
+        own_values[place] = values
+        self._keys, self._values = own_keys, own_values
 
     @property
     def tokens(self) -> HotTokens:
@@ -121,7 +126,7 @@ class HotBuffer:
         self._keys = self._values = None
         self.used = self.capacity = 0
         if keys.shape[2]:
-            self.append(keys, values)
+            self.append(keys, values, int(keys.shape[2]))
 
     def _reserve(self, used: int, keys: mx.array, values: mx.array) -> None:
         grown = -(-self.used // STEP) * STEP

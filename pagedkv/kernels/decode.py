@@ -13,8 +13,8 @@ from pagedkv.kernels.source import LANES, MERGE_GROUP, MERGE_GROUPS, MERGE_WARPS
 GROUPS_WANTED = 396
 """Threadgroups that run at once on a large GPU: three on each of an H100's 132 multiprocessors."""
 
-HOT_PER_SPLIT = 128
-"""Hot tokens of a split: a few tiles for each SIMD group."""
+HOT_PER_SPLIT, HOT_PER_LONG_SPLIT = 128, 256
+"""Hot tokens of a split: few, for what they cost is waiting; more where page splits are long."""
 
 WARPS = 4
 """SIMD groups of a threadgroup that attends."""
@@ -69,19 +69,18 @@ class SplitPlan:
         """
         groups = page_tokens // 64
         tiles = pages * groups
-        hot_splits = -(-hot // HOT_PER_SPLIT)
         if tiles + -(-hot // 64) <= WARPS:
             return cls(max(1, tiles), 1, max(64, hot), 0, 1, WARPS)
-        per_split = WARPS
         at_once = max(1, GROUPS_WANTED // parallel)
+        rounds = -(-tiles // (at_once * pages_per_run * groups))
+        per_hot = HOT_PER_SPLIT if rounds <= 1 else HOT_PER_LONG_SPLIT
+        hot_splits = -(-hot // per_hot)
+        per_split = WARPS
         if tiles > per_split * at_once:
-            rounds = -(-tiles // (at_once * pages_per_run * groups))
             per_split = -(-pages // max(1, rounds * at_once - hot_splits)) * groups
             per_split = min(per_split, pages_per_run * groups)
         page_splits = -(-tiles // per_split)
-        return cls(
-            per_split, page_splits, HOT_PER_SPLIT, page_splits, page_splits + hot_splits, WARPS
-        )
+        return cls(per_split, page_splits, per_hot, page_splits, page_splits + hot_splits, WARPS)
 
     def params(self, pages: int, hot: int, capacity: int, stride: int, first: int = 0) -> list[int]:
         """The words that the kernels read, for one sequence.
@@ -167,7 +166,7 @@ def attend_and_merge(
     table: mx.array,
     hot: tuple[mx.array, mx.array],
     sources: Sequence[mx.array],
-    sinks: mx.array,
+    sinks: mx.array | None,
     turns: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """Everything in one launch.
@@ -181,9 +180,9 @@ def attend_and_merge(
         table: likewise.
         hot: likewise.
         sources: the slab of each precision; no page may be staged.
-        sinks: float32, the model's attention sinks, at least eight numbers.
+        sinks: float32, the model's attention sinks, at least eight numbers; None if there are none.
         turns: uint32, zeros: `new_turns`, or what the launch before returned. The kernel counts in
-            it; no two launches may be given the same.
+            it: no two launches may be given the same.
 
     Returns:
         The output, ``[…, L, value_dim]`` like q, and the counters for the next launch.
@@ -192,7 +191,7 @@ def attend_and_merge(
     scratch = (plan.splits + groups) * _rows(spec) * (spec.value_dim + 2)
     out, _, following = launcher.launch(
         spec.attend,
-        [q, params, table, *hot, *sources, sinks, turns],
+        [q, params, table, *hot, *sources, *([] if sinks is None else [sinks]), turns],
         (plan.splits, spec.heads * spec.row_blocks, spec.sequences),
         LANES * plan.warps,
         [(*q.shape[:3], spec.value_dim), (scratch,), (_turn_words(spec),)],
@@ -226,14 +225,14 @@ def merge_splits(
     partial: mx.array,
     stats: mx.array,
     params: mx.array,
-    sinks: mx.array,
+    sinks: mx.array | None,
 ) -> mx.array:
     """Launch the second kernel: from all partials to the output, ``[…, L, value_dim]`` like q."""
     if stats.size < LEAST_WORDS:
         stats = mx.pad(stats.reshape(-1), (0, LEAST_WORDS - stats.size))
     (out,) = launcher.launch(
         spec.merge,
-        [partial, stats, params, sinks],
+        [partial, stats, params, *([] if sinks is None else [sinks])],
         (_rows(spec), 1, 1),
         LANES * MERGE_WARPS,
         [(*q.shape[:3], spec.value_dim)],

@@ -56,22 +56,30 @@ FN Quad merge_partials(Memory partial, Memory stats, u32 count, u32 row, u32 cha
 FN u32 group_count(u32 splits) { return (splits + MERGE_GROUP - 1) / MERGE_GROUP; }
 FN u32 group_size(u32 first, u32 splits) { return splits - first < MERGE_GROUP ? splits - first : MERGE_GROUP; }
 
-FN void store_output(OUTPUT out, BUFFER sinks, u32 row, u32 channel, THREAD const Quad& quad) {
+// An argument that there is only where the model has attention sinks.
+#if HAS_SINKS
+#define SINKS(...) __VA_ARGS__
+#else
+#define SINKS(...)
+#endif
+FN void store_output(OUTPUT out SINKS(, BUFFER sinks), u32 row, u32 channel, THREAD const Quad& quad) {
   float factor = 1.0f, total = quad.total;
-  if (HAS_SINKS) {
+#if HAS_SINKS
+  {
     u32 head = (row / ROWS % HEADS) * (ROWS / QUERY_TOKENS) + row % ROWS / QUERY_TOKENS;
     float sink = as_float(load(sinks, head)) * 1.4426950408889634f, peak = max_of(quad.peak, sink);
     factor = exp2_fast(quad.peak - peak);
     total = multiply_add(factor, total, exp2_fast(sink - peak + 15.0f));
   }
+#endif
   UNROLL for (int i = 0; i < 4; i++)
     store_number(out, u64(row) * VALUE_DIM + channel + i, total > 0 ? quad.sum[i] * factor / total : 0.0f);
 }
 
 // A kernel of its own for merging: one threadgroup per query row, one SIMD group per group of splits.
 static_assert(MERGE_WARPS == AT_ONCE, "the groups of one round are added in one go");
-FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFER partial, BUFFER stats, BUFFER params,
-                     BUFFER sinks, OUTPUT out) {
+FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFER partial, BUFFER stats, BUFFER params
+                     SINKS(, BUFFER sinks), OUTPUT out) {
   u32 splits = load(params, 7), me = 32 * warp + lane;
   SHARED peaks = shared + MERGE_WARPS * VALUE_DIM;
   SHARED totals = peaks + MERGE_WARPS;
@@ -102,5 +110,5 @@ FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFE
       add(all, parts, groups);
     }
   }
-  if (4 * me < VALUE_DIM) store_output(out, sinks, row, 4 * me, all);
+  if (4 * me < VALUE_DIM) store_output(out SINKS(, sinks), row, 4 * me, all);
 }

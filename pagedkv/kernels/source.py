@@ -186,7 +186,6 @@ class AttentionSpec:
             "HOT_BFLOAT": self.hot_bfloat,
             "CAUSAL": self.causal and self.query_tokens > 1,
             "FINAL": self.final,
-            "HAS_SINKS": self.has_sinks,
             "FETCH_AHEAD": self.fetch_ahead,
         }
         return {
@@ -216,6 +215,10 @@ class AttentionSpec:
         merge = -(-padded // 64) * 64 * blocks * 8
         return max(queries + self.warps * per_warp, merge) + self.warps * blocks * 16
 
+    @property
+    def _sinks(self) -> tuple[str, ...]:
+        return ("sinks",) if self.has_sinks else ()
+
     @cached_property
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
@@ -225,7 +228,7 @@ class AttentionSpec:
         if self.together:
             return self._text(
                 "attend_and_merge",
-                (*inputs, "sinks", "turns"),
+                (*inputs, *self._sinks, "turns"),
                 ("out", "scratch", "next_turns"),
                 (*files, "merge.h", "together.h"),
                 self.shared_words,
@@ -237,7 +240,7 @@ class AttentionSpec:
         """The kernel that merges splits."""
         return self._text(
             "merge_splits",
-            ("partial", "stats", "params", "sinks"),
+            ("partial", "stats", "params", *self._sinks),
             ("out",),
             ("numbers.h", "merge.h"),
             MERGE_WARPS * (self.value_dim + 2),
@@ -252,6 +255,7 @@ class AttentionSpec:
         shared_words: int,
     ) -> KernelText:
         constants = [f"{name} = {value};" for name, value in self._constants.items()]
+        constants.append(f"#define HAS_SINKS {int(self.has_sinks)}")
         constants.append(sources_macro(self.geometries, self.staging))
         return specialize(call, inputs, outputs, files, constants, shared_words)
 

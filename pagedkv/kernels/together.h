@@ -1,9 +1,11 @@
 // Attention in one launch: the threadgroup that is the last of its group of splits merges them, and
 // the last of all merges the groups, in the order in which a kernel of its own does (merge.h).
 //
-// Which one is the last is told by counters, `turns`: for each KV head and row block, one per group
-// of splits and one for the groups. They must be zero at the start. A launch leaves its own counters
-// as they are and writes zeros for the next one, so launches need no order but that of their arrays.
+// Which one is the last is told by counters: for each KV head and row block, one per group of splits
+// and one for the groups. They must be zero at the start. A launch leaves its own counters, `turns`, as
+// they are and writes zeros for the next one, so launches need no order but that of their arrays.
+//
+// Scratch: partial outputs of splits, of groups; their peaks and totals, likewise.
 
 CONSTANT u32 TURN_WORDS = MERGE_GROUPS + 1;
 
@@ -16,8 +18,8 @@ FN bool is_last(u32 thread, SHARED shared, BUFFER turns, u32 turn, u32 count) {
 }
 
 FN void attend_and_merge(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
-                         BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER),
-                         BUFFER sinks, BUFFER turns, OUTPUT out, OUTPUT scratch, OUTPUT next_turns) {
+                         BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER)
+                         SINKS(, BUFFER sinks), BUFFER turns, OUTPUT out, OUTPUT scratch, OUTPUT next_turns) {
   constexpr u32 row_quads = VALUE_DIM / 4;
   u32 thread = 32 * warp + lane, splits = load(params, 7), groups = group_count(splits);
   OUTPUT merged = scratch + u64(splits) * SPLIT_ROWS * VALUE_DIM;
@@ -35,10 +37,10 @@ FN void attend_and_merge(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequ
   if (!is_last(thread, shared, turns, turn + mine, count)) return;
   for (u32 i = thread; i < quads; i += 32 * WARPS) {
     u32 row = row_at(group) + i / row_quads, channel = i % row_quads * 4;
-    u64 before = u64(first) * SPLIT_ROWS;
-    Quad quad = merge_partials(Fresh{scratch + before * VALUE_DIM}, Fresh{stats + 2 * before}, count, row, channel);
+    u64 skip = u64(first) * SPLIT_ROWS;
+    Quad quad = merge_partials(Fresh{scratch + skip * VALUE_DIM}, Fresh{stats + 2 * skip}, count, row, channel);
     if (groups == 1) {
-      store_output(out, sinks, row, channel, quad);
+      store_output(out SINKS(, sinks), row, channel, quad);
     } else {
       u64 k = u64(mine) * SPLIT_ROWS + row;
       Words4 sum = {as_word(quad.sum[0]), as_word(quad.sum[1]), as_word(quad.sum[2]), as_word(quad.sum[3])};
@@ -49,6 +51,7 @@ FN void attend_and_merge(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequ
   if (groups == 1 || !is_last(thread, shared, turns, turn + MERGE_GROUPS, groups)) return;
   for (u32 i = thread; i < quads; i += 32 * WARPS) {
     u32 row = row_at(group) + i / row_quads, channel = i % row_quads * 4;
-    store_output(out, sinks, row, channel, merge_partials(Fresh{merged}, Fresh{merged_stats}, groups, row, channel));
+    store_output(out SINKS(, sinks), row, channel,
+                 merge_partials(Fresh{merged}, Fresh{merged_stats}, groups, row, channel));
   }
 }
