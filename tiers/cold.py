@@ -27,8 +27,10 @@ from pagedkv.allocator import (
     SlotPool,
 )
 from pagedkv.tiers.buffers import BufferPool
-from pagedkv.tiers.files import PageFile, aligned_buffer, private_directory, remove_directory
+from pagedkv.tiers.disk import Disk, RealDisk
+from pagedkv.tiers.files import PageFile, aligned_buffer
 from pagedkv.tiers.records import ColdRecord, PageIdentity, checksum, pack, unpack
+from pagedkv.tiers.store_directory import private_directory, remove_directory
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -120,6 +122,7 @@ class FileColdStore:
         layers: int,
         write_buffer_bytes: int,
         readers: int = 2,
+        disk: Disk | None = None,
     ) -> None:
         """Open a store.
 
@@ -129,9 +132,12 @@ class FileColdStore:
             layers: number of layers.
             write_buffer_bytes: bytes of memory for pages on their way to the disk.
             readers: reading threads.
+            disk: the file system; the real one if None.
         """
-        self.directory: Path = private_directory(parent)
-        self._remove = weakref.finalize(self, remove_directory, self.directory)  # also at exit
+        self._disk = disk or RealDisk()
+        self.directory: Path = private_directory(parent, self._disk)
+        # Also at exit.
+        self._remove = weakref.finalize(self, remove_directory, self.directory, self._disk)
         self.budget = budget
         self.counters = ColdCounters()
         self._layer_budget = budget // max(layers, 1)
@@ -226,7 +232,7 @@ class FileColdStore:
         if not extent:
             name = f"layer-{layer:04d}-{page_bytes // 1024}k.pages"
             try:
-                extent = _Extent(PageFile(self.directory / name), page_bytes)
+                extent = _Extent(PageFile(self.directory / name, self._disk), page_bytes)
             except OSError as e:
                 raise ColdStoreError(
                     e.errno or errno.EIO, f"cannot open {self.directory / name}: {e.strerror}"

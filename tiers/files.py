@@ -1,25 +1,36 @@
-"""Private directories, aligned memory, and positional file I/O that never stops half way."""
+"""Aligned memory, and file I/O that never stops half way, over `pagedkv.tiers.disk`."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-import shutil
+import secrets
 import stat
-import sys
-import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import PAGE_ALIGNMENT, ColdStoreError, ConfigError
+from pagedkv.allocator import PAGE_ALIGNMENT, ColdStoreError
+from pagedkv.tiers.disk import CREATE, DIRECTORY, READ_WRITE, Buffer, Disk, RealDisk
 
 Bytes = npt.NDArray[np.uint8]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DIRECT_UNIT = 4096
+"""Where uncached I/O may begin: a request that stopped elsewhere goes on from the unit before."""
+
+STUCK = 3
+"""Requests without progress after which a file has ended, or does not take what is written."""
+
+TEMPORARY = ".tmp"
+"""Ends the names of files that are not complete yet."""
 
 
 def aligned_buffer(nbytes: int) -> Bytes:
@@ -28,39 +39,73 @@ def aligned_buffer(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, size), np.uint8)[:nbytes]
 
 
-def private_directory(parent: str | os.PathLike[str] | None) -> Path:
-    """Make a new directory that only this user can enter.
+def again(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Make a call of `Disk`, and make it again whenever a signal interrupted it."""
+    while True:
+        try:
+            return call(*args, **kwargs)
+        except InterruptedError:
+            continue
 
-    Args:
-        parent: where; the system's temporary directory if None. Created if it is missing.
+
+def read_exactly(disk: Disk, fd: int, buffers: Sequence[Bytes], offset: int, unit: int = 1) -> None:
+    """Fill buffers one after the other from `offset`.
 
     Raises:
-        ConfigError: if `parent` is a file, a symbolic link, or not writable.
+        EOFError: if the file ends before they are full.
+        OSError: from the disk.
     """
-    if parent is not None:
-        path = Path(parent)
-        if path.is_symlink():
-            raise ConfigError(
-                f"cold_dir {str(path)!r} is a symbolic link: name the directory it points to"
-            )
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"cold_dir {str(path)!r} is a file: name a directory")
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as e:
-            raise ConfigError(f"cold_dir {str(path)!r} cannot be created: {e.strerror}") from e
-    try:
-        return Path(tempfile.mkdtemp(prefix="pagedkv-", dir=parent))  # mkdtemp makes it 0700
-    except OSError as e:
-        where = str(parent or tempfile.gettempdir())
-        raise ConfigError(
-            f"cold_dir {where!r} is not writable ({e.strerror}): choose another with cold_dir="
-        ) from e
+
+    def move(rest: Sequence[Buffer], at: int) -> int:
+        return again(disk.pread, fd, rest, at)
+
+    done, total = _transfer(move, buffers, offset, unit)
+    if done < total:
+        raise EOFError(f"the file ends at {offset + done}, {total - done} bytes short")
 
 
-def remove_directory(path: Path) -> None:
-    """Delete a directory made by `private_directory`; a missing one is fine."""
-    shutil.rmtree(path, ignore_errors=True)
+def write_exactly(
+    disk: Disk, fd: int, buffers: Sequence[Bytes], offset: int, unit: int = 1
+) -> None:
+    """Write buffers one after the other at `offset`, all of them.
+
+    Raises:
+        OSError: from the disk, or if it takes nothing without saying why.
+    """
+
+    def move(rest: Sequence[Buffer], at: int) -> int:
+        return again(disk.pwrite, fd, rest, at)
+
+    done, total = _transfer(move, buffers, offset, unit)
+    if done < total:
+        raise OSError(errno.EIO, f"wrote {done} of {total} bytes at {offset}")
+
+
+def _transfer(
+    move: Callable[[Sequence[Buffer], int], int],
+    buffers: Sequence[Bytes],
+    offset: int,
+    unit: int,
+) -> tuple[int, int]:
+    """Repeat short requests, each from a multiple of `unit`: bytes moved, and bytes in all."""
+    total, done, stuck = sum(len(b) for b in buffers), 0, 0
+    while done < total and stuck < STUCK:
+        moved = max(0, move(_after(buffers, done), offset + done))
+        if done + moved < total:
+            moved -= (offset + done + moved) % unit
+        stuck = 0 if moved > 0 else stuck + 1
+        done += max(0, moved)
+    return done, total
+
+
+def _after(buffers: Sequence[Bytes], done: int) -> list[Buffer]:
+    """What is left of the buffers after so many bytes."""
+    rest: list[Buffer] = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:].data)
+        done = max(0, done - len(buffer))
+    return rest
 
 
 class PageFile:
@@ -70,45 +115,53 @@ class PageFile:
     pages dropped from the cache after use. Offsets, sizes and buffers are multiples of 16 KiB.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create the file, mode 0600; it must not exist."""
-        self._flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.path = path
-        self.direct = False
-        self._fd = self._open(path)
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
-            raise ColdStoreError(f"{path} is not a regular file")
-        self._close = weakref.finalize(self, os.close, self._fd)  # also when merely dropped
+    def __init__(self, path: Path, disk: Disk | None = None, create: bool = True) -> None:
+        """Create the file, which must not exist, or open it, which must be there.
 
-    def _open(self, path: Path) -> int:
+        Raises:
+            OSError: from the disk.
+            ColdStoreError: if it is no regular file.
+        """
+        self.path = path
+        self._disk = disk or RealDisk()
+        self.direct = False
+        self._fd = self._open(CREATE if create else READ_WRITE)
+        self._close = weakref.finalize(self, self._disk.close, self._fd)  # also when dropped
+        try:
+            if not stat.S_ISREG(again(self._disk.fstat, self._fd).st_mode):
+                raise ColdStoreError(errno.EINVAL, f"{path} is not a regular file")
+            self.direct |= again(self._disk.bypass_cache, self._fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, flags: int) -> int:
         direct = getattr(os, "O_DIRECT", 0)
         if direct:
             try:
-                fd = os.open(path, self._flags | direct, 0o600)
+                fd = again(self._disk.open, self.path, flags | direct)
                 self.direct = True
                 return fd
             except OSError as e:
                 if e.errno != errno.EINVAL:
                     raise
-                path.unlink(missing_ok=True)  # some systems create the file before they refuse
-        fd = os.open(path, self._flags, 0o600)
-        if sys.platform == "darwin":
-            import fcntl
+                if flags == CREATE:  # some systems create the file before they refuse
+                    remove_file(self._disk, self.path)
+        return again(self._disk.open, self.path, flags)
 
-            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-            self.direct = True
-        return fd
+    @property
+    def _unit(self) -> int:
+        return DIRECT_UNIT if self.direct else 1
+
+    @property
+    def size(self) -> int:
+        """Bytes from the first to the last."""
+        return again(self._disk.fstat, self._fd).st_size
 
     def write(self, data: Bytes, offset: int) -> None:
-        """Write all of `data` at `offset`; short writes go on where they stopped."""
-        view = data.data
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            if done <= 0:
-                raise OSError(errno.EIO, f"wrote nothing at {offset}", str(self.path))
-            view, offset = view[done:], offset + done
-        self._forget(offset - len(data), len(data))
+        """Write all of `data` at `offset`."""
+        write_exactly(self._disk, self._fd, [data], offset, self._unit)
+        self._forget(offset, len(data))
 
     def read(self, buffers: Sequence[Bytes], offset: int) -> None:
         """Fill `buffers` one after the other from `offset`.
@@ -116,25 +169,68 @@ class PageFile:
         Raises:
             EOFError: if the file ends before they are full.
         """
-        total = sum(len(b) for b in buffers)
-        views: list[Any] = [b.data for b in buffers]
-        at = offset
-        while views:
-            done = os.preadv(self._fd, views, at)
-            if done <= 0:
-                raise EOFError(f"{self.path.name} ends at {at}, {offset + total - at} bytes short")
-            at += done
-            while views and done >= len(views[0]):
-                done -= len(views.pop(0))
-            if done:
-                views[0] = views[0][done:]
-        self._forget(offset, total)
+        read_exactly(self._disk, self._fd, buffers, offset, self._unit)
+        self._forget(offset, sum(len(b) for b in buffers))
+
+    def truncate(self, length: int) -> None:
+        """Cut the file off."""
+        again(self._disk.truncate, self._fd, length)
+
+    def sync(self) -> None:
+        """Return when a power failure cannot undo what was written."""
+        again(self._disk.sync, self._fd)
 
     def _forget(self, offset: int, length: int) -> None:
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+        if not self.direct:
+            again(self._disk.drop_cache, self._fd, offset, length)
 
     def close(self) -> None:
         """Close; closing twice is fine."""
         self._fd = -1
         self._close()
+
+
+def remove_file(disk: Disk, path: Path) -> None:
+    """Delete a file; a missing one is fine."""
+    with suppress(FileNotFoundError):
+        again(disk.unlink, path)
+
+
+def replace_file(disk: Disk, path: Path, parts: Sequence[Bytes], durable: bool) -> None:
+    """Put a file under its name in one step: afterwards there is the old one or the new one.
+
+    Args:
+        disk: the file system.
+        path: its name; an existing file is replaced.
+        parts: its content.
+        durable: return only when a power failure cannot undo it.
+
+    Raises:
+        OSError: from the disk. If it comes after the new name is in place, either file may be
+            what a power failure leaves.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        fd = again(disk.open, temporary, CREATE)
+        try:
+            write_exactly(disk, fd, parts, 0)
+            if durable:
+                again(disk.sync, fd)
+        finally:
+            disk.close(fd)
+        again(disk.rename, temporary, path)
+    except BaseException:
+        with suppress(OSError):  # whoever opens the store next does it
+            remove_file(disk, temporary)
+        raise
+    if durable:
+        sync_directory(disk, path.parent)
+
+
+def sync_directory(disk: Disk, path: Path) -> None:
+    """Return when a power failure cannot undo the names in a directory."""
+    fd = again(disk.open, path, DIRECTORY)
+    try:
+        again(disk.sync, fd)
+    finally:
+        disk.close(fd)

@@ -12,6 +12,7 @@ import mlx.core as mx
 from pagedkv.allocator import KVShape, PageTable
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.cold import FileColdStore
+from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.reader import ColdReader
 
@@ -38,6 +39,7 @@ class Pager:
         layers: layers that share the budgets, each an equal part.
         abandoned: tables whose owners are gone, to be released at the next safe point.
         users: open layer caches, whatever their class; the last one to go closes the pager.
+        disk: the file system of the cold tier.
     """
 
     budget: TierBudget
@@ -45,6 +47,7 @@ class Pager:
     counters: PagerCounters = field(default_factory=PagerCounters)
     abandoned: deque[PageTable] = field(default_factory=deque)
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    disk: Disk = field(default_factory=RealDisk)
 
     def __post_init__(self) -> None:
         self._layer_pagers: dict[int, LayerPager] = {}
@@ -78,7 +81,11 @@ class Pager:
         if self._cold is None:
             budget = self.budget
             self._cold = FileColdStore(
-                budget.cold_dir, budget.cold_bytes, self.layers, budget.write_buffer_bytes
+                budget.cold_dir,
+                budget.cold_bytes,
+                self.layers,
+                budget.write_buffer_bytes,
+                disk=self.disk,
             )
         return self._cold
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
 from pagedkv.allocator import ColdStoreError
-from pagedkv.tiers.files import PageFile, aligned_buffer, private_directory, remove_directory
+from pagedkv.tiers.files import PageFile, aligned_buffer
+from pagedkv.tiers.store_directory import private_directory, remove_directory
 
 TEST_BYTES = 256_000_000
 REQUEST_BYTES = 4 * 2**20
@@ -65,7 +65,7 @@ def _measure(file: PageFile, nbytes: int) -> DiskRate:
     while written < requests and (not written or time.perf_counter() - started < SECONDS):
         file.write(source, written * REQUEST_BYTES)
         written += 1
-    _sync(file)
+    file.sync()  # without it a cached write looks faster than the disk is
     write_seconds = time.perf_counter() - started
     started, done = time.perf_counter(), 0
     while done < written and (not done or time.perf_counter() - started < SECONDS):
@@ -80,12 +80,3 @@ def _measure(file: PageFile, nbytes: int) -> DiskRate:
         done * REQUEST_BYTES / read_seconds,
         file.direct,
     )
-
-
-def _sync(file: PageFile) -> None:
-    """Wait for the disk: without it a cached write looks faster than the disk is."""
-    fd = os.open(file.path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,0 +1,127 @@
+"""The file layer: what a disk does half, is interrupted in, or refuses, is made whole or told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pagedkv.tiers.disk import READ, RealDisk
+from pagedkv.tiers.files import (
+    PageFile,
+    aligned_buffer,
+    read_exactly,
+    replace_file,
+    write_exactly,
+)
+
+
+class HalfDisk(RealDisk):
+    """Moves at most so many bytes a call, and is interrupted before every other one."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.calls = most, 0
+
+    def _interrupt(self) -> None:
+        self.calls += 1
+        if self.calls % 2:
+            raise InterruptedError(errno.EINTR, "interrupted")
+
+    def pread(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        self._interrupt()
+        return super().pread(fd, [self._less(buffers)], offset)
+
+    def pwrite(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        self._interrupt()
+        return super().pwrite(fd, [self._less(buffers)], offset)
+
+    def _less(self, buffers: Sequence[Any]) -> Any:
+        return buffers[0][: self.most]
+
+
+def pages(seed: int, nbytes: int = 65536) -> np.ndarray:
+    buffer = aligned_buffer(nbytes)
+    buffer[:] = np.frombuffer(np.random.default_rng(seed).bytes(nbytes), np.uint8)
+    return buffer
+
+
+@pytest.mark.parametrize("most", [4096, 16384, 20480])
+def test_short_and_interrupted_requests_are_continued(tmp_path: Path, most: int) -> None:
+    file = PageFile(tmp_path / "pages", HalfDisk(most))
+    data = pages(0)
+    file.write(data, 16384)
+    out = [aligned_buffer(16384), aligned_buffer(49152)]
+    file.read(out, 16384)
+    assert np.array_equal(np.concatenate(out), data)
+    assert file.size == 16384 + 65536
+    file.close()
+    file.close()
+
+
+def test_a_disk_that_takes_nothing_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    class Stubborn(RealDisk):
+        def pwrite(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+            return 0
+
+    file = PageFile(tmp_path / "pages", Stubborn())
+    with pytest.raises(OSError, match="wrote 0 of 65536 bytes at 0") as caught:
+        file.write(pages(0), 0)
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("length", [0, 1, 16384, 16385, 65535])
+def test_a_file_that_ends_early_is_found(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "pages"
+    file = PageFile(path)
+    file.write(pages(0), 0)
+    os.truncate(path, length)
+    with pytest.raises(EOFError, match="bytes short"):
+        file.read([aligned_buffer(65536)], 0)
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -> None:
+    path, old, new = tmp_path / "state", pages(1, 1000), pages(2, 700)
+    replace_file(RealDisk(), path, [old], durable)
+
+    class Broken(RealDisk):
+        def __init__(self, call: str) -> None:
+            def fail(*args: Any) -> Any:
+                raise OSError(errno.EIO, f"{call} failed")
+
+            setattr(self, call, fail)
+
+    calls = ["open", "pwrite", "rename", *(["sync"] if durable else [])]
+    for call in calls:
+        with pytest.raises(OSError, match=f"{call} failed"):
+            replace_file(Broken(call), path, [new], durable)
+        assert path.read_bytes() == old.tobytes()
+        assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    replace_file(RealDisk(), path, [old[:500], new], durable)
+    assert path.read_bytes() == old[:500].tobytes() + new.tobytes()
+    assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"x" * 16384)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for create in (True, False):
+        with pytest.raises(OSError, match="link"):
+            PageFile(tmp_path / "link", create=create)
+
+
+def test_small_files_move_in_parts(tmp_path: Path) -> None:
+    disk, parts = HalfDisk(5000), [pages(3, 10_000), pages(4, 3)]
+    replace_file(disk, tmp_path / "state", parts, durable=False)
+    fd = disk.open(tmp_path / "state", READ)
+    out = [np.zeros(9_999, np.uint8), np.zeros(4, np.uint8)]
+    read_exactly(disk, fd, out, 0)
+    disk.close(fd)
+    assert np.array_equal(np.concatenate(out), np.concatenate(parts))
+    with pytest.raises(OSError):
+        write_exactly(disk, -1, parts, 0)
