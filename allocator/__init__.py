@@ -9,9 +9,14 @@ from pagedkv.allocator.errors import (
     ColdStoreError,
     ConfigError,
     CorruptPageError,
+    CorruptStoreError,
     OutOfPagesError,
     PagedKVError,
+    SequenceNotFoundError,
     ShapeError,
+    StoreLockedError,
+    StoreMismatchError,
+    UnsafeStoreError,
 )
 from pagedkv.allocator.geometry import PAGE_ALIGNMENT, KVShape, PageGeometry, PagePart
 from pagedkv.allocator.precision import Ladder, Precision
@@ -25,6 +30,7 @@ __all__ = [
     "ColdStoreError",
     "ConfigError",
     "CorruptPageError",
+    "CorruptStoreError",
     "KVShape",
     "Ladder",
     "OutOfPagesError",
@@ -34,7 +40,11 @@ __all__ = [
     "PageTable",
     "PagedKVError",
     "Precision",
+    "SequenceNotFoundError",
     "ShapeError",
     "SlotPool",
+    "StoreLockedError",
+    "StoreMismatchError",
     "TableEntry",
+    "UnsafeStoreError",
 ]

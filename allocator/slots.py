@@ -42,6 +42,19 @@ class SlotPool:
             heapq.heappush(self._free, slot)
         self._capacity = max(self._capacity, capacity)
 
+    def claim(self, slots: Iterable[int]) -> None:
+        """Take these slots, growing as far as they reach.
+
+        Raises:
+            PagedKVError: if one of them is taken already.
+        """
+        wanted = set(slots)
+        if wanted & self._taken:
+            raise PagedKVError(f"slots {sorted(wanted & self._taken)} are taken twice")
+        self.grow(max(wanted, default=-1) + 1)
+        self._free = sorted(set(self._free) - wanted)  # sorted, it is a heap
+        self._taken |= wanted
+
     def take(self) -> int:
         """Take the lowest free slot.
 

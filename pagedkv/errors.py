@@ -6,9 +6,14 @@ from pagedkv.allocator.errors import (
     ColdStoreError,
     ConfigError,
     CorruptPageError,
+    CorruptStoreError,
     OutOfPagesError,
     PagedKVError,
+    SequenceNotFoundError,
     ShapeError,
+    StoreLockedError,
+    StoreMismatchError,
+    UnsafeStoreError,
 )
 
 __all__ = [
@@ -17,7 +22,12 @@ __all__ = [
     "ColdStoreError",
     "ConfigError",
     "CorruptPageError",
+    "CorruptStoreError",
     "OutOfPagesError",
     "PagedKVError",
+    "SequenceNotFoundError",
     "ShapeError",
+    "StoreLockedError",
+    "StoreMismatchError",
+    "UnsafeStoreError",
 ]

@@ -40,7 +40,7 @@ def fetch(store: FileColdStore, *records: Any) -> np.ndarray:
 
 
 def damage(store: FileColdStore, at: int, data: bytes) -> None:
-    (file,) = store.directory.iterdir()
+    (file,) = store.directory.glob("*.pages")
     with file.open("r+b") as f:
         f.seek(at)
         f.write(data)
@@ -104,7 +104,7 @@ def test_a_stale_page_is_refused(store: FileColdStore) -> None:
 def test_a_truncated_file_is_a_missing_page(store: FileColdStore) -> None:
     record = store.put(1, 3, LAYOUT, random_page(1))
     store.flush()
-    (file,) = store.directory.iterdir()
+    (file,) = store.directory.glob("*.pages")
     os.truncate(file, PAGE // 2)
     with pytest.raises(pagedkv.CorruptPageError, match="layer 1 page 3 .*is missing"):
         fetch(store, record)
@@ -269,7 +269,7 @@ def test_damage_reaches_the_caller_as_a_typed_error(tmp_path: Path) -> None:
         pager = cache.context.pager
         pager.cold.flush()
         pager.reader.close()  # what was read ahead is still good; forget it
-        (file,) = pager.cold.directory.iterdir()
+        (file,) = pager.cold.directory.glob("*.pages")
         content = bytearray(file.read_bytes())
         content[100] ^= 4
         file.write_bytes(content)
@@ -296,7 +296,7 @@ def test_bad_directories_are_refused_when_the_model_is_wrapped(tmp_path: Path, k
 def test_files_are_private(store: FileColdStore) -> None:
     store.put(0, 0, LAYOUT, random_page(0))
     store.flush()
-    (file,) = store.directory.iterdir()
+    (file,) = store.directory.glob("*.pages")
     assert oct(file.stat().st_mode & 0o777) == "0o600"
     assert oct(store.directory.stat().st_mode & 0o777) == "0o700"
 

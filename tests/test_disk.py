@@ -86,8 +86,8 @@ def test_a_file_that_ends_early_is_found(tmp_path: Path, length: int) -> None:
 
 @pytest.mark.parametrize("durable", [False, True])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -> None:
-    path, old, new = tmp_path / "state", pages(1, 1000), pages(2, 700)
-    replace_file(RealDisk(), path, [old], durable)
+    path, old, new = tmp_path / "state", pages(1, 1000).tobytes(), pages(2, 700).tobytes()
+    replace_file(RealDisk(), path, old, durable)
 
     class Broken(RealDisk):
         def __init__(self, call: str) -> None:
@@ -99,11 +99,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -
     calls = ["open", "pwrite", "rename", *(["sync"] if durable else [])]
     for call in calls:
         with pytest.raises(OSError, match=f"{call} failed"):
-            replace_file(Broken(call), path, [new], durable)
-        assert path.read_bytes() == old.tobytes()
+            replace_file(Broken(call), path, new, durable)
+        assert path.read_bytes() == old
         assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    replace_file(RealDisk(), path, [old[:500], new], durable)
-    assert path.read_bytes() == old[:500].tobytes() + new.tobytes()
+    replace_file(RealDisk(), path, new, durable)
+    assert path.read_bytes() == new
     assert oct(path.stat().st_mode & 0o777) == "0o600"
 
 
@@ -117,7 +117,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 def test_small_files_move_in_parts(tmp_path: Path) -> None:
     disk, parts = HalfDisk(5000), [pages(3, 10_000), pages(4, 3)]
-    replace_file(disk, tmp_path / "state", parts, durable=False)
+    replace_file(disk, tmp_path / "state", np.concatenate(parts).tobytes(), durable=False)
     fd = disk.open(tmp_path / "state", READ)
     out = [np.zeros(9_999, np.uint8), np.zeros(4, np.uint8)]
     read_exactly(disk, fd, out, 0)

@@ -5,13 +5,16 @@ numpy memory and files.
 """
 
 from pagedkv.tiers.budget import TierBudget
+from pagedkv.tiers.checkpoints import StoredSequence
 from pagedkv.tiers.codec import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
 from pagedkv.tiers.cold import ColdStore, FileColdStore
+from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.hot import HotBuffer, HotTokens
 from pagedkv.tiers.layer_pager import LayerPager, Lineage, Page, Run
 from pagedkv.tiers.pager import Pager
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.records import ColdRecord, PageIdentity
+from pagedkv.tiers.sequence import LayerState, SequenceState, StoreIdentity
 from pagedkv.tiers.warm import WarmSlab
 
 __all__ = [
@@ -19,18 +22,24 @@ __all__ = [
     "ColdReader",
     "ColdRecord",
     "ColdStore",
+    "Disk",
     "FileColdStore",
     "HotBuffer",
     "HotTokens",
     "LayerPager",
+    "LayerState",
     "Lineage",
     "Page",
     "PageCodec",
     "PageIdentity",
     "Pager",
     "QuantizedTriple",
+    "RealDisk",
     "Run",
+    "SequenceState",
     "Sixteen",
+    "StoreIdentity",
+    "StoredSequence",
     "TierBudget",
     "WarmSlab",
     "codec_for",

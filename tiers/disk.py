@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 Buffer = Bytes | memoryview
 
 SAFE = os.O_CLOEXEC | os.O_NOFOLLOW
-READ = os.O_RDONLY | SAFE
+READ = os.O_RDONLY | os.O_NONBLOCK | SAFE  # a pipe in place of a file must not hang us
 READ_WRITE = os.O_RDWR | SAFE
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE
 CREATE_OR_OPEN = os.O_RDWR | os.O_CREAT | SAFE

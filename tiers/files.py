@@ -8,15 +8,15 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import PAGE_ALIGNMENT, ColdStoreError
+from pagedkv.allocator import PAGE_ALIGNMENT, ColdStoreError, UnsafeStoreError
 from pagedkv.tiers.disk import CREATE, DIRECTORY, READ_WRITE, Buffer, Disk, RealDisk
 
 Bytes = npt.NDArray[np.uint8]
@@ -108,6 +108,62 @@ def _after(buffers: Sequence[Bytes], done: int) -> list[Buffer]:
     return rest
 
 
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn the system's errors into ours, which say what could not be done."""
+    try:
+        yield
+    except ColdStoreError:
+        raise
+    except OSError as e:
+        raise ColdStoreError(e.errno or errno.EIO, f"{what}: {e.strerror or e}") from e
+
+
+def require_private(path: Path, status: os.stat_result, directory: bool = False) -> None:
+    """Check that a file or directory is what it seems, ours, and closed to everybody else.
+
+    Raises:
+        UnsafeStoreError: saying which of these it is not.
+    """
+    mode, kind = stat.S_IMODE(status.st_mode), "directory" if directory else "regular file"
+    is_kind = stat.S_ISDIR if directory else stat.S_ISREG
+    problem, remedy = None, "remove it, or name another cold_dir"
+    if stat.S_ISLNK(status.st_mode):
+        problem = "is a symbolic link"
+    elif not is_kind(status.st_mode):
+        problem = f"is no {kind}"
+    elif status.st_uid != os.geteuid():
+        problem = f"belongs to user {status.st_uid}, not to {os.geteuid()}"
+    elif mode & 0o077:
+        problem = f"has mode {mode:04o}: others may open it"
+        remedy = f"if nobody did, chmod {'700' if directory else '600'} it"
+    if problem:
+        raise UnsafeStoreError(errno.EPERM, f"{path} {problem}; {remedy}")
+
+
+def open_private(disk: Disk, path: Path, flags: int) -> int:
+    """Open a file that must be ours alone.
+
+    Raises:
+        UnsafeStoreError: if it is a symbolic link, no regular file, or not private.
+        OSError: from the disk.
+    """
+    try:
+        fd = again(disk.open, path, flags)
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise UnsafeStoreError(
+            errno.ELOOP, f"{path} is a symbolic link; remove it, or name another cold_dir"
+        ) from e
+    try:
+        require_private(path, again(disk.fstat, fd))
+    except BaseException:
+        disk.close(fd)
+        raise
+    return fd
+
+
 class PageFile:
     """A file of aligned records, read and written past the page cache where the system can.
 
@@ -120,7 +176,7 @@ class PageFile:
 
         Raises:
             OSError: from the disk.
-            ColdStoreError: if it is no regular file.
+            UnsafeStoreError: if an existing file is a link, or not ours alone.
         """
         self.path = path
         self._disk = disk or RealDisk()
@@ -128,8 +184,6 @@ class PageFile:
         self._fd = self._open(CREATE if create else READ_WRITE)
         self._close = weakref.finalize(self, self._disk.close, self._fd)  # also when dropped
         try:
-            if not stat.S_ISREG(again(self._disk.fstat, self._fd).st_mode):
-                raise ColdStoreError(errno.EINVAL, f"{path} is not a regular file")
             self.direct |= again(self._disk.bypass_cache, self._fd)
         except BaseException:
             self.close()
@@ -139,7 +193,7 @@ class PageFile:
         direct = getattr(os, "O_DIRECT", 0)
         if direct:
             try:
-                fd = again(self._disk.open, self.path, flags | direct)
+                fd = open_private(self._disk, self.path, flags | direct)
                 self.direct = True
                 return fd
             except OSError as e:
@@ -147,7 +201,7 @@ class PageFile:
                     raise
                 if flags == CREATE:  # some systems create the file before they refuse
                     remove_file(self._disk, self.path)
-        return again(self._disk.open, self.path, flags)
+        return open_private(self._disk, self.path, flags)
 
     @property
     def _unit(self) -> int:
@@ -196,35 +250,58 @@ def remove_file(disk: Disk, path: Path) -> None:
         again(disk.unlink, path)
 
 
-def replace_file(disk: Disk, path: Path, parts: Sequence[Bytes], durable: bool) -> None:
-    """Put a file under its name in one step: afterwards there is the old one or the new one.
+def write_new(disk: Disk, path: Path, fill: Callable[[int], None], durable: bool) -> Path:
+    """Write a file that is to be put in the place of `path` by `rename`, under another name.
 
     Args:
         disk: the file system.
-        path: its name; an existing file is replaced.
-        parts: its content.
+        path: the name that it will have.
+        fill: writes the content, given a descriptor.
         durable: return only when a power failure cannot undo it.
 
+    Returns:
+        The name it has now.
+
     Raises:
-        OSError: from the disk. If it comes after the new name is in place, either file may be
-            what a power failure leaves.
+        OSError: from the disk, or what `fill` raises; the file is gone then.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         fd = again(disk.open, temporary, CREATE)
         try:
-            write_exactly(disk, fd, parts, 0)
+            fill(fd)
             if durable:
                 again(disk.sync, fd)
         finally:
             disk.close(fd)
-        again(disk.rename, temporary, path)
     except BaseException:
         with suppress(OSError):  # whoever opens the store next does it
             remove_file(disk, temporary)
         raise
+    return temporary
+
+
+def put_in_place(disk: Disk, temporary: Path, path: Path, durable: bool) -> None:
+    """Give a file from `write_new` its name: afterwards there is the old one or the new one.
+
+    Raises:
+        OSError: from the disk. Which of the two a crash would leave is not known then.
+    """
+    try:
+        again(disk.rename, temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            remove_file(disk, temporary)
+        raise
     if durable:
         sync_directory(disk, path.parent)
+
+
+def replace_file(disk: Disk, path: Path, content: bytes, durable: bool) -> None:
+    """Replace a small file in one step; see `write_new` and `put_in_place`."""
+    data = np.frombuffer(content, np.uint8)
+    fill = lambda fd: write_exactly(disk, fd, [data], 0)  # noqa: E731
+    put_in_place(disk, write_new(disk, path, fill, durable), path, durable)
 
 
 def sync_directory(disk: Disk, path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import PAGE_ALIGNMENT, CorruptPageError
 from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.page_files import Place
 
 Bytes = npt.NDArray[np.uint8]
 CHECKSUM_BYTES = 16
@@ -25,10 +26,11 @@ class PageIdentity:
     """What a page is, mixed into its checksum: the right bytes at the wrong place are refused.
 
     Attributes:
-        owner: 16 bytes that name the store (random for each).
+        owner: 16 bytes that name the store: random for a temporary one, the model's and the
+            settings' for one that lasts.
         layer: layer number.
         page: page number within the layer.
-        generation: how many pages the store had been given before this one; never repeats.
+        generation: counts the pages that a store is given, from a number that never repeats.
         layout: key bits, value bits and tokens of the page.
     """
 
@@ -65,6 +67,8 @@ class ColdRecord:
         live: False once freed.
         pending: the page's bytes while they are not on disk yet.
         error: why the last attempt to write it failed.
+        durable: whether a power failure cannot undo it.
+        failures: `Extent.failures` when it was written.
     """
 
     identity: PageIdentity
@@ -75,6 +79,18 @@ class ColdRecord:
     live: bool = True
     pending: Bytes | None = None
     error: Exception | None = None
+    durable: bool = False
+    failures: int = 0
+
+    @property
+    def place(self) -> Place:
+        """Its file and slot."""
+        return Place(self.identity.layer, self.nbytes, self.slot)
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the file's start."""
+        return self.slot * self.nbytes
 
 
 def checksum(identity: PageIdentity, page: Bytes) -> bytes:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagedkv.allocator import ColdStoreError
+from pagedkv.tiers.disk import RealDisk
 from pagedkv.tiers.files import PageFile, aligned_buffer
-from pagedkv.tiers.store_directory import private_directory, remove_directory
+from pagedkv.tiers.store_directory import StoreDirectory
 
 TEST_BYTES = 256_000_000
 REQUEST_BYTES = 4 * 2**20
@@ -46,15 +47,15 @@ def measure_disk(cold_dir: str | None, nbytes: int = TEST_BYTES) -> DiskRate:
         ColdStoreError: if the disk returns other bytes than were written.
         OSError: if it is full, or fails.
     """
-    directory = private_directory(cold_dir)
+    directory = StoreDirectory.make_temporary(cold_dir, RealDisk())
     try:
-        file = PageFile(directory / "rate.pages")
+        file = PageFile(directory.path / "rate.pages")
         try:
             return _measure(file, nbytes)
         finally:
             file.close()
     finally:
-        remove_directory(directory)
+        directory.close()
 
 
 def _measure(file: PageFile, nbytes: int) -> DiskRate:

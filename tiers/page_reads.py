@@ -1,0 +1,97 @@
+"""Reading pages from the cold files, each one verified."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import ColdStoreError, CorruptPageError
+from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.page_files import PageFiles
+from pagedkv.tiers.records import ColdRecord, checksum, unpack
+from pagedkv.tiers.write_behind import ColdCounters
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class PageReads:
+    """Reads and verifies; used by the reader threads."""
+
+    def __init__(self, files: PageFiles, lock: threading.Lock, counters: ColdCounters) -> None:
+        self._files = files
+        self._lock = lock
+        self._counters = counters
+
+    def read(self, records: Sequence[ColdRecord], out: Bytes) -> None:
+        """Read pages into `out`, back to back, neighbours with one request.
+
+        Raises:
+            CorruptPageError: naming a page that is missing or not what was stored.
+            ColdStoreError: if the disk fails.
+        """
+        places, at = [], 0
+        for record in records:
+            places.append(out[at : at + record.nbytes])
+            at += record.nbytes
+        start = 0
+        while start < len(records):
+            stop = _run_end(records, start)
+            self._read_run(records[start:stop], places[start:stop])
+            start = stop
+
+    def _read_run(self, records: Sequence[ColdRecord], places: Sequence[Bytes]) -> None:
+        first = records[0]
+        if len(records) == 1:
+            with self._lock:
+                if first.pending is not None:
+                    places[0][:] = first.pending[: first.nbytes]
+                    self._counters.reads_from_write_queue += 1
+                    return
+        file = self._files.extent(first.place).file
+        whole = first.stored_bytes == first.nbytes
+        into = list(places) if whole else [aligned_buffer(first.stored_bytes)]
+        try:
+            file.read(into, first.offset)
+        except EOFError as e:
+            raise CorruptPageError(
+                errno.EBADMSG, f"cold {first.identity} is missing: {file.path.name}: {e}"
+            ) from e
+        except OSError as e:
+            raise ColdStoreError(
+                e.errno or errno.EIO, f"cannot read cold {first.identity}: {e.strerror or e}"
+            ) from e
+        if not whole:
+            unpack(first.identity, into[0], places[0])
+        for record, page in zip(records, places, strict=True):
+            if checksum(record.identity, page) != record.checksum:
+                raise CorruptPageError(
+                    errno.EBADMSG,
+                    f"cold {record.identity} does not match its checksum: {file.path.name} "
+                    f"was damaged or changed at byte {record.offset:,}",
+                )
+        with self._lock:
+            self._counters.bytes_read += sum(len(b) for b in into)
+            self._counters.pages_read += len(records)
+
+
+def _run_end(records: Sequence[ColdRecord], start: int) -> int:
+    """The end of the longest stretch from `start` that one request can read."""
+    first, stop = records[start], start + 1
+    if first.pending is not None or first.stored_bytes != first.nbytes:
+        return stop
+    while stop < len(records):
+        record = records[stop]
+        neighbour = (
+            record.identity.layer == first.identity.layer
+            and record.nbytes == record.stored_bytes == first.nbytes
+            and record.slot == first.slot + stop - start
+            and record.pending is None
+        )
+        if not neighbour:
+            break
+        stop += 1
+    return stop

@@ -1,0 +1,153 @@
+"""Sequences that outlive the process: their pages made durable, then their checkpoint committed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from pagedkv.allocator import ColdStoreError, CorruptPageError
+from pagedkv.tiers.checkpoint import ENTRY, Bytes, Checkpoint, Entries, file_bytes
+from pagedkv.tiers.checkpoints import Checkpoints
+from pagedkv.tiers.files import aligned_buffer, told
+from pagedkv.tiers.page_files import PageFiles
+from pagedkv.tiers.page_reads import PageReads
+from pagedkv.tiers.records import ColdRecord, PageIdentity
+from pagedkv.tiers.sequence import SequenceState
+from pagedkv.tiers.write_behind import WriteBehind
+
+StoredPage = tuple[ColdRecord, int, int]
+"""A page of a sequence: its record, the position of its first token, and its valid tokens."""
+
+
+class SequenceStore:
+    """Commits sequences to a store that lasts, and finds their pages again."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, files: PageFiles, writer: WriteBehind, reads: PageReads
+    ) -> None:
+        self.checkpoints = checkpoints
+        self._files = files
+        self._writer = writer
+        self._reads = reads
+
+    def commit(
+        self,
+        state: SequenceState,
+        pages: Sequence[StoredPage],
+        hot: Iterable[Bytes],
+        durable: bool,
+    ) -> int:
+        """Make a sequence the one that is found when the store is opened again.
+
+        Args:
+            state: what it is.
+            pages: its pages, layer by layer.
+            hot: its hot tokens, layer by layer.
+            durable: return only when a power failure cannot undo it.
+
+        Returns:
+            Bytes of the checkpoint.
+
+        Raises:
+            OutOfPagesError: if the budget does not hold the checkpoint.
+            ColdStoreError: if the disk fails, or does not take the pages.
+        """
+        records = [record for record, _, _ in pages]
+        self._settle(records)
+        if durable:
+            self._make_durable(records)
+        self._writer.charge(file_bytes(state))
+        return self.checkpoints.commit(state, _entries(pages), hot, durable)
+
+    def _settle(self, records: Sequence[ColdRecord]) -> None:
+        """Wait until these pages are in their files."""
+        self._writer.wait()
+        if self._writer.unwritten(records):
+            self._writer.retry()
+        if stuck := self._writer.unwritten(records):
+            error = self._writer.last_error
+            raise ColdStoreError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"{len(stuck)} of {len(records)} pages cannot be written to "
+                f"{self._files.directory} ({error}): the last checkpoint stays in place; free "
+                f"disk space and flush again",
+            )
+
+    def _make_durable(self, records: Sequence[ColdRecord]) -> None:
+        by_file: dict[tuple[int, int], list[ColdRecord]] = {}
+        for record in records:
+            if not record.durable:
+                by_file.setdefault((record.identity.layer, record.nbytes), []).append(record)
+        for fresh in by_file.values():
+            extent = self._files.extent(fresh[0].place)
+            failures = extent.failures
+            for record in fresh:
+                if record.failures < failures:
+                    self._write_again(record)
+            try:
+                with told(f"cannot make {extent.file.path} durable"):
+                    extent.file.sync()
+            except ColdStoreError:
+                extent.failures += 1
+                raise
+            for record in fresh:
+                record.durable = True
+
+    def _write_again(self, record: ColdRecord) -> None:
+        """After a failed fsync the system may believe that pages are on disk which are not."""
+        page = aligned_buffer(record.nbytes)
+        self._reads.read([record], page)
+        extent = self._files.extent(record.place)
+        with told(f"cannot write cold {record.identity} again"):
+            stored = aligned_buffer(record.stored_bytes)
+            extent.file.read([stored], record.offset)
+            extent.file.write(stored, record.offset)
+        record.failures = extent.failures
+
+    def records(self, checkpoint: Checkpoint) -> Iterator[StoredPage]:
+        """The pages of a checkpoint, each held as by `FileColdStore.put`.
+
+        Raises:
+            CorruptPageError: naming a page that is beyond the end of its file.
+        """
+        owner, sizes = self.checkpoints.identity.digest, self._files.sizes()
+        for row in checkpoint.entries.tolist():
+            layer, tokens, position, page, page_tokens, key_bits, value_bits = row[:7]
+            generation, slot, page_bytes, stored_bytes, digest = row[7:]
+            layout = (key_bits, value_bits, page_tokens)
+            identity = PageIdentity(owner, layer, page, generation, layout)
+            record = ColdRecord(identity, page_bytes, slot, stored_bytes, bytes(digest))
+            size = sizes.get((layer, page_bytes), 0)
+            if record.offset + stored_bytes > size:
+                raise CorruptPageError(
+                    errno.EBADMSG,
+                    f"cold {identity} is missing: its file in {self._files.directory} has "
+                    f"{size:,} bytes and the page begins at {record.offset:,}",
+                )
+            self._files.hold([record.place])
+            yield record, position, tokens
+
+
+def _entries(pages: Sequence[StoredPage]) -> Entries:
+    """As a checkpoint file holds them."""
+    entries = np.zeros(len(pages), ENTRY)
+    for i, (record, position, tokens) in enumerate(pages):
+        identity = record.identity
+        key_bits, value_bits, page_tokens = identity.layout
+        entries[i] = (
+            identity.layer,
+            tokens,
+            position,
+            identity.page,
+            page_tokens,
+            key_bits,
+            value_bits,
+            identity.generation,
+            record.slot,
+            record.nbytes,
+            record.stored_bytes,
+            np.frombuffer(record.checksum, np.uint8),
+        )
+    return entries

@@ -1,0 +1,177 @@
+"""Pages on their way to the disk: one writer thread, bounded buffers, and another try."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import OutOfPagesError
+from pagedkv.tiers.buffers import BufferPool
+from pagedkv.tiers.files import told
+from pagedkv.tiers.page_files import PageFiles
+from pagedkv.tiers.records import ColdRecord, checksum, pack
+from pagedkv.tiers.write_limit import WriteLimit
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class ColdCounters:
+    """Traffic since the store was made: bytes as moved to and from the disk, seconds waited."""
+
+    bytes_written: int = 0
+    bytes_read: int = 0
+    pages_written: int = 0
+    pages_read: int = 0
+    reads_from_write_queue: int = 0
+    write_errors: int = 0
+    write_stall_seconds: float = 0.0
+
+
+class WriteBehind:
+    """Writes pages in the background, first in, first out.
+
+    A page whose write failed (a full disk, an I/O error) stays in its buffer, readable, and is
+    tried again before the buffers are declared full.
+    """
+
+    def __init__(
+        self, files: PageFiles, limit: WriteLimit, buffer_bytes: int, counters: ColdCounters
+    ) -> None:
+        self._files = files
+        self._limit = limit
+        self._counters = counters
+        self.buffers = BufferPool(buffer_bytes)
+        self.lock = threading.Lock()
+        self._failed: list[ColdRecord] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pagedkv-writer")
+        self._closed = False
+
+    @property
+    def last_error(self) -> Exception | None:
+        """Why the disk does not take pages at present; None while it does."""
+        with self.lock:
+            return self._failed[0].error if self._failed else None
+
+    def buffer(self, nbytes: int) -> Bytes:
+        """A buffer for a page, waiting for one if need be.
+
+        Raises:
+            OutOfPagesError: if writes fail and no buffer will come free.
+        """
+        started = time.perf_counter()
+        try:
+            while (buffer := self.buffers.take(nbytes, timeout=0.05)) is None:
+                if not self.retry():
+                    raise self._cannot_write()
+        finally:
+            self._counters.write_stall_seconds += time.perf_counter() - started
+        return buffer
+
+    def add(self, record: ColdRecord) -> None:
+        """Queue a page, whose bytes are in its `pending` buffer."""
+        self._thread.submit(self._write, record)
+
+    def retry(self) -> bool:
+        """Try once more to write what failed; whether anything got through, or nothing waits."""
+        with self.lock:
+            failed, self._failed = self._failed, []
+        for record in failed:
+            self._thread.submit(self._write, record)
+        self.wait()
+        with self.lock:
+            return not failed or len(self._failed) < len(failed)
+
+    def wait(self) -> None:
+        """Return when every queued write was tried."""
+        if not self._closed:
+            self._thread.submit(lambda: None).result()
+
+    def drop(self, record: ColdRecord) -> bool:
+        """Forget a page; whether it was live.
+
+        One writer thread, first in, first out: a write queued for its slot is over before any
+        later page can be written there. A write in progress gives its buffer back itself.
+        """
+        with self.lock:
+            if not record.live:
+                return False
+            record.live = False
+            if record in self._failed:
+                self._failed.remove(record)
+                self._give_back(record)
+        if not self._closed:
+            self._thread.submit(self._drop, record)
+        return True
+
+    def charge(self, nbytes: int) -> None:
+        """Count a checkpoint that is about to be written.
+
+        Raises:
+            ColdStoreError: if it is too much for today.
+        """
+        with told(f"cannot write to {self._files.directory}"):
+            self._limit.charge(nbytes)
+        with self.lock:
+            self._counters.bytes_written += nbytes
+
+    def close(self) -> None:
+        """Stop the thread; what is still queued is not written."""
+        self._closed = True
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def unwritten(self, records: Iterable[ColdRecord]) -> list[ColdRecord]:
+        """Those of the pages that are not on disk."""
+        with self.lock:
+            return [r for r in records if r.pending is not None]
+
+    def _write(self, record: ColdRecord) -> None:
+        """On the writer thread: pack, checksum, write, and let the buffer go."""
+        with self.lock:
+            data = record.pending
+            if not record.live or data is None:
+                return
+        page = data[: record.nbytes]
+        try:
+            digest, stored = checksum(record.identity, page), pack(page)
+            self._limit.charge(len(stored))
+            extent = self._files.extent(record.place)
+            failures = extent.failures
+            extent.file.write(stored, record.offset)
+        except Exception as e:  # whatever it is, the page stays readable in its buffer
+            with self.lock:
+                self._counters.write_errors += 1
+                record.error = e
+                if record.live:
+                    self._failed.append(record)
+            return
+        with self.lock:
+            record.checksum, record.stored_bytes = digest, len(stored)
+            record.error, record.failures = None, failures
+            self._counters.bytes_written += len(stored)
+            self._counters.pages_written += 1
+            self._give_back(record)
+
+    def _drop(self, record: ColdRecord) -> None:
+        with self.lock:
+            self._give_back(record)
+
+    def _give_back(self, record: ColdRecord) -> None:
+        if record.pending is not None:
+            self.buffers.give(record.pending)
+            record.pending = None
+
+    def _cannot_write(self) -> OutOfPagesError:
+        with self.lock:
+            stuck, held = list(self._failed), sum(r.nbytes for r in self._failed)
+        return OutOfPagesError(
+            f"cold tier cannot write to {self._files.directory} ({stuck[0].error}): {len(stuck)} "
+            f"pages ({held:,} bytes) wait in memory and no buffer is left; free disk space "
+            f"or trim the context"
+        )
