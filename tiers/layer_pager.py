@@ -54,7 +54,8 @@ class Page:
         position: token position of its first token, for demotion by distance.
         lineage: whose it is.
         slot: its warm slot, or None.
-        record: its cold record, or None. Exactly one of the two is set.
+        record: its copy on disk, or None. At least one of the two is set; a page with both is
+            warm and clean: demoting it costs no write.
     """
 
     number: int
@@ -154,16 +155,16 @@ class LayerPager:
         growth = self._pager.cold.growth(self.layer) if self._pager.has_cold else 0
         for precision, pages in beyond.items():
             slab = self._slabs[precision]
-            room = 0
+            room, clean = 0, len(self._warm_pages(precision, clean=True))
             if self._pager.has_cold:
                 room = self._pager.cold.room(self.layer, slab.page_bytes, growth)
-            if pages > room:
+            if pages > clean + room:
                 return (
                     f"layer {self.layer} needs {more[precision]} more {precision} pages of "
                     f"{slab.page_bytes:,} bytes: warm holds {slab.used} of {slab.max_slots}, "
                     f"cold {self._pager.cold_summary()} and takes {room}"
                 )
-            growth -= pages * slab.page_bytes
+            growth -= max(0, pages - clean) * slab.page_bytes
         return None
 
     def seal(
@@ -272,19 +273,75 @@ class LayerPager:
                 f"warm tier full: layer {self.layer} holds {slab.used} {precision} pages "
                 f"({slab.nbytes:,} bytes) and there is no cold tier"
             )
-        warm = (p for p in self.pages.values() if p.slot is not None and p.precision == precision)
-        page = min(warm, key=lambda p: (p.lineage.tick, p.position))
+        page = _farthest(self._warm_pages(precision))
+        try:
+            self._copy_down(page)
+        except (OutOfPagesError, ColdStoreError):
+            if not (clean := self._warm_pages(precision, clean=True)):
+                raise
+            page = _farthest(clean)  # nearer, but the disk has it already
         assert page.slot is not None
-        layout = (precision.key_bits, precision.value_bits, self.page_tokens)
-        data = slab.page_view(page.slot)
-        page.record = self._pager.cold.put(self.layer, page.number, layout, data)
         slab.give(page.slot)
         page.slot = None
         self.moves += 1
         self._pager.counters.demoted += 1
 
+    def _warm_pages(self, precision: Precision, clean: bool = False) -> list[Page]:
+        """The pages in a slab; only those that have a copy on disk if `clean`."""
+        return [
+            p
+            for p in self.pages.values()
+            if p.slot is not None
+            and p.precision == precision
+            and (p.record is not None or not clean)
+        ]
+
+    def _copy_down(self, page: Page) -> None:
+        """See that a page has a copy on disk; written once, since its bytes never change."""
+        if page.record is None:
+            assert page.slot is not None
+            layout = (page.precision.key_bits, page.precision.value_bits, self.page_tokens)
+            data = self._slabs[page.precision].page_view(page.slot)
+            page.record = self._pager.cold.put(self.layer, page.number, layout, data)
+
+    def copy_down(self, entries: Sequence[TableEntry]) -> list[ColdRecord]:
+        """Give every page of a table a copy on disk, in the background; warm ones stay warm.
+
+        Returns:
+            The copies, in order.
+
+        Raises:
+            OutOfPagesError: if the cold tier is full; the copies made so far are kept.
+            ColdStoreError: if the disk failed.
+        """
+        records = []
+        for entry in entries:
+            page = self.pages[entry.page]
+            self._copy_down(page)
+            assert page.record is not None
+            records.append(page.record)
+        return records
+
+    def adopt(self, record: ColdRecord, position: int, lineage: Lineage) -> int:
+        """Take over a page that is on disk already.
+
+        Returns:
+            The page's number, with one reference that the caller owns.
+
+        Raises:
+            KeyError: if the page's precision is none of `precisions`.
+        """
+        precision = Precision(*record.identity.layout[:2])
+        if precision not in self.precisions:
+            raise KeyError(f"no {precision} pages here")
+        page = Page(self.allocator.allocate(), precision, position, lineage, record=record)
+        self.pages[page.number] = page
+        return page.number
+
     def promote(self, entries: Sequence[TableEntry]) -> int:
         """Bring cold pages back into free warm slots, nearest to the current token first.
+
+        Their copies on disk stay: they can go down again without a write.
 
         Returns:
             How many pages moved up.
@@ -293,19 +350,15 @@ class LayerPager:
         for entry in reversed(entries):
             page = self.pages[entry.page]
             slab = self._slabs[page.precision]
-            if page.record is None or not slab.room:
+            if page.slot is not None or not slab.room:
                 continue
             record = self._one_record(page)
             page.slot = slab.take()
             slab.write([page.slot], record)
             mx.eval(slab.array)
-            self._pager.cold.free(page.record)
-            page.record = None
             self.moves += 1
             moved += 1
-        if moved:
-            self._pager.reader.forget_freed()
-            self._pager.counters.promoted += moved
+        self._pager.counters.promoted += moved
         return moved
 
     # Reading
@@ -385,15 +438,15 @@ class LayerPager:
         return slot
 
     def _cold_batch(self, run: Run) -> Batch:
-        records = (self.pages[e.page].record for e in run.entries)
-        return tuple(r for r in records if r is not None)
+        pages = (self.pages[e.page] for e in run.entries)
+        return tuple(p.record for p in pages if p.slot is None and p.record is not None)
 
     def _assemble(self, run: Run, staged: npt.NDArray[np.uint8]) -> mx.array:
         """Warm and staged pages of a run, in page order."""
         geometry = self.codecs[run.precision].geometry
         rows = staged.view(np.uint32).reshape(-1, geometry.page_bytes // 4)
         pieces, row = [], 0
-        cold = lambda e: self.pages[e.page].record is not None  # noqa: E731
+        cold = lambda e: self.pages[e.page].slot is None  # noqa: E731
         for is_cold, group in itertools.groupby(run.entries, key=cold):
             entries = list(group)
             if is_cold:
@@ -440,5 +493,12 @@ class LayerPager:
             if len(slots) != slab.used or len(set(slots)) != len(slots):
                 raise PagedKVError(f"{precision}: {len(slots)} warm pages in {slab.used} slots")
         for page in self.pages.values():
-            if (page.slot is None) == (page.record is None):
-                raise PagedKVError(f"page {page.number} is not in exactly one tier")
+            if page.slot is None and page.record is None:
+                raise PagedKVError(f"page {page.number} is in no tier")
+            if page.record is not None and not page.record.live:
+                raise PagedKVError(f"page {page.number} has a copy on disk that was freed")
+
+
+def _farthest(pages: Sequence[Page]) -> Page:
+    """Of the sequence longest unused, the oldest token's."""
+    return min(pages, key=lambda p: (p.lineage.tick, p.position))
