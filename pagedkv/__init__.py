@@ -23,10 +23,11 @@ from pagedkv.errors import (
     UnsafeStoreError,
 )
 from pagedkv.layer import PagedLayerCache
-from pagedkv.models import load, unwrap, wrap
+from pagedkv.models import load, resume, unwrap, wrap
 from pagedkv.plan import Plan, plan
 from pagedkv.sizes import format_size, parse_size
 from pagedkv.stats import CacheStats, TierStats
+from pagedkv.tiers import StoredSequence
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "ShapeError",
     "StoreLockedError",
     "StoreMismatchError",
+    "StoredSequence",
     "TierConfig",
     "TierStats",
     "UnsafeStoreError",
@@ -60,6 +62,7 @@ __all__ = [
     "load",
     "parse_size",
     "plan",
+    "resume",
     "unwrap",
     "wrap",
 ]

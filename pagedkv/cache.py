@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv import state
+from pagedkv import sequences, state
 from pagedkv.attention import check_queries
 from pagedkv.config import TierConfig
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.stats import CacheStats, collect
-from pagedkv.tiers import Pager
+from pagedkv.tiers import Pager, StoredSequence
 
 
 class PagedCache(list[Any]):
@@ -28,16 +28,20 @@ class PagedCache(list[Any]):
         self.context = context
 
     @classmethod
-    def standalone(cls, layers: int, config: TierConfig | None = None) -> PagedCache:
+    def standalone(
+        cls, layers: int, config: TierConfig | None = None, *, model: str = ""
+    ) -> PagedCache:
         """A cache for a hand-written model, used with `pagedkv.attention`.
 
         Args:
             layers: attention layers in the model.
             config: tiers; the default if None.
+            model: a name for the model and its weights, under which sequences are flushed to
+                ``cold_dir`` and found again; without one they cannot be.
         """
         config = config or TierConfig()
-        pager = Pager(config.budget(), layers)
-        context = SequenceContext(config, pager)
+        pager = Pager(config.budget(), layers, identity=config.store_identity(model, layers))
+        context = SequenceContext(config, pager, fingerprint=model)
         if pager.has_cold:
             pager.cold  # noqa: B018  # a bad directory shows here and not in the middle of a text
         return cls([PagedLayerCache(context, i) for i in range(layers)], context)
@@ -94,10 +98,65 @@ class PagedCache(list[Any]):
         """
         state.save(path, self)
 
+    def flush(self, durability: str | None = None) -> StoredSequence:
+        """Put everything as it is now on disk, so that `resume` finds it after a restart.
+
+        Takes the place of this sequence's last flush in one step: whatever happens meanwhile,
+        there is the one or the other. What comes later is not on disk until the next flush.
+        Pages that were written before are not written again.
+
+        Args:
+            durability: ``"process"`` survives that the process is killed, ``"power"`` also that
+                the machine stops (slower: it waits for the disk); the config's if None.
+
+        Returns:
+            What was put there. Its `sequence` names it.
+
+        Raises:
+            ConfigError: if the cache has no ``cold_dir``.
+            CacheStateError: if a layer is not paged, or a call of the model is under way.
+            OutOfPagesError: if the cold budget does not hold it.
+            ColdStoreError: if the disk failed. The last flush is still there.
+        """
+        return sequences.flush(self, durability)
+
+    def resume(self, sequence: str | None = None) -> None:
+        """Fill this empty cache with what `flush` put on disk; `pagedkv.resume` for models.
+
+        Args:
+            sequence: its name; the one that was flushed last if None.
+
+        Raises:
+            SequenceNotFoundError: if there is none.
+            StoreMismatchError: if it is another model's, or was made with other settings.
+            CorruptStoreError, CorruptPageError: if it is damaged.
+            StoreLockedError: if another cache holds it.
+            ColdStoreError: if the disk failed.
+        """
+        sequences.resume(self, sequence)
+
+    def stored_sequences(self) -> list[StoredSequence]:
+        """What `resume` can find for this model and these settings, the newest first."""
+        return sequences.store_of(self).checkpoints.stored()
+
+    def discard(self, sequence: str | None = None) -> None:
+        """Remove a flushed sequence from the disk.
+
+        Args:
+            sequence: its name; this cache's own if None. Its tokens in this cache stay.
+
+        Raises:
+            SequenceNotFoundError: if there is none.
+            ColdStoreError: if the disk failed.
+        """
+        durable = self.context.config.durability == "power"
+        name = sequence or self.context.sequence_id
+        sequences.store_of(self).checkpoints.discard(name, durable)
+
     def close(self) -> None:
         """Release pages and memory; threads and files too if no other cache shares them.
 
-        Closing twice is fine.
+        What was flushed stays in ``cold_dir``, everything else goes. Closing twice is fine.
         """
         for cache in self.paged_layers:
             cache.close()

@@ -11,8 +11,10 @@ from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
 from pagedkv.tiers.budget import TierBudget
+from pagedkv.tiers.sequence import StoreIdentity
 
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
+DURABILITIES = ("process", "power")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,12 @@ class TierConfig:
             current token (``"fp16:512,K8V4:8192,K4V4"``). ``"fp16"`` pages without quantizing.
         warm: memory for pages, all layers together.
         cold: disk for pages, all layers together; 0 for none.
-        cold_dir: where to put the cold files; a private temporary directory if None. Choose an
-            internal NVMe disk.
+        cold_dir: where to keep the cold files, so that what `PagedCache.flush` wrote can be
+            resumed; a private temporary directory if None. Choose an internal NVMe disk.
+        durability: what a flushed sequence survives: ``"process"``, that the process is killed;
+            ``"power"``, that the machine stops.
+        write_limit: bytes written to disk per day, at most; None for no limit. Kept over
+            restarts with `cold_dir`.
         page_tokens: 256, 512 or 1024 tokens per page; None picks the size with little padding.
         hot_dtype: None keeps 16-bit models' own type and float16 for float32 models; ``"model"``
             keeps float32 as well; or ``"float16"`` / ``"bfloat16"``.
@@ -50,6 +56,8 @@ class TierConfig:
     warm: int | str = "2GB"
     cold: int | str = "64GB"
     cold_dir: str | None = None
+    durability: str = "process"
+    write_limit: int | str | None = None
     page_tokens: int | None = None
     hot_dtype: str | None = None
     staging: int | str = "32MiB"
@@ -73,6 +81,7 @@ class TierConfig:
             )
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        require_durability(self.durability)
         if not isinstance(self.kv, str):
             raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
         if not isinstance(self.cold_dir, (str, type(None))):
@@ -97,8 +106,34 @@ class TierConfig:
             staging_bytes=parse_size(self.staging, "staging"),
             write_buffer_bytes=parse_size(self.write_buffer, "write_buffer"),
             scratch_bytes=parse_size(self.scratch, "scratch"),
+            write_limit=(
+                None if self.write_limit is None else parse_size(self.write_limit, "write_limit")
+            ),
+        )
+
+    def store_identity(self, model: str, layers: int) -> StoreIdentity | None:
+        """What names the store of flushed sequences; None if nothing is to last.
+
+        Args:
+            model: the model's fingerprint or name; empty for none.
+            layers: layers that are paged.
+        """
+        if self.cold_dir is None or not model or not parse_size(self.cold, "cold"):
+            return None
+        return StoreIdentity(
+            model, layers, str(self.ladder), self.sink_tokens, self.page_tokens, self.hot_dtype
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ``TierConfig(**config.to_dict())`` is the same again."""
         return asdict(self)
+
+
+def require_durability(durability: object) -> None:
+    """Check the name of a durability.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if durability not in DURABILITIES:
+        raise ConfigError(f"durability is one of {', '.join(DURABILITIES)}, got {durability!r}")

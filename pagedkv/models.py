@@ -106,6 +106,8 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     """
     config = config or TierConfig()
     _require_model(model)
+    if (earlier := wrapping_of(model)) and (cache := _wrapped_already(earlier, config)):
+        return cache
     stock = _stock_maker(model)
     from pagedkv.mlx_lm_cache import is_pageable, register
 
@@ -118,11 +120,13 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
             f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
             f"a KVCache (they use {names}): there is nothing to page"
         )
+    name = fingerprint(model)
+    identity = config.store_identity(name, len(pageable))
     wrapping = Wrapping(
         config,
-        Pager(config.budget(), len(pageable)),
+        Pager(config.budget(), len(pageable), identity=identity),
         stock,
-        fingerprint(model),
+        name,
         _context_limit(model),
     )
     hook.install()
@@ -139,6 +143,17 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     object.__setattr__(model, _WRAPPED, wrapping)
     object.__setattr__(model, "make_cache", wrapping.make_cache)
     return cache
+
+
+def _wrapped_already(earlier: Wrapping, config: TierConfig) -> PagedCache | None:
+    """A cache of the earlier wrapping, if it holds the store that this one would open."""
+    if earlier.pager.identity is None:
+        return None
+    if not earlier.pager.users:  # its caches were dropped, not closed
+        earlier.pager.close()
+    elif earlier.config == config:
+        return earlier.make_cache()
+    return None
 
 
 def unwrap(model: Any) -> None:
@@ -190,6 +205,38 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     try:
         for layer, meta, saved in zip(cache, metas, states, strict=True):
             state.restore(layer, meta, saved)
+    except BaseException:
+        cache.close()
+        if wrapping is None:
+            unwrap(model)
+        raise
+    return cache
+
+
+def resume(
+    model: Any, config: TierConfig | None = None, *, sequence: str | None = None
+) -> PagedCache:
+    """Go on with a sequence that `PagedCache.flush` put into ``cold_dir``, bit for bit.
+
+    Args:
+        model: the model that it was made with; wrapped here if it is not yet.
+        config: tiers to use if the model is not wrapped: the ``cold_dir`` of that time, and the
+            same settings but for budgets.
+        sequence: its name, if there are several; the one that was flushed last if None.
+
+    Returns:
+        The cache, with the tokens of the last flush, ready to be passed as ``prompt_cache=``.
+
+    Raises:
+        ConfigError: if there is no ``cold_dir``.
+        SequenceNotFoundError, StoreMismatchError, CorruptStoreError, CorruptPageError,
+        StoreLockedError, UnsafeStoreError, ColdStoreError: see `PagedCache.resume`.
+    """
+    _require_model(model)
+    wrapping = wrapping_of(model)
+    cache = wrap(model, config) if wrapping is None else wrapping.make_cache()
+    try:
+        cache.resume(sequence)
     except BaseException:
         cache.close()
         if wrapping is None:

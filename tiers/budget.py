@@ -17,7 +17,7 @@ class TierBudget:
     Attributes:
         warm_bytes: memory for sealed pages.
         cold_bytes: disk for sealed pages; 0 keeps everything in memory.
-        cold_dir: parent of the private directory; None for the temporary directory.
+        cold_dir: parent of the store's directory; None for the temporary directory.
         ladder: precision of sealed pages by distance.
         hot_tokens: newest tokens that stay in 16 bit.
         sink_tokens: first tokens that stay in 16 bit for ever.
@@ -25,6 +25,7 @@ class TierBudget:
         staging_bytes: memory for pages being read from disk.
         write_buffer_bytes: memory for pages being written to disk.
         scratch_bytes: memory for one layer's dequantized pages during prefill.
+        write_limit: bytes written to disk per day; None for no limit.
     """
 
     warm_bytes: int
@@ -37,6 +38,7 @@ class TierBudget:
     staging_bytes: int = 32 * MIB
     write_buffer_bytes: int = 16 * MIB
     scratch_bytes: int = 256 * MIB
+    write_limit: int | None = None
 
     def warm_share(self, layers: int) -> int:
         """Warm bytes of one layer.

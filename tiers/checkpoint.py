@@ -239,13 +239,16 @@ def _check_layer(state: SequenceState, layer: LayerState, pages: Entries) -> Non
         raise MalformedError(f"{where} has pages of another layer or size")
     if not ((pages["tokens"] > 0) & (pages["tokens"] <= layer.page_tokens)).all():
         raise MalformedError(f"{where} has a page that is empty or too full")
-    for key_bits, value_bits in {(int(k), int(v)) for k, v in _bits(pages)}:
-        alike = pages[(pages["key_bits"] == key_bits) & (pages["value_bits"] == value_bits)]
-        try:
-            precision = Precision(key_bits, value_bits)
-            size = PageGeometry(layer.shape, layer.page_tokens, precision).page_bytes
-        except ConfigError as e:
-            raise MalformedError(f"{where}: {e}") from e
+    try:
+        kinds = precisions(pages)
+    except ConfigError as e:
+        raise MalformedError(f"{where}: {e}") from e
+    for precision in kinds:
+        size = PageGeometry(layer.shape, layer.page_tokens, precision).page_bytes
+        alike = pages[
+            (pages["key_bits"] == precision.key_bits)
+            & (pages["value_bits"] == precision.value_bits)
+        ]
         stored = alike["stored_bytes"]
         if not (alike["page_bytes"] == size).all():
             raise MalformedError(f"{where} has {precision} pages that are not {size:,} bytes long")
@@ -253,8 +256,11 @@ def _check_layer(state: SequenceState, layer: LayerState, pages: Entries) -> Non
             raise MalformedError(f"{where} has {precision} pages of an impossible stored length")
 
 
-def _bits(pages: Entries) -> npt.NDArray[np.uint8]:
-    """The pairs of key and value bits that occur, ``[n, 2]``."""
-    pairs = np.stack([pages["key_bits"], pages["value_bits"]], axis=1)
-    found: npt.NDArray[np.uint8] = np.unique(pairs, axis=0)
-    return found
+def precisions(entries: Entries) -> list[Precision]:
+    """The precisions that occur, each once.
+
+    Raises:
+        ConfigError: if one is not offered.
+    """
+    pairs = np.stack([entries["key_bits"], entries["value_bits"]], axis=1)
+    return [Precision(int(k), int(v)) for k, v in np.unique(pairs, axis=0)]

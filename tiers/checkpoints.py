@@ -179,6 +179,22 @@ class Checkpoints:
         there = ", ".join(f"{s.sequence} ({s.tokens:,} tokens)" for s in stored)
         return f"{self.directory.parent} holds no sequence {sequence}; there are {there}"
 
+    def elsewhere(self) -> list[StoreIdentity]:
+        """Identities of the other stores beside this one, as far as they can be read."""
+        found: dict[StoreIdentity, None] = {}
+        parent = self.directory.parent
+        with suppress(OSError):
+            for store in sorted(again(self._disk.list, parent)):
+                if store.startswith("store-") and store != self.directory.name:
+                    found.update(dict.fromkeys(self._identities(parent / store)))
+        return list(found)
+
+    def _identities(self, store: Path) -> Iterator[StoreIdentity]:
+        with suppress(OSError):
+            for name in sorted(again(self._disk.list, store)):
+                if _NAME.fullmatch(name):
+                    yield read_checkpoint(self._disk, store / name).state.identity
+
     # Changes
 
     def commit(
@@ -288,19 +304,3 @@ def _summary(state: SequenceState) -> StoredSequence:
     return StoredSequence(
         state.sequence, state.tokens, state.pages, file_bytes(state), state.flushed_at / 1e9
     )
-
-
-def found_elsewhere(parent: Path, but: Path, disk: Disk) -> list[StoreIdentity]:
-    """Identities of the other stores under a cold directory, as far as they can be read."""
-    found: dict[StoreIdentity, None] = {}
-    with suppress(OSError):
-        for store in sorted(again(disk.list, parent)):
-            if not store.startswith("store-") or parent / store == but:
-                continue
-            with suppress(OSError):
-                for name in sorted(again(disk.list, parent / store)):
-                    if _NAME.fullmatch(name):
-                        with suppress(OSError):
-                            checkpoint = read_checkpoint(disk, parent / store / name)
-                            found[checkpoint.state.identity] = None
-    return list(found)

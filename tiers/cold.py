@@ -128,6 +128,8 @@ class FileColdStore:
         self.counters = ColdCounters()
         self._files = PageFiles(self.directory, self._disk, self.budget)
         try:
+            if parent is not None:
+                self._count_others()
             checkpoints = self._open_lasting(identity) if identity else None
             self._limit = WriteLimit(self._disk, self.directory if identity else None, write_limit)
         except BaseException:
@@ -154,10 +156,13 @@ class FileColdStore:
             raise ConfigError("a store that lasts needs a directory: give cold_dir")
         return StoreDirectory.open_lasting(parent, identity.directory, self._disk)
 
-    def _open_lasting(self, identity: StoreIdentity) -> Checkpoints:
+    def _count_others(self) -> None:
+        """Charge the budget with what others keep in the directory that was given to us."""
         with told(f"cannot look at {self.directory.parent}"):
-            others = bytes_below(self.directory.parent, self._disk, leave_out=self.directory)
-        self.budget.foreign = others + CONTROL_BYTES
+            self.budget.foreign = bytes_below(self.directory.parent, self._disk, self.directory)
+
+    def _open_lasting(self, identity: StoreIdentity) -> Checkpoints:
+        self.budget.foreign += CONTROL_BYTES
         return Checkpoints(self.directory, identity, self._disk, self._files)
 
     # Room

@@ -102,6 +102,7 @@ class LayerPager:
         }
         # A run's length is a matter of geometry alone, so that budgets change no result.
         largest = max(codec.geometry.page_bytes for codec in self.codecs.values())
+        self.least_page_bytes = min(codec.geometry.page_bytes for codec in self.codecs.values())
         self.pages_per_run = max(1, min(RUN_TOKENS // self.page_tokens, RUN_BYTES // largest))
         self.allocator = PageAllocator()
         self.pages: dict[int, Page] = {}

@@ -11,10 +11,12 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, PageTable
 from pagedkv.tiers.budget import TierBudget
+from pagedkv.tiers.checkpoint import ENTRY
 from pagedkv.tiers.cold import FileColdStore
 from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.reader import ColdReader
+from pagedkv.tiers.sequence import StoreIdentity
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Pager:
         abandoned: tables whose owners are gone, to be released at the next safe point.
         users: open layer caches, whatever their class; the last one to go closes the pager.
         disk: the file system of the cold tier.
+        identity: of a cold store that lasts; None for one that goes with `close`.
     """
 
     budget: TierBudget
@@ -48,6 +51,7 @@ class Pager:
     abandoned: deque[PageTable] = field(default_factory=deque)
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     disk: Disk = field(default_factory=RealDisk)
+    identity: StoreIdentity | None = None
 
     def __post_init__(self) -> None:
         self._layer_pagers: dict[int, LayerPager] = {}
@@ -63,6 +67,8 @@ class Pager:
         """
         if layer not in self._layer_pagers:
             self._layer_pagers[layer] = LayerPager(self, layer, shape, hot_dtype)
+            if self._cold:
+                self._cold.budget.reserve = self._checkpoint_reserve()
         return self._layer_pagers[layer]
 
     @property
@@ -86,8 +92,23 @@ class Pager:
                 self.layers,
                 budget.write_buffer_bytes,
                 disk=self.disk,
+                identity=self.identity,
+                write_limit=budget.write_limit,
             )
+            self._cold.budget.reserve = self._checkpoint_reserve()
         return self._cold
+
+    def _checkpoint_reserve(self) -> int:
+        """Bytes for two checkpoints of one sequence, the last one and the next."""
+        if self.identity is None:
+            return 0
+        budget, total = self.budget, 0
+        for layer in self._layer_pagers.values():
+            hot = budget.sink_tokens + budget.hot_tokens + layer.page_tokens
+            pages = budget.cold_bytes // self.layers // layer.least_page_bytes
+            total += layer.shape.token_bytes(8 * layer.hot_dtype.size) * hot
+            total += pages * ENTRY.itemsize
+        return 2 * total
 
     @property
     def open_cold(self) -> FileColdStore | None:

@@ -146,12 +146,12 @@ def parse_sequence(text: bytes) -> SequenceState:
     state = SequenceState(
         identity=_identity(take.mapping("identity")),
         sequence=take.text("sequence", SEQUENCE_ID.fullmatch),
-        tokens=take.number("tokens", 1),
+        tokens=take.number("tokens", 0),
         flushed_at=take.number("flushed_at", 0, 2**63),
         layers=tuple(_layer(_Fields(item, "layers")) for item in take.items("layers")),
     )
     numbers = [layer.layer for layer in state.layers]
-    if not numbers or numbers != sorted(set(numbers)):
+    if bool(numbers) != bool(state.tokens) or numbers != sorted(set(numbers)):
         raise MalformedError(f"its layers are {numbers[:8]}: not one of each, in order")
     return state
 

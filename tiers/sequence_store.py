@@ -7,7 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pagedkv.allocator import ColdStoreError, CorruptPageError
+from pagedkv.allocator import (
+    ColdStoreError,
+    CorruptPageError,
+    SequenceNotFoundError,
+    StoreMismatchError,
+)
 from pagedkv.tiers.checkpoint import ENTRY, Bytes, Checkpoint, Entries, file_bytes
 from pagedkv.tiers.checkpoints import Checkpoints
 from pagedkv.tiers.files import aligned_buffer, told
@@ -60,6 +65,25 @@ class SequenceStore:
             self._make_durable(records)
         self._writer.charge(file_bytes(state))
         return self.checkpoints.commit(state, _entries(pages), hot, durable)
+
+    def load(self, sequence: str | None) -> Checkpoint:
+        """Read a checkpoint; see `Checkpoints.load`.
+
+        Raises:
+            StoreMismatchError: if there is none, but there are some of another model or of other
+                settings.
+        """
+        try:
+            return self.checkpoints.load(sequence)
+        except SequenceNotFoundError as e:
+            others = [] if self.checkpoints.stored() else self.checkpoints.elsewhere()
+            if not others:
+                raise
+            raise StoreMismatchError(
+                f"{self.checkpoints.directory.parent} holds no sequence of "
+                f"{self.checkpoints.identity}, but of: {'; of: '.join(map(str, others))}. Resume "
+                f"with the model and the settings that it was flushed with"
+            ) from e
 
     def _settle(self, records: Sequence[ColdRecord]) -> None:
         """Wait until these pages are in their files."""

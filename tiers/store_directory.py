@@ -7,6 +7,7 @@ was killed. A lasting one belongs to one process at a time.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import secrets
 import stat
@@ -92,7 +93,11 @@ class StoreDirectory:
                 raise _not_writable(path.parent, e) from e
             with told(f"cannot open the store {path}"):
                 require_private(path, again(disk.lstat, path), directory=True)
-                fd = _lock(path, disk)
+                try:
+                    fd = _lock(path, disk)
+                except StoreLockedError:
+                    gc.collect()  # by a cache of ours, perhaps, that was dropped and not closed
+                    fd = _lock(path, disk)
             if fd is not None:
                 _sign(disk, fd)
                 return cls(path, fd, disk, temporary=False)

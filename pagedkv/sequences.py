@@ -1,0 +1,240 @@
+"""Flushing a cache to its cold directory, and going on from there in another process."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator import KVShape
+from pagedkv.config import require_durability
+from pagedkv.errors import (
+    CacheStateError,
+    ClosedError,
+    ConfigError,
+    StoreLockedError,
+    StoreMismatchError,
+)
+from pagedkv.tiers import FileColdStore, LayerState, SequenceState, StoredSequence
+from pagedkv.tiers.checkpoint import Checkpoint, precisions, read_hot
+from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
+
+if TYPE_CHECKING:
+    from pagedkv.cache import PagedCache
+    from pagedkv.layer import PagedLayerCache
+
+Bytes = npt.NDArray[np.uint8]
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def flush(cache: PagedCache, durability: str | None) -> StoredSequence:
+    """Put the cache as it is on disk; see `PagedCache.flush`."""
+    store = store_of(cache)
+    durability = durability or cache.context.config.durability
+    require_durability(durability)
+    layers = _layers(cache)
+    pages: list[StoredPage] = []
+    for layer in layers:
+        assert layer._pager is not None and layer._table is not None
+        entries = layer._table.entries
+        records = layer._pager.copy_down(entries)
+        for record, entry in zip(records, entries, strict=True):
+            pages.append((record, layer._pager.pages[entry.page].position, entry.tokens))
+    state = SequenceState(
+        identity=store.checkpoints.identity,
+        sequence=cache.context.sequence_id,
+        tokens=cache.offset,
+        flushed_at=time.time_ns(),
+        layers=tuple(map(_describe, layers)),
+    )
+    store.commit(state, pages, _hot(layers), durable=durability == "power")
+    return next(s for s in store.checkpoints.stored() if s.sequence == state.sequence)
+
+
+def store_of(cache: PagedCache) -> SequenceStore:
+    """The cache's store of flushed sequences.
+
+    Raises:
+        ConfigError: if it has none, with the reason.
+        ClosedError: if the cache is closed.
+    """
+    if any(layer._closed for layer in cache.paged_layers):
+        raise ClosedError("the cache is closed; make a new one")
+    pager = cache.context.pager
+    store: FileColdStore | None = pager.cold if pager.has_cold else None
+    if store is not None and store.sequences is not None:
+        return store.sequences
+    config = cache.context.config
+    if not pager.has_cold:
+        problem = "there is no disk (cold=0): give a cold budget and a cold_dir"
+    elif config.cold_dir is None:
+        problem = "the cold files are temporary: give a cold_dir, or save() to a file"
+    else:
+        problem = "nothing says whose they are: name the model, as in standalone(n, model='mine')"
+    raise ConfigError(f"sequences of this cache cannot be kept: {problem}")
+
+
+def _layers(cache: PagedCache) -> list[PagedLayerCache]:
+    """The layers that hold tokens, all of them the same.
+
+    Raises:
+        CacheStateError: if a layer is not paged, or is ahead of another.
+    """
+    if len(cache.paged_layers) != len(cache):
+        names = ", ".join(sorted({type(c).__name__ for c in cache if c not in cache.paged_layers}))
+        raise CacheStateError(
+            f"not all layers of this cache are paged (some are {names}): it can be saved with "
+            f"mlx_lm.models.cache.save_prompt_cache, but not flushed"
+        )
+    layers = [layer for layer in cache.paged_layers if layer.offset]
+    offsets = sorted({layer.offset for layer in layers})
+    if len(offsets) > 1:
+        raise CacheStateError(
+            f"the layers hold from {offsets[0]:,} to {offsets[-1]:,} tokens: flush between the "
+            f"model's calls, not within one"
+        )
+    return layers
+
+
+def _describe(layer: PagedLayerCache) -> LayerState:
+    assert layer._pager is not None and layer._table is not None
+    shape = layer._pager.shape
+    return LayerState(
+        layer=layer.layer,
+        kv_heads=shape.kv_heads,
+        key_dim=shape.key_dim,
+        value_dim=shape.value_dim,
+        dtype=_dtype_name(layer),
+        page_tokens=layer._pager.page_tokens,
+        hot_tokens=layer._hot.used,
+        pages=len(layer._table),
+    )
+
+
+def _dtype_name(layer: PagedLayerCache) -> str:
+    return str(layer._dtype).removeprefix("mlx.core.")
+
+
+def _hot(layers: list[PagedLayerCache]) -> Iterator[Bytes]:
+    """The hot keys and values of each layer, one array at a time."""
+    for layer in layers:
+        if layer._hot.used:
+            for array in layer._hot.view():
+                plain = mx.contiguous(array)
+                if plain.dtype == mx.bfloat16:
+                    plain = plain.view(mx.uint16)  # numpy has no bfloat16
+                yield np.asarray(plain).reshape(-1).view(np.uint8)
+
+
+# Resuming
+
+
+def resume(cache: PagedCache, sequence: str | None) -> None:
+    """Fill an empty cache from the store; see `PagedCache.resume`."""
+    store = store_of(cache)
+    if cache.offset:
+        raise CacheStateError(
+            f"this cache holds {cache.offset:,} tokens: resume with an empty one, from wrap() or "
+            f"model.make_cache()"
+        )
+    checkpoint = store.load(sequence)
+    _require_unused(cache, checkpoint.state.sequence)
+    layers = {layer.layer: layer for layer in cache.paged_layers}
+    for state in checkpoint.state.layers:
+        if state.layer not in layers:
+            raise StoreMismatchError(
+                f"{checkpoint.path} has a layer {state.layer}, this model pages {sorted(layers)}"
+            )
+        _bind(layers[state.layer], state, checkpoint)
+    try:
+        for state, keys, values in read_hot(cache.context.pager.disk, checkpoint):
+            _load_hot(layers[state.layer], state, keys, values)
+        _load_pages(layers, store, checkpoint)
+    except BaseException:
+        for layer in layers.values():
+            _empty(layer)
+        raise
+    cache.context.sequence_id = checkpoint.state.sequence
+
+
+def _require_unused(cache: PagedCache, sequence: str) -> None:
+    for other in list(cache.context.pager.users):
+        if other._context.sequence_id == sequence and other._context is not cache.context:
+            raise StoreLockedError(
+                errno.EBUSY,
+                f"sequence {sequence} is open in this process already: close() that cache first, "
+                f"or fork() it",
+            )
+
+
+def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> None:
+    """Give a layer its shape, or see that it is the same.
+
+    Raises:
+        StoreMismatchError: naming what differs.
+    """
+    if layer._pager is None:
+        layer.bind(state.shape, _DTYPES[state.dtype])
+    pager = layer._pager
+    assert pager is not None
+    saved = (state.shape, state.dtype, state.page_tokens)
+    here = (pager.shape, _dtype_name(layer), pager.page_tokens)
+    if saved != here:
+        raise StoreMismatchError(
+            f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
+            f"{_tell(*here)}: resume with the settings that it was flushed with"
+        )
+    entries = checkpoint.entries
+    mine = entries[entries["layer"] == state.layer]
+    for precision in precisions(mine):
+        if precision not in pager.precisions:
+            raise StoreMismatchError(
+                f"layer {state.layer} of {checkpoint.path} has {precision} pages, which do "
+                f"not occur beyond a window of {layer._context.config.hot_tokens} hot tokens: "
+                f"resume with the hot_tokens that it was flushed with"
+            )
+
+
+def _tell(shape: KVShape, dtype: str, page_tokens: int) -> str:
+    return (
+        f"{shape.kv_heads} KV heads of {shape.key_dim}/{shape.value_dim} channels in {dtype} and "
+        f"pages of {page_tokens} tokens"
+    )
+
+
+def _load_hot(layer: PagedLayerCache, state: LayerState, keys: Bytes, values: Bytes) -> None:
+    arrays = []
+    for data, dim in ((keys, state.key_dim), (values, state.value_dim)):
+        words = mx.array(data.view(np.uint32 if state.dtype == "float32" else np.uint16))
+        shape = (1, state.kv_heads, state.hot_tokens, dim)
+        arrays.append(words.view(_DTYPES[state.dtype]).reshape(shape))
+    mx.eval(*arrays)
+    layer._hot.load(*arrays)
+    layer.offset = state.hot_tokens
+
+
+def _empty(layer: PagedLayerCache) -> None:
+    if layer._table is not None:
+        layer._table.clear()
+    layer._hot.truncate(0)
+    layer.offset, layer._may_promote = 0, False
+
+
+def _load_pages(
+    layers: dict[int, PagedLayerCache], store: SequenceStore, checkpoint: Checkpoint
+) -> None:
+    pages = store.records(checkpoint)
+    for state in checkpoint.state.layers:
+        layer = layers[state.layer]
+        assert layer._pager is not None and layer._table is not None
+        for record, position, tokens in itertools.islice(pages, state.pages):
+            number = layer._pager.adopt(record, position, layer._context.lineage)
+            layer._table.append(number, tokens)
+        layer.offset = checkpoint.state.tokens
+        layer._may_promote = True  # they are warm again as far as there is room
