@@ -50,7 +50,7 @@ class Pager:
     counters: PagerCounters = field(default_factory=PagerCounters)
     abandoned: deque[PageTable] = field(default_factory=deque)
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    disk: Disk = field(default_factory=RealDisk)
+    disk: Disk = field(default_factory=lambda: RealDisk())
     identity: StoreIdentity | None = None
 
     def __post_init__(self) -> None:

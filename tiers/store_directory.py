@@ -129,7 +129,7 @@ def require_parent(parent: str, disk: Disk) -> Path:
         except OSError as e:
             raise ConfigError(f"cold_dir {parent!r} cannot be created: {e.strerror}") from e
     except NotADirectoryError as e:
-        raise ConfigError(f"cold_dir {parent!r} lies below a file: name a directory") from e
+        raise ConfigError(f"cold_dir {parent!r} cannot be created: it lies below a file") from e
     except OSError as e:
         raise ConfigError(f"cold_dir {parent!r} cannot be used: {e.strerror}") from e
     if stat.S_ISLNK(status.st_mode):

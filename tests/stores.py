@@ -1,0 +1,114 @@
+"""Caches of synthetic tokens whose every bit is known, for the tests of the store."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import pagedkv
+from pagedkv.tiers.disk import RealDisk
+
+HEADS, DIM = 1, 64
+
+
+def settings(cold_dir: Path | str, **others: Any) -> pagedkv.TierConfig:
+    """Six pages of 16 KiB and layer in memory, behind a window of 64 tokens."""
+    given = dict(
+        hot_tokens=64,
+        sink_tokens=4,
+        page_tokens=256,
+        warm=6 * 16384 * 2 + 16384,
+        cold="4MB",
+        write_buffer=8 * 16384,
+        cold_dir=str(cold_dir),
+    )
+    return pagedkv.TierConfig(**{**given, **others})
+
+
+def empty_cache(config: pagedkv.TierConfig, layers: int = 2) -> pagedkv.PagedCache:
+    return pagedkv.PagedCache.standalone(layers, config, model="synthetic")
+
+
+def tokens(layer: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
+    """Keys and values that depend on layer and position alone."""
+    rng = np.random.default_rng([layer, start])
+    shape = (1, HEADS, stop - start, DIM)
+    return tuple(mx.array(rng.standard_normal(shape).astype(np.float16)) for _ in range(2))
+
+
+def extend(cache: pagedkv.PagedCache, *counts: int) -> list[mx.array]:
+    """Append chunks of tokens; the last chunk's attention in each layer."""
+    out: list[mx.array] = []
+    for count in counts:
+        start, out = cache.offset, []
+        for i, layer in enumerate(cache):
+            k, v = tokens(i, start, start + count)
+            q = tokens(100 + i, start, start + count)[0]
+            out.append(pagedkv.attention(q, k, v, cache=layer, scale=DIM**-0.5))
+        mx.eval(out)
+    return out
+
+
+def same(a: Sequence[mx.array], b: Sequence[mx.array]) -> bool:
+    return len(a) == len(b) and all(
+        mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True)
+    )
+
+
+def check(cache: pagedkv.PagedCache) -> None:
+    """Every conservation law, for a cache that is alone in its pager."""
+    for layer in cache.paged_layers:
+        if layer._pager is not None:
+            layer._pager.check([layer._table])
+    if cold := cache.context.pager.open_cold:
+        cold.flush()
+        cold.check()
+
+
+class Recorder(RealDisk):
+    """Counts calls, and tells of each one before it is made."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        self.calls.append(name)
+
+    def __getattribute__(self, name: str) -> Any:
+        real = super().__getattribute__(name)
+        if name.startswith("_") or name not in CALLS:
+            return real
+
+        def call(*args: Any) -> Any:
+            self.before(name, args)
+            return real(*args)
+
+        return call
+
+
+CALLS = [name for name in vars(RealDisk) if not name.startswith("_")]
+
+
+class DyingDisk(Recorder):
+    """The process dies at one of its calls: that one may be done in part, no later one is."""
+
+    def __init__(self, at: int, tear: bool = False) -> None:
+        super().__init__()
+        self.at, self.tear, self.dead = at, tear, False
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        if name == "close":
+            return  # the system closes what a dead process left open
+        super().before(name, args)
+        if not self.dead and len(self.calls) > self.at:
+            self.dead = True
+            if self.tear and name == "pwrite":
+                fd, buffers, offset = args
+                RealDisk().pwrite(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
+        if self.dead:
+            raise OSError(errno.EIO, f"dead at {name}")
