@@ -160,9 +160,10 @@ class PagedLayerCache:
         if self._may_promote or hot.used + count >= self._full:
             with self._taken_back_to(self.offset):
                 self._settle()
-            self._admit(count)
+                self._admit(count)
         elif self.offset + count > context.admitted:
-            self._admit(count)
+            with self._taken_back_to(self.offset):
+                self._admit(count)
         if keys.dtype != self._dtype:
             keys, values = to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype)
         hot.append(keys, values, count)
@@ -260,7 +261,7 @@ class PagedLayerCache:
         """If the disk fails inside, take back what came after `length`, in earlier layers too."""
         try:
             yield
-        except ColdStoreError:
+        except (ColdStoreError, OutOfPagesError):  # the second from a disk that failed just now
             for cache in self.siblings():
                 cache.trim(max(0, cache.offset - length))
                 if cache is self:

@@ -16,17 +16,17 @@ from pagedkv.tiers.disk import RealDisk
 HEADS, DIM = 1, 64
 
 
-def settings(cold_dir: Path | str, **others: Any) -> pagedkv.TierConfig:
-    """Six pages of 16 KiB and layer in memory, behind a window of 64 tokens."""
-    given = dict(
+def settings(cold_dir: Path | str | None, **others: Any) -> pagedkv.TierConfig:
+    """A few pages of 32 KiB in memory, behind a window of 64 tokens."""
+    given: dict[str, Any] = dict(
         hot_tokens=64,
         sink_tokens=4,
         page_tokens=256,
-        warm=6 * 16384 * 2 + 16384,
+        warm="215KB",
         cold="4MB",
         write_buffer=8 * 16384,
-        cold_dir=str(cold_dir),
     )
+    given["cold_dir"] = None if cold_dir is None else str(cold_dir)
     return pagedkv.TierConfig(**{**given, **others})
 
 
@@ -55,9 +55,7 @@ def extend(cache: pagedkv.PagedCache, *counts: int) -> list[mx.array]:
 
 
 def same(a: Sequence[mx.array], b: Sequence[mx.array]) -> bool:
-    return len(a) == len(b) and all(
-        mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))
 
 
 def check(cache: pagedkv.PagedCache) -> None:

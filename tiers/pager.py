@@ -133,6 +133,10 @@ class Pager:
             return "is off (cold=0)"
         error = self.cold.last_error
         state = f"has taken {self.cold.nbytes:,} of {self.budget.cold_bytes:,} bytes"
+        if self.cold.budget.foreign:
+            state += f" (other files: {self.cold.budget.foreign:,})"
+        if self.cold.sequences and (kept := len(self.cold.sequences.checkpoints.stored())):
+            state += f", keeps {kept} flushed sequences"
         return f"{state}, cannot write ({error})" if error else state
 
     def use(self, lineage: Lineage) -> None:

@@ -35,8 +35,8 @@ from pagedkv.cli.output import (
 )
 from pagedkv.cli.plan import require_room
 from pagedkv.config import TierConfig
-from pagedkv.errors import ConfigError
-from pagedkv.models import load, unwrap
+from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.models import load, resume, unwrap
 
 _EPILOG = """\
 examples:
@@ -48,6 +48,10 @@ examples:
 Read a document once, and ask about it as often as you like:
   pagedkv generate --model demo --prompt-file manual.txt --max-tokens 1 --save-cache doc.safetensors
   pagedkv generate --model demo --prompt-cache-file doc.safetensors --prompt "What is a closure?"
+
+The same without a second copy, where the pages are:
+  pagedkv generate --model demo --prompt-file manual.txt --cold-dir ./cold
+  pagedkv generate --model demo --prompt "What is a closure?" --cold-dir ./cold --resume
 """
 
 
@@ -78,6 +82,13 @@ def add_parser(commands: Any) -> None:
         help="give the prompt to the model as it is",
     )
     group.add_argument("--prompt-cache-file", metavar="FILE", help="go on from a saved cache")
+    group.add_argument(
+        "--resume",
+        metavar="SEQUENCE",
+        nargs="?",
+        const="",
+        help="go on from what an earlier call left in --cold-dir: the last one, or the one named",
+    )
     _add_sampling_options(parser)
     add_tier_options(parser)
     add_mlx_lm_options(parser)
@@ -124,8 +135,10 @@ def run(args: argparse.Namespace) -> int:
         )
         stream = form == "table"
         result = generate(model, tokenizer, cache, prompt, sampling, stream, args.quiet)
+        _end_at_answer(cache, result)
         if args.save_cache:
-            _save(cache, args.save_cache, result)
+            cache.save(str(Path(args.save_cache).expanduser()))
+        problem = _flush(cache, say)
     full = document(args.model, result)
     if args.stats_json:
         numbers = {name: value for name, value in full.items() if name not in ("text", "stats")}
@@ -135,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print()
         emit(form, full, tables(result))
+    if problem:
+        raise problem  # only now: the answer is there all the same
     return 0
 
 
@@ -160,6 +175,10 @@ def _check(args: argparse.Namespace) -> TierConfig:
             f"name must end in .safetensors"
         )
     saved = args.prompt_cache_file
+    if args.resume is not None and (saved or not args.cold_dir):
+        raise ConfigError(
+            "--resume goes on from what lies in --cold-dir: give that, and no --prompt-cache-file"
+        )
     return tier_config(args, saved_config(saved) if saved and Path(saved).exists() else None)
 
 
@@ -190,6 +209,14 @@ def _cache(
 ) -> Iterator[PagedCache]:
     """The saved cache if there is one, else an empty one."""
     saved = args.prompt_cache_file
+    if args.resume is not None:
+        try:
+            with resume(model, config, sequence=args.resume or None) as cache:
+                say(f"going on from {cache.offset:,} tokens in {config.cold_dir}")
+                yield cache
+        finally:
+            unwrap(model)
+        return
     if saved is None or not Path(saved).exists():
         if saved is not None:
             say(f"there is no {saved} yet: beginning with an empty cache")
@@ -223,8 +250,23 @@ def _require_room(cache: PagedCache, prompt: int) -> None:
         require_room(shape, layers, cache.offset + prompt, cache.context.config)
 
 
-def _save(cache: PagedCache, path: str, result: Generation) -> None:
-    """Save up to the end of the answer's text, so that a next turn can follow."""
+def _end_at_answer(cache: PagedCache, result: Generation) -> None:
+    """Keep what there is up to the end of the answer's text, so that a next turn can follow."""
     answer = result.tokens - (result.finish_reason == "stop")
     cache.trim(max(0, cache.offset - result.cached_tokens - result.prompt_tokens - answer))
-    cache.save(str(Path(path).expanduser()))
+
+
+def _flush(cache: PagedCache, say: Notes) -> PagedKVError | None:
+    """Leave the sequence in the cold directory if there is one; what went wrong."""
+    config = cache.context.config
+    if config.cold_dir is None or not cache.context.pager.has_cold:
+        return None
+    if len(cache.paged_layers) < len(cache):
+        say("nothing stays in the cold directory: not all layers of this model are paged")
+        return None
+    try:
+        kept = cache.flush()
+    except PagedKVError as e:
+        return e
+    say(f"{kept.tokens:,} tokens stay in {config.cold_dir}: go on with --resume {kept.sequence}")
+    return None

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from pagedkv.config import BACKENDS, TierConfig
+from pagedkv.config import BACKENDS, DURABILITIES, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
 
@@ -25,7 +25,9 @@ _TIER_OPTIONS = (
     ),
     ("--warm", "SIZE", "memory for pages, all layers together"),
     ("--cold", "SIZE", "disk for pages, all layers together; 0 for none"),
-    ("--cold-dir", "DIR", "directory for the cold files, on an internal NVMe disk"),
+    ("--cold-dir", "DIR", "directory to keep the cold files in, on an internal NVMe disk"),
+    ("--durability", "NAME", f"what flushed tokens survive: {' or '.join(DURABILITIES)} failure"),
+    ("--write-limit", "SIZE", "bytes written to disk per day, at most"),
     ("--page-tokens", "N", "tokens per page: 256, 512 or 1024"),
     ("--hot-dtype", "TYPE", "type of the hot tokens: model, float16 or bfloat16"),
     ("--staging", "SIZE", "memory for pages on their way in from disk"),
@@ -33,6 +35,7 @@ _TIER_OPTIONS = (
     ("--scratch", "SIZE", "memory for one layer's dequantized pages in prefill"),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )
+_SHOWN = {"cold_dir": "a temporary one", "write_limit": "none"}
 _COUNTS = ("hot_tokens", "sink_tokens", "page_tokens")
 
 
@@ -44,8 +47,9 @@ def add_tier_options(parser: argparse.ArgumentParser) -> None:
     defaults = TierConfig()
     for flag, metavar, text in _TIER_OPTIONS:
         default = getattr(defaults, _field(flag))
-        shown = "automatic" if default is None else default
+        shown = _SHOWN.get(_field(flag), "automatic") if default is None else default
         group.add_argument(flag, metavar=metavar, help=f"{text} (default: {shown})")
+    group.add_argument("--no-disk", action="store_true", help="the same as --cold 0")
 
 
 def add_mlx_lm_options(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +82,12 @@ def tier_config(args: argparse.Namespace, base: TierConfig | None = None) -> Tie
         if value is not None:
             name = _field(flag)
             given[name] = parse_tokens(value, name) if name in _COUNTS else value
+    if getattr(args, "no_disk", False):
+        if given.get("cold_dir") or given.get("cold", "0") != "0":
+            raise ConfigError(
+                "--no-disk keeps every page in memory: leave --cold and --cold-dir out"
+            )
+        given["cold"] = 0
     kv = _kv_from_mlx_lm(args)
     if kv and "kv" in given:
         raise ConfigError(f"--kv {given['kv']} and --kv-bits {args.kv_bits} both set the precision")
