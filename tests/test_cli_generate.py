@@ -182,6 +182,52 @@ def test_the_demo_document_is_asked_about(capsys: Capture, folder: str) -> None:
 # Saved caches
 
 
+def test_a_conversation_goes_on_in_its_cold_directory(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    cold, saved = str(tmp_path / "cold"), str(tmp_path / "talk.safetensors")
+    command = ("generate", "--model", folder, "--max-tokens", "3", *TIGHT, "--cold-dir", cold)
+    code, out, err = run(capsys, *command, "--prompt-file", book, "--save-cache", saved)
+    one = json.loads(out)
+    assert code == 0, err
+    name = err.split()[-1]
+    assert f"tokens stay in {cold}: go on with --resume {name}" in err
+    texts = []
+    for source in (("--prompt-cache-file", saved), ("--resume",)):
+        again = (*command[:5], *TIGHT) if source[0] != "--resume" else command
+        code, out, err = run(capsys, *again, "--prompt", "go on", *source)
+        assert code == 0, err
+        two = json.loads(out)
+        content = one["tokens"] - (one["finish_reason"] == "stop")
+        assert two["cached_tokens"] == one["prompt_tokens"] + content
+        texts.append(two["text"])
+    assert texts[0] == texts[1]
+    assert "going on from" in err
+    assert f"--resume {name}" in err  # the same sequence, longer now
+    ask = (*command, "--prompt", "x")
+    assert "holds no sequence 0123" in fails(capsys, *ask, "--quiet", "--resume", "0123")
+    assert "give that" in fails(capsys, *command[:5], "--prompt", "x", "--resume")
+    assert "leave --cold" in fails(capsys, *ask, "--no-disk")
+
+
+def test_no_disk_is_no_cold_tier(capsys: Capture, folder: str) -> None:
+    command = ("generate", "--model", folder, "--prompt", "x", "--max-tokens", "1", "--no-disk")
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert json.loads(out)["stats"]["cold"]["budget"] == 0
+
+
+def test_what_cannot_be_kept_is_told_after_the_answer(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    command = ("generate", "--model", folder, "--prompt-file", book, "--max-tokens", "2", *SMALL)
+    limits = ("--warm", "4MB", "--cold-dir", str(tmp_path / "cold"), "--write-limit", "100KB")
+    code, out, err = run(capsys, *command, *limits)
+    assert code == 1
+    assert json.loads(out)["tokens"] == 2
+    assert "write_limit of 100,000 bytes a day is reached" in err
+
+
 def test_a_conversation_goes_on_where_it_was_saved(
     capsys: Capture, tmp_path: Path, folder: str, book: str
 ) -> None:
