@@ -92,6 +92,8 @@ def _layers(cache: PagedCache) -> list[PagedLayerCache]:
             f"not all layers of this cache are paged (some are {names}): it can be saved with "
             f"mlx_lm.models.cache.save_prompt_cache, but not flushed"
         )
+    if any(layer._context is not cache.context for layer in cache.paged_layers):
+        raise CacheStateError("this cache has layers of several models: flush each model's alone")
     layers = [layer for layer in cache.paged_layers if layer.offset]
     offsets = sorted({layer.offset for layer in layers})
     if len(offsets) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,64 @@ class DyingDisk(Recorder):
                 RealDisk().pwrite(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
         if self.dead:
             raise OSError(errno.EIO, f"dead at {name}")
+
+
+class PowerDisk(DyingDisk):
+    """The machine stops at one of its calls: what was not synced is lost.
+
+    Args:
+        at: the call.
+        names_at_once: names survive without a sync, the content of their files does not, as on
+            journaling file systems.
+    """
+
+    def __init__(self, at: int, names_at_once: bool) -> None:
+        super().__init__(at)
+        self._at_once = names_at_once
+        self._open: dict[int, Path] = {}
+        self._content: dict[int, bytes] = {}  # by inode
+        self._names: dict[Path, dict[str, int | None]] = {}
+
+    def open(self, path: Path, flags: int) -> int:
+        new = not path.exists()
+        fd = RealDisk.open(self, path, flags)
+        self._open[fd] = path
+        if new:
+            self._content.pop(path.stat().st_ino, None)
+            self._note(path.parent)
+        return fd
+
+    def sync(self, fd: int) -> None:
+        path = self._open[fd]
+        if path.is_dir():
+            self._note(path, synced=True)
+        else:
+            self._content[os.fstat(fd).st_ino] = path.read_bytes()
+
+    def rename(self, old: Path, new: Path) -> None:
+        RealDisk.rename(self, old, new)
+        self._note(new.parent)
+
+    def unlink(self, path: Path) -> None:
+        RealDisk.unlink(self, path)
+        self._note(path.parent)
+
+    def mkdir(self, path: Path) -> None:
+        RealDisk.mkdir(self, path)
+        self._note(path.parent)
+
+    def _note(self, directory: Path, synced: bool = False) -> None:
+        if synced or self._at_once:
+            self._names[directory] = {
+                p.name: None if p.is_dir() else p.stat().st_ino for p in directory.iterdir()
+            }
+
+    def after_the_failure(self, directory: Path, target: Path) -> None:
+        """Put what is left of a directory somewhere else."""
+        for name, inode in self._names.get(directory, {}).items():
+            if inode is None:
+                (target / name).mkdir(mode=0o700)
+                self.after_the_failure(directory / name, target / name)
+            else:
+                (target / name).write_bytes(self._content.get(inode, b""))
+                (target / name).chmod(0o600)

@@ -15,7 +15,8 @@ import pytest
 import pagedkv
 from pagedkv.tiers import ColdReader, FileColdStore
 from pagedkv.tiers.buffers import BufferPool
-from pagedkv.tiers.files import PageFile, aligned_buffer
+from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.page_file import PageFile
 from tests.models import random_tokens, tiny_llama
 
 PAGE = 2 * 16384

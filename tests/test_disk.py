@@ -13,12 +13,12 @@ import pytest
 
 from pagedkv.tiers.disk import READ, RealDisk
 from pagedkv.tiers.files import (
-    PageFile,
     aligned_buffer,
     read_exactly,
     replace_file,
     write_exactly,
 )
+from pagedkv.tiers.page_file import PageFile
 
 
 class HalfDisk(RealDisk):

@@ -20,6 +20,7 @@ from pagedkv.tiers import RealDisk
 from tests.models import random_tokens, tiny_llama
 from tests.stores import (
     DyingDisk,
+    PowerDisk,
     Recorder,
     check,
     empty_cache,
@@ -195,6 +196,7 @@ def commits(calls: list[str]) -> list[int]:
     return [i + step for i in renames for step in (-2, 0, 1, 2) if i + step < len(calls)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("tear", [False, True])
 def test_death_at_every_single_call_leaves_the_last_flush(
@@ -226,6 +228,38 @@ def test_death_at_every_single_call_leaves_the_last_flush(
             seen.add(cache.offset)
             assert same(expected[cache.offset], extend(cache, 1)), at
             check(cache)
+    assert seen == set(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names_at_once", [False, True])
+def test_a_power_failure_leaves_the_last_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_at_once: bool
+) -> None:
+    expected = live(tmp_path)
+    whole = PowerDisk(10**9, names_at_once)
+    monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: whole)
+    run_and_die(tmp_path / "whole" / "cold", "power")
+    calls = [call for call in whole.calls if call != "close"]
+    seen = set()
+    for at in sorted({*range(5, len(calls), 3 * STRIDE), *commits(calls)}):
+        disk, root, left = PowerDisk(at, names_at_once), tmp_path / f"{at}", tmp_path / f"{at}-left"
+        monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda disk=disk: disk)
+        root.mkdir()
+        left.mkdir()
+        flushed = run_and_die(root / "cold", "power")
+        disk.after_the_failure(root, left)
+        monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", RealDisk)
+        with empty_cache(settings(left / "cold")) as cache:
+            try:
+                cache.resume()
+            except pagedkv.SequenceNotFoundError:
+                assert flushed == 0, at
+                continue
+            following = [n for n in expected if n > flushed][:1]
+            assert cache.offset in (flushed, *following), at
+            seen.add(cache.offset)
+            assert same(expected[cache.offset], extend(cache, 1)), at
     assert seen == set(expected)
 
 
@@ -361,6 +395,7 @@ def test_another_model_or_other_settings_are_told(tmp_path: Path) -> None:
     moved.close()
     store.rename(target)
     with (
+        pytest.warns(UserWarning, match="was it moved here"),
         empty_cache(settings(tmp_path, kv="K8V8")) as cache,
         pytest.raises(pagedkv.CorruptStoreError, match="was it moved here"),
     ):
@@ -422,7 +457,9 @@ def test_a_damaged_checkpoint_keeps_its_pages(tmp_path: Path) -> None:
     (path,) = store.glob("*.checkpoint")
     good = path.read_bytes()
     path.write_bytes(good[:-1])
-    with empty_cache(settings(tmp_path)) as cache:
+    with pytest.warns(UserWarning, match="is damaged.* no page in there is overwritten"):
+        reopened = empty_cache(settings(tmp_path))
+    with reopened as cache:
         with pytest.raises(
             pagedkv.CorruptStoreError, match="is damaged: it has .* remove the file"
         ):

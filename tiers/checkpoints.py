@@ -8,6 +8,7 @@ ends, the last checkpoint and everything it refers to are there.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class Checkpoints:
             checkpoint = self._verified(sequence)
         except CorruptStoreError as e:
             self.damaged[sequence] = e
+            warnings.warn(f"{e}. Until then no page in there is overwritten", stacklevel=2)
         else:
             places = list(_places(checkpoint.entries))
             self._committed[sequence] = _Committed(_summary(checkpoint.state), places)

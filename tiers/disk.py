@@ -7,6 +7,7 @@ called (`pagedkv.tiers.files`), so that a disk that fails on purpose can show wh
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -148,7 +149,12 @@ class RealDisk:
     def sync(self, fd: int) -> None:
         """See `Disk.sync`. On macOS fsync(2) stops at the drive's cache, `F_FULLFSYNC` does not."""
         if sys.platform == "darwin":
-            fcntl(fd, F_FULLFSYNC)
+            try:
+                fcntl(fd, F_FULLFSYNC)
+            except OSError as e:
+                if e.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                    raise
+                os.fsync(fd)  # what file systems without it have
         else:
             os.fsync(fd)
 

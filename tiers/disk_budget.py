@@ -14,7 +14,7 @@ class DiskBudget:
         layers: layers that share what is left for pages, in equal parts.
         foreign: bytes that other stores and files had taken when the store was opened.
         checkpoints: bytes of our checkpoints now.
-        reserve: bytes kept free of pages for checkpoints, theirs included.
+        reserve: bytes kept free of pages for checkpoints to come.
     """
 
     limit: int
@@ -26,7 +26,7 @@ class DiskBudget:
     @property
     def for_pages(self) -> int:
         """Bytes that all page files may take together."""
-        return max(0, self.limit - self.foreign - max(self.checkpoints, self.reserve))
+        return max(0, self.limit - self.foreign - self.checkpoints - self.reserve)
 
     @property
     def layer_share(self) -> int:
@@ -37,7 +37,7 @@ class DiskBudget:
         text = f"{self.layer_share:,} of {self.limit:,} bytes"
         others = {
             "files found in the directory": self.foreign,
-            "checkpoints": max(self.checkpoints, self.reserve),
+            "checkpoints": self.checkpoints + self.reserve,
         }
         taken = [f"{n:,} for {what}" for what, n in others.items() if n]
         return f"{text} ({', '.join(taken)})" if taken else text

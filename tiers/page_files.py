@@ -6,6 +6,7 @@ import errno
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from pagedkv.allocator import (
 )
 from pagedkv.tiers.disk import Disk
 from pagedkv.tiers.disk_budget import DiskBudget
-from pagedkv.tiers.files import PageFile, again, remove_file, told
+from pagedkv.tiers.files import again, remove_file, told
+from pagedkv.tiers.page_file import PageFile
 
 MAX_SLOTS = 2**22
 """Slots of one file, at most: a longer file was not written by us."""
@@ -166,6 +168,14 @@ class PageFiles:
         """The files' real lengths by layer and page size."""
         return {key: extent.file.size for key, extent in self._extents.items()}
 
+    @property
+    def free_space(self) -> str:
+        """Room on the file system, for error messages."""
+        try:
+            return f"{again(self._disk.free_space, self.directory):,} bytes free there"
+        except OSError:
+            return "its free space is not known"
+
     # Life
 
     def open_existing(self, held: Iterable[Place], keep_all: bool) -> None:
@@ -240,7 +250,8 @@ class PageFiles:
     def close(self) -> None:
         """Close the files; they stay where they are."""
         for extent in self._extents.values():
-            extent.file.close()
+            with suppress(OSError):  # what had to be safe was synced before
+                extent.file.close()
         self._extents.clear()
 
     def check(self) -> None:

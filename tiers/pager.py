@@ -99,7 +99,7 @@ class Pager:
         return self._cold
 
     def _checkpoint_reserve(self) -> int:
-        """Bytes for two checkpoints of one sequence, the last one and the next."""
+        """Bytes for two checkpoints of a sequence: while one is replaced, both are there."""
         if self.identity is None:
             return 0
         budget, total = self.budget, 0

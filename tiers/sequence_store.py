@@ -136,7 +136,9 @@ class SequenceStore:
         Raises:
             CorruptPageError: naming a page that is beyond the end of its file.
         """
-        owner, sizes = self.checkpoints.identity.digest, self._files.sizes()
+        owner = self.checkpoints.identity.digest
+        with told(f"cannot look at the page files in {self._files.directory}"):
+            sizes = self._files.sizes()
         for row in checkpoint.entries.tolist():
             layer, tokens, position, page, page_tokens, key_bits, value_bits = row[:7]
             generation, slot, page_bytes, stored_bytes, digest = row[7:]

@@ -171,7 +171,7 @@ class WriteBehind:
         with self.lock:
             stuck, held = list(self._failed), sum(r.nbytes for r in self._failed)
         return OutOfPagesError(
-            f"cold tier cannot write to {self._files.directory} ({stuck[0].error}): {len(stuck)} "
-            f"pages ({held:,} bytes) wait in memory and no buffer is left; free disk space "
-            f"or trim the context"
+            f"cold tier cannot write to {self._files.directory} ({stuck[0].error}; "
+            f"{self._files.free_space}): {len(stuck)} pages ({held:,} bytes) wait in memory and no "
+            f"buffer is left; free disk space or trim the context"
         )

@@ -9,7 +9,8 @@ import numpy as np
 
 from pagedkv.allocator import ColdStoreError
 from pagedkv.tiers.disk import RealDisk
-from pagedkv.tiers.files import PageFile, aligned_buffer
+from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.page_file import PageFile
 from pagedkv.tiers.store_directory import StoreDirectory
 
 TEST_BYTES = 256_000_000
