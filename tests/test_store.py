@@ -640,7 +640,7 @@ def test_the_write_limit_acts_like_a_full_disk_and_lasts(tmp_path: Path) -> None
         assert cache[0].offset == cache[1].offset
         with pytest.raises(pagedkv.PagedKVError, match="write_limit"):
             cache.flush()
-        cache.trim(100)
+        cache.trim(300)  # below the page that found no room
         extend(cache, 1)  # everything is still there
     with empty_cache(config) as cache:  # the day goes on after a restart
         with pytest.raises(pagedkv.OutOfPagesError, match="write_limit"):
