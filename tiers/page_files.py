@@ -227,7 +227,12 @@ class PageFiles:
     def _open(self, layer: int, page_bytes: int, create: bool) -> Extent:
         path = self.directory / _name(layer, page_bytes)
         with told(f"cannot open {path}"):
-            extent = Extent(PageFile(path, self._disk, create), page_bytes)
+            try:
+                file = PageFile(path, self._disk, create)
+            except FileExistsError:  # left by an attempt of ours that failed half way
+                remove_file(self._disk, path)
+                file = PageFile(path, self._disk, create)
+        extent = Extent(file, page_bytes)
         self._extents[layer, page_bytes] = extent
         return extent
 
