@@ -51,9 +51,34 @@ class PageReads:
                     places[0][:] = first.pending[: first.nbytes]
                     self._counters.reads_from_write_queue += 1
                     return
-        file = self._files.extent(first.place).file
         whole = first.stored_bytes == first.nbytes
         into = list(places) if whole else [aligned_buffer(first.stored_bytes)]
+        self._fill(first, into)
+        if not whole:
+            unpack(first.identity, into[0], places[0])
+        for record, page in zip(records, places, strict=True):
+            self._verify(record, page)
+        with self._lock:
+            self._counters.bytes_read += sum(len(b) for b in into)
+            self._counters.pages_read += len(records)
+
+    def read_stored(self, record: ColdRecord) -> Bytes:
+        """What lies in the file for a page, packed if it is: verified, to be written once more.
+
+        Raises:
+            CorruptPageError, ColdStoreError: as `read`.
+        """
+        stored = page = aligned_buffer(record.stored_bytes)
+        self._fill(record, [stored])
+        if record.stored_bytes != record.nbytes:
+            page = aligned_buffer(record.nbytes)
+            unpack(record.identity, stored, page)
+        self._verify(record, page)
+        return stored
+
+    def _fill(self, first: ColdRecord, into: Sequence[Bytes]) -> None:
+        """Read the file from a record on."""
+        file = self._files.extent(first.place).file
         try:
             file.read(into, first.offset)
         except EOFError as e:
@@ -64,18 +89,15 @@ class PageReads:
             raise ColdStoreError(
                 e.errno or errno.EIO, f"cannot read cold {first.identity}: {e.strerror or e}"
             ) from e
-        if not whole:
-            unpack(first.identity, into[0], places[0])
-        for record, page in zip(records, places, strict=True):
-            if checksum(record.identity, page) != record.checksum:
-                raise CorruptPageError(
-                    errno.EBADMSG,
-                    f"cold {record.identity} does not match its checksum: {file.path.name} "
-                    f"was damaged or changed at byte {record.offset:,}",
-                )
-        with self._lock:
-            self._counters.bytes_read += sum(len(b) for b in into)
-            self._counters.pages_read += len(records)
+
+    def _verify(self, record: ColdRecord, page: Bytes) -> None:
+        if checksum(record.identity, page) != record.checksum:
+            name = self._files.extent(record.place).file.path.name
+            raise CorruptPageError(
+                errno.EBADMSG,
+                f"cold {record.identity} does not match its checksum: {name} "
+                f"was damaged or changed at byte {record.offset:,}",
+            )
 
 
 def _run_end(records: Sequence[ColdRecord], start: int) -> int:

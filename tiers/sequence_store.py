@@ -15,7 +15,7 @@ from pagedkv.allocator import (
 )
 from pagedkv.tiers.checkpoint import ENTRY, Bytes, Checkpoint, Entries, file_bytes
 from pagedkv.tiers.checkpoints import Checkpoints
-from pagedkv.tiers.files import aligned_buffer, told
+from pagedkv.tiers.files import told
 from pagedkv.tiers.page_files import PageFiles
 from pagedkv.tiers.page_reads import PageReads
 from pagedkv.tiers.records import ColdRecord, PageIdentity
@@ -121,12 +121,9 @@ class SequenceStore:
 
     def _write_again(self, record: ColdRecord) -> None:
         """After a failed fsync the system may believe that pages are on disk which are not."""
-        page = aligned_buffer(record.nbytes)
-        self._reads.read([record], page)
+        stored = self._reads.read_stored(record)
         extent = self._files.extent(record.place)
         with told(f"cannot write cold {record.identity} again"):
-            stored = aligned_buffer(record.stored_bytes)
-            extent.file.read([stored], record.offset)
             extent.file.write(stored, record.offset)
         record.failures = extent.failures
 
