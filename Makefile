@@ -13,7 +13,7 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement benchmark format clean
+.PHONY: demo test check lint unit wheel placement faults benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,9 @@ wheel: $(VENV)/test  ## build the wheel and look inside
 placement: $(VENV)/test openblas-hint  ## the placement property, 2,100 examples
 	OPENBLAS_NUM_THREADS=1 PLACEMENT_EXAMPLES=300 $(PRELOAD) \
 		$(BIN)/python -m pytest -n auto tests/test_placement.py
+
+faults: $(VENV)/test  ## 100,000 faults of the disk against the cold store
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.fault_campaign --faults 100000 --seed 1
 
 benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
 	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table

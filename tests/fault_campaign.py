@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     tally, started, number = Tally(), time.monotonic(), args.round or 0
     while tally.injected.total() < args.faults and time.monotonic() - started < args.seconds:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__)
         wrong = run_round(args.seed, number, args.steps, args.where, tally)
         if wrong:
             print(wrong)

@@ -1,0 +1,75 @@
+"""The cold store over a disk that fails on purpose: never wrong, at worst absent."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pagedkv
+from pagedkv.tiers import RealDisk
+from pagedkv.tiers.disk import CREATE
+from pagedkv.tiers.faults import APPLIES, FaultyDisk
+from pagedkv.tiers.files import read_exactly, write_exactly
+from tests import fault_campaign
+from tests.store_oracle import NAMES, Held, Want, commit, fetch, open_store, put
+
+
+def test_one_seed_gives_one_schedule(tmp_path: Path) -> None:
+    seen = []
+    for run in range(2):
+        disk = FaultyDisk(RealDisk(), 7, dict.fromkeys(APPLIES, 0.05))
+        with disk.quietly():
+            fd = disk.open(tmp_path / f"{run}", CREATE)
+        data = np.arange(8192, dtype=np.uint8)
+        for i in range(200):
+            try:
+                write_exactly(disk, fd, [data.copy()], 8192 * (i % 7))
+                read_exactly(disk, fd, [data.copy()], 8192 * (i % 5))
+            except (OSError, EOFError):
+                continue
+        disk.close(fd)
+        seen.append((disk.injected, (tmp_path / f"{run}").read_bytes()))
+    assert seen[0] == seen[1]
+    assert len(seen[0][0]) >= 12
+
+
+@pytest.mark.parametrize("call", ["fstat", "open"])
+def test_a_page_file_that_could_not_be_made_is_made_later(tmp_path: Path, call: str) -> None:
+    """It was made, then looking at it failed: the next attempt found its own leftover."""
+    disk = FaultyDisk(RealDisk())
+    store = open_store(tmp_path, disk)
+    want = Want(0, 4, 1)
+    disk.arm("eio_other" if call == "fstat" else "emfile")
+    with pytest.raises(pagedkv.ColdStoreError, match="cannot open"):
+        put(store, want)
+    fetch(store, [(want, put(store, want))])
+    store.check()
+    store.close()
+
+
+@pytest.mark.parametrize("seed", [1, 4])  # as it is, and packed
+def test_a_page_that_is_written_again_is_the_one_that_was_verified(
+    tmp_path: Path, seed: int
+) -> None:
+    """After a failed fsync: what was verified was read once more, and that went to the disk."""
+    disk = FaultyDisk(RealDisk())
+    store = open_store(tmp_path, disk)
+    held, want = Held(NAMES[0]), Want(0, 4, seed)
+    held.pages[0].append((want, put(store, want)))
+    disk.arm("fsync")
+    with pytest.raises(pagedkv.ColdStoreError, match="durable"):
+        commit(store, held, 1, durable=True)
+    disk.arm("flip_read", after=1)
+    with suppress(pagedkv.CorruptPageError):
+        commit(store, held, 2, durable=True)
+    with disk.quietly():
+        fetch(store, held.pages[0])
+    store.close()
+
+
+@pytest.mark.slow
+def test_thousands_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fault_campaign.main(["--faults", "1500", "--seed", "7"]) == 0, capsys.readouterr().out
