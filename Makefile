@@ -13,7 +13,7 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults benchmark format clean
+.PHONY: demo test check lint unit wheel placement faults fuzz kills benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,12 @@ placement: $(VENV)/test openblas-hint  ## the placement property, 2,100 examples
 
 faults: $(VENV)/test  ## 100,000 faults of the disk against the cold store
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.fault_campaign --faults 100000 --seed 1
+
+fuzz: $(VENV)/test  ## 1,000,000 malformed checkpoints
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_checkpoint --inputs 1000000 --seed 1
+
+kills: $(VENV)/test  ## 1,000 processes killed while they use a store
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.kill_campaign --kills 1000 --seed 1
 
 benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
 	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table

@@ -54,13 +54,17 @@ REFUSED = (pagedkv.ColdStoreError, pagedkv.OutOfPagesError)
 class Round:
     """One store's life: some hundred steps, several processes long."""
 
-    def __init__(self, directory: Path, seed: str, rates: dict[str, float], tally: Tally) -> None:
+    def __init__(
+        self, directory: Path, seed: str, rates: dict[str, float], tally: Tally, settled: bool
+    ) -> None:
         self.random = Random(seed)
+        self.settled = settled  # no write is under way during the next step: replays exactly
         self.directory, self.tally = directory, tally
         self.disk = FaultyDisk(RealDisk(), self.random.randrange(2**31), rates)
         self.touched = Touched()
         self.held = {name: Held(name) for name in NAMES}
         self.committed: dict[str, list[Snapshot | None]] = {}
+        self.history = []
         self.moment = self.steps = 0
         self.keeps_all = False  # a checkpoint could not be read when the store was opened
         self.store: FileColdStore = self.opened()
@@ -117,7 +121,7 @@ class Round:
             match(checkpoint, self.disk, found[0])
         except pagedkv.CorruptStoreError as e:
             if not self.touched.checkpoint(name):
-                raise Violation(f"no fault touched the checkpoint {name}: {e}") from e
+                raise Violation(f"no fault touched the checkpoint {name}: {e}; {self.history}") from e
             self.tally.detected_later(self.touched.forget_checkpoint(name))
             self.store.sequences.checkpoints.discard(name, durable=False)
             del self.committed[name]
@@ -161,6 +165,7 @@ class Round:
             calls: that the step makes itself; what else failed was recovered from.
         """
         log, self.disk.log = self.disk.log, []
+        self.history += [(self.steps, str(error), f) for f in log if (f.path and 'checkpoint' in f.path.name) or f.kind in ('rename', 'fsync') or error]
         told = [f for f in log if f.kind in ERRORS or f.kind == "flip_read"]
         if isinstance(error, pagedkv.ColdStoreError) and not (told or isinstance(error, ABSENT)):
             kinds = ", ".join(f.kind for f in log) or "nothing"
@@ -215,6 +220,8 @@ class Round:
         else:
             for want, record in added:
                 self.held[name].pages[want.layer].append((want, record))
+        if self.settled:
+            self.store.flush()
 
     def read(self, name: str) -> None:
         pages = self.held[name].pages[self.random.choice(list(self.held[name].pages))]
@@ -357,7 +364,7 @@ def run_round(seed: int, number: int, steps: int, where: Path, tally: Tally) -> 
     directory = Path(tempfile.mkdtemp(dir=where))
     life: Round | None = None
     try:
-        life = Round(directory, label, rates_for(Random(label)), tally)
+        life = Round(directory, label, rates_for(Random(label)), tally, number % 3 > 0)
         for _ in range(steps):
             life.step()
         life.close()

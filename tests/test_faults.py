@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from pagedkv.tiers import RealDisk
 from pagedkv.tiers.disk import CREATE
 from pagedkv.tiers.faults import APPLIES, FaultyDisk
 from pagedkv.tiers.files import read_exactly, write_exactly
-from tests import fault_campaign
+from tests import fault_campaign, fuzz_checkpoint
 from tests.store_oracle import NAMES, Held, Want, commit, fetch, open_store, put
 
 
@@ -72,4 +74,18 @@ def test_a_page_that_is_written_again_is_the_one_that_was_verified(
 
 @pytest.mark.slow
 def test_thousands_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fault_campaign.main(["--faults", "1500", "--seed", "7"]) == 0, capsys.readouterr().out
+    assert fault_campaign.main(["--faults", "1000", "--seed", "7"]) == 0, capsys.readouterr().out
+
+
+def test_thousands_of_malformed_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz_checkpoint.main(["--inputs", "5000", "--seed", "7"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dozens_of_killed_processes(tmp_path: Path) -> None:
+    """In a process of its own: a fork must not inherit the threads of other tests."""
+    command = [sys.executable, "-m", "tests.kill_campaign", "--kills", "30", "--seed", "7"]
+    done = subprocess.run(
+        [*command, "--where", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
