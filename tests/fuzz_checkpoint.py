@@ -167,7 +167,13 @@ def lie(random: Random) -> bytes:
     state, entries, hot = random.choice(GOOD)
     tree, table, way = state, bytearray(entries), random.random()
     text: bytes | None = None
-    if way < 0.5:
+    if way < 0.05 and table:  # description and entries lie alike
+        pages = np.frombuffer(table, ENTRY).copy()
+        number = random.choice((255, 257, 300, 512, 1000, 1024))
+        pages["page_tokens"] = number
+        layers = [{**layer, "page_tokens": number} for layer in state["layers"]]
+        tree, table = {**state, "layers": layers}, bytearray(pages.tobytes())
+    elif way < 0.5:
         for _ in range(random.randrange(1, 3)):
             tree = change(random, tree)
     elif way < 0.85 and table:

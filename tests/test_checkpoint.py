@@ -216,6 +216,16 @@ def test_layers_out_of_order_or_twice_are_refused(path: Path) -> None:
             read(path)
 
 
+def test_a_page_size_that_is_not_offered_is_damage(path: Path) -> None:
+    """In entries and description alike: it was a ConfigError, and the store did not open."""
+    layers = tuple(replace(layer, page_tokens=300) for layer in STATE.layers)
+    pages = entries()
+    pages["page_tokens"] = 300
+    write(path, replace(STATE, layers=layers), pages)
+    with pytest.raises(pagedkv.CorruptStoreError, match="page_tokens is none of"):
+        read(path)
+
+
 def test_a_header_that_lies_costs_no_memory(path: Path) -> None:
     write(path)
     data = path.read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -175,7 +175,7 @@ def _layer(take: _Fields) -> LayerState:
         key_dim=take.number("key_dim", 1),
         value_dim=take.number("value_dim", 1),
         dtype=take.text("dtype", DTYPE_BYTES.get),
-        page_tokens=take.number("page_tokens", min(PAGE_TOKENS), max(PAGE_TOKENS)),
+        page_tokens=take.one_of("page_tokens", PAGE_TOKENS),
         hot_tokens=take.number("hot_tokens", 0),
         pages=take.number("pages", 0),
     )
@@ -194,6 +194,12 @@ class _Fields:
         value = self.raw.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise MalformedError(f"{self._where} {name} is no number from {least} to {most}")
+        return value
+
+    def one_of(self, name: str, known: Collection[int]) -> int:
+        value = self.number(name, min(known), max(known))
+        if value not in known:
+            raise MalformedError(f"{self._where} {name} is none of {sorted(known)}")
         return value
 
     def text(self, name: str, known: Callable[[str], Any] | None = None) -> str:
