@@ -104,6 +104,7 @@ def write_checkpoint(
         hot: the hot keys and values of each layer, one array in memory at a time.
 
     Raises:
+        MalformedError: if entries or hot arrays are not what the state says.
         OSError: from the disk.
     """
     text = state.to_json()
@@ -114,6 +115,8 @@ def write_checkpoint(
         write_exactly(disk, fd, [part], at)
         digest.update(part.data)
         at += len(part)
+    if at != file_bytes(state):  # better no checkpoint than one that will be called damaged
+        raise MalformedError(f"{file_bytes(state):,} bytes were described and {at:,} given")
     start = (MAGIC, VERSION, len(text), len(body), state.hot_bytes, digest.digest()[:16])
     head = HEADER.pack(*start, _checksum(HEADER.pack(*start, bytes(16)), body))
     write_exactly(disk, fd, [np.frombuffer(head, np.uint8)], 0)
