@@ -64,7 +64,6 @@ class Round:
         self.touched = Touched()
         self.held = {name: Held(name) for name in NAMES}
         self.committed: dict[str, list[Snapshot | None]] = {}
-        self.history = []
         self.moment = self.steps = 0
         self.keeps_all = False  # a checkpoint could not be read when the store was opened
         self.store: FileColdStore = self.opened()
@@ -121,7 +120,7 @@ class Round:
             match(checkpoint, self.disk, found[0])
         except pagedkv.CorruptStoreError as e:
             if not self.touched.checkpoint(name):
-                raise Violation(f"no fault touched the checkpoint {name}: {e}; {self.history}") from e
+                raise Violation(f"no fault touched the checkpoint {name}: {e}") from e
             self.tally.detected_later(self.touched.forget_checkpoint(name))
             self.store.sequences.checkpoints.discard(name, durable=False)
             del self.committed[name]
@@ -165,7 +164,6 @@ class Round:
             calls: that the step makes itself; what else failed was recovered from.
         """
         log, self.disk.log = self.disk.log, []
-        self.history += [(self.steps, str(error), f) for f in log if (f.path and 'checkpoint' in f.path.name) or f.kind in ('rename', 'fsync') or error]
         told = [f for f in log if f.kind in ERRORS or f.kind == "flip_read"]
         if isinstance(error, pagedkv.ColdStoreError) and not (told or isinstance(error, ABSENT)):
             kinds = ", ".join(f.kind for f in log) or "nothing"

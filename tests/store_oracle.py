@@ -83,7 +83,7 @@ def snapshot(sequence: Held, moment: int) -> Snapshot:
 def hot_parts(state: SequenceState) -> list[np.ndarray]:
     sizes = [n for layer in state.layers for n in (layer.key_bytes, layer.value_bytes)]
     at = state.flushed_at * 977 % (len(NOISE) // 2)
-    return [NOISE[at + i : at + i + n] for i, n in enumerate(sizes)]
+    return [np.resize(NOISE[at + i :], n) for i, n in enumerate(sizes)]
 
 
 def stored_pages(sequence: Held) -> list[tuple[ColdRecord, int, int]]:

@@ -74,17 +74,17 @@ def test_a_page_that_is_written_again_is_the_one_that_was_verified(
 
 @pytest.mark.slow
 def test_thousands_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fault_campaign.main(["--faults", "1000", "--seed", "7"]) == 0, capsys.readouterr().out
+    assert fault_campaign.main(["--faults", "600", "--seed", "7"]) == 0, capsys.readouterr().out
 
 
 def test_thousands_of_malformed_files(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuzz_checkpoint.main(["--inputs", "5000", "--seed", "7"]) == 0, capsys.readouterr().out
+    assert fuzz_checkpoint.main(["--inputs", "3000", "--seed", "7"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_dozens_of_killed_processes(tmp_path: Path) -> None:
     """In a process of its own: a fork must not inherit the threads of other tests."""
-    command = [sys.executable, "-m", "tests.kill_campaign", "--kills", "30", "--seed", "7"]
+    command = [sys.executable, "-m", "tests.kill_campaign", "--kills", "20", "--seed", "7"]
     done = subprocess.run(
         [*command, "--where", str(tmp_path)], capture_output=True, text=True, timeout=120
     )
