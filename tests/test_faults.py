@@ -14,7 +14,8 @@ import pagedkv
 from pagedkv.tiers import RealDisk
 from pagedkv.tiers.disk import CREATE
 from pagedkv.tiers.faults import APPLIES, FaultyDisk
-from pagedkv.tiers.files import read_exactly, write_exactly
+from pagedkv.tiers.files import read_exactly, replace_file, write_exactly
+from pagedkv.tiers.write_limit import read_written
 from tests import fault_campaign, fuzz_checkpoint
 from tests.store_oracle import NAMES, Held, Want, commit, fetch, open_store, put
 
@@ -70,6 +71,16 @@ def test_a_page_that_is_written_again_is_the_one_that_was_verified(
     with disk.quietly():
         fetch(store, held.pages[0])
     store.close()
+
+
+def test_a_note_of_bytes_written_that_is_read_in_parts_is_read_whole(tmp_path: Path) -> None:
+    """Half of its digits were a smaller number, and the limit of the day was forgotten."""
+    disk = FaultyDisk(RealDisk(), 3)
+    path = tmp_path / "WRITTEN"
+    replace_file(disk, path, b"20000 123456789\n", durable=False)
+    for _ in range(8):
+        disk.arm("short_read")
+        assert read_written(disk, path, 20000) == 123456789
 
 
 @pytest.mark.slow

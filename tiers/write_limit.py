@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pagedkv.tiers.disk import READ, Disk
-from pagedkv.tiers.files import again, open_private, replace_file
+from pagedkv.tiers.files import again, open_private, read_exactly, replace_file
 
 WRITTEN = "WRITTEN"
 DAY = 86_400
@@ -89,10 +89,11 @@ class WriteLimit:
 def read_written(disk: Disk, path: Path, day: int) -> int:
     """The bytes that a store noted for a day; 0 if it noted none, or the note is unreadable."""
     buffer = np.zeros(64, np.uint8)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, EOFError, ValueError):
         fd = open_private(disk, path, READ)
         try:
-            count = again(disk.pread, fd, [buffer], 0)
+            count = min(again(disk.fstat, fd).st_size, len(buffer))
+            read_exactly(disk, fd, [buffer[:count]], 0)
         finally:
             disk.close(fd)
         noted, written = buffer[:count].tobytes().split()
