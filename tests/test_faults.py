@@ -17,7 +17,18 @@ from pagedkv.tiers.faults import APPLIES, FaultyDisk
 from pagedkv.tiers.files import read_exactly, replace_file, write_exactly
 from pagedkv.tiers.write_limit import read_written
 from tests import fault_campaign, fuzz_checkpoint
-from tests.store_oracle import NAMES, Held, Want, commit, fetch, open_store, put
+from tests.store_oracle import (
+    NAMES,
+    Held,
+    Want,
+    commit,
+    fetch,
+    hot_parts,
+    open_store,
+    put,
+    snapshot,
+    stored_pages,
+)
 
 
 def test_one_seed_gives_one_schedule(tmp_path: Path) -> None:
@@ -70,6 +81,20 @@ def test_a_page_that_is_written_again_is_the_one_that_was_verified(
         commit(store, held, 2, durable=True)
     with disk.quietly():
         fetch(store, held.pages[0])
+    store.close()
+
+
+def test_a_checkpoint_that_is_not_as_long_as_it_says_leaves_the_last_one(tmp_path: Path) -> None:
+    store = open_store(tmp_path, RealDisk())
+    held, want = Held(NAMES[0]), Want(0, 4, 1)
+    held.pages[0].append((want, put(store, want)))
+    first, _ = commit(store, held, 1, durable=False)
+    state, _ = snapshot(held, 2)
+    with pytest.raises(pagedkv.PagedKVError, match="bytes were described and"):
+        store.sequences.commit(state, stored_pages(held), hot_parts(state)[:-1], False)
+    assert store.sequences.load(NAMES[0]).state == first
+    assert not list(store.directory.glob("*.tmp"))
+    store.check()
     store.close()
 
 
