@@ -48,16 +48,16 @@ SHORT = (256, 512, K, 2 * K, 4 * K)
 ATTENTION = {
     "32/8x128": LONG,
     "12/2x128": (128 * K, *SHORT),
-    "32/4x128": (128 * K, 32 * K, 4 * K),
     "4/1x256": SHORT,
+    "32/4x128": (128 * K, 32 * K, 4 * K, 256 * K, 8 * K, 16 * K, 64 * K, K, 512),
 }
 EVERY_PRECISION = (32 * K, 128 * K)
 """Depths at which attention is measured at all precisions, for the first shape."""
 PAGED = {"12/2x128": SHORT, "4/1x256": SHORT}
 """Short contexts with all but one token in pages: by default they would be in the hot window."""
 PAGED_TIERS = {"hot_tokens": 1, "sink_tokens": 0, "page_tokens": 256}
-DECODE = {32 * K: 1, 8 * K: 1, 128 * K: 1, K: 1, 100 * K: 1}
-"""Depths and repeats; at all precisions but for the deepest."""
+DECODE = {32 * K: 1, 8 * K: 1, 128 * K: 1, K: 1, 100 * K: 1, 256 * K: 1}
+"""Depths and repeats; at all precisions but for the deepest two."""
 PREFILL = (64 * K,)
 MODEL = "llama3-8b"
 PARTS = ("decode", "prefill", "paged", "attention")
