@@ -374,10 +374,8 @@ class FusedLayer:
             hot: hot tokens.
             rows: query rows per KV head.
         """
-        parallel = pager.shape.kv_heads * group_count(rows)
-        plan = _choose(
-            len(entries), -(-hot // 64) * 64, parallel, pager.page_tokens, pager.pages_per_run
-        )
+        heads = pager.shape.kv_heads
+        plan = _plan(len(entries), hot, heads, rows, pager.page_tokens, pager.pages_per_run)
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
     def _spec(
@@ -477,10 +475,16 @@ def _planned(
     pages_per_run: int,
 ) -> tuple[SplitPlan, mx.array]:
     """How to divide a sequence, and what the kernels read of that: the same for all layers."""
+    plan = _plan(pages, hot, heads, rows, page_tokens, pages_per_run)
+    return plan, _params(plan, pages, hot, capacity, 0)
+
+
+def _plan(
+    pages: int, hot: int, heads: int, rows: int, page_tokens: int, pages_per_run: int
+) -> SplitPlan:
     # In steps, so that a plan lasts.
     parallel = heads * group_count(rows)
-    plan = _choose(pages, -(-hot // 64) * 64, parallel, page_tokens, pages_per_run)
-    return plan, _params(plan, pages, hot, capacity, 0)
+    return _choose(pages, -(-hot // 64) * 64, parallel, page_tokens, pages_per_run)
 
 
 _choose = lru_cache(maxsize=64)(SplitPlan.choose)
