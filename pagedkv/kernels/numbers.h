@@ -1,4 +1,4 @@
-// Numbers in and out, and what both attention kernels need of a SIMD group.
+// Numbers in and out of the attention kernels.
 
 CONSTANT float LOWEST = -1e30f;  // stands in for minus infinity: no NaN where all is masked
 
@@ -10,9 +10,4 @@ FN void store_number(OUTPUT out, u64 i, float x) {
   } else {
     store16(out, i, float_to_half(x));
   }
-}
-
-FN float max_over_simd(float x) {
-  UNROLL for (u32 mask = 16; mask; mask >>= 1) x = max_of(x, simd_shuffle_xor(x, mask));
-  return x;
 }
