@@ -57,22 +57,6 @@ FN u32 to_half(u32 bits, bool bfloat) {
   return bfloat ? bfloat_pair(bits) & 0xffff : bits;
 }
 
-// Queries as right operands, ready to use: two words per lane, step and row block.
-FN void stage_queries(Place at, SHARED shared, BUFFER q, int first_row, int rows_before) {
-  for (int i = at.warp; i < STEPS * ROW_BLOCKS * 2; i += WARPS) {
-    int part = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
-    u32 word = 0;
-    for (int h = 0; h < 2; h++) {
-      int row = first_row + 8 * block + b_column(at, h);
-      int channel = 16 * step + channel_of(b_k(at, h) + 8 * part);
-      u32 bits = 0;
-      if (row < ROWS) bits = to_half(load16(q, (rows_before + row) * KEY_DIM + channel), QUERY_BFLOAT);
-      word |= bits << (16 * h);
-    }
-    shared[((step * ROW_BLOCKS + block) * 32 + at.lane) * 2 + part] = word;
-  }
-}
-
 // Scales and biases of a tile on their way to shared memory.
 struct Scales {
   u32 key[(KEY_DIM + 63) / 64][4];
@@ -371,12 +355,41 @@ FN Tile take_tile(THREAD Tiles& tiles, BUFFER table) {
   return tile;
 }
 
+// Grid: x splits, y KV heads times row blocks, z sequences of the batch.
+struct Group {
+  int split, head, sequence, first_row;
+};
+FN Group group_at(u32 split, u32 head_block, u32 sequence) {
+  return {int(split), int(head_block % HEADS), int(sequence), int(head_block / HEADS) * (8 * ROW_BLOCKS)};
+}
+// Which row of a split's partial outputs is the threadgroup's first, and how many it has.
+FN int row_at(Group group) { return (group.sequence * HEADS + group.head) * ROWS + group.first_row; }
+FN int rows_of(Group group) { return least(ROWS - group.first_row, 8 * ROW_BLOCKS); }
+
+// Queries as right operands, ready to use: two words per lane, step and row block.
+FN void stage_queries(Place at, SHARED shared, BUFFER q, Group group) {
+  int rows_before = (group.sequence * HEADS + group.head) * ROWS;
+  for (int i = at.warp; i < STEPS * ROW_BLOCKS * 2; i += WARPS) {
+    int part = i & 1, block = (i >> 1) % ROW_BLOCKS, step = (i >> 1) / ROW_BLOCKS;
+    u32 word = 0;
+    for (int h = 0; h < 2; h++) {
+      int row = group.first_row + 8 * block + b_column(at, h);
+      int channel = 16 * step + channel_of(b_k(at, h) + 8 * part);
+      u32 bits = 0;
+      if (row < ROWS) bits = to_half(load16(q, (rows_before + row) * KEY_DIM + channel), QUERY_BFLOAT);
+      word |= bits << (16 * h);
+    }
+    shared[((step * ROW_BLOCKS + block) * 32 + at.lane) * 2 + part] = word;
+  }
+}
+
 // All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
 // weighed the keys of the next tile do, where the target fetches ahead.
-FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, int head, Tiles tiles,
+FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, BUFFER q, Group group, Tiles tiles,
                    BUFFER table SOURCES(SOURCE_PARAMETER)) {
   SHARED stage = meta + META_WORDS;
   SHARED value_stage = stage + STAGED_KEY_WORDS;
+  int head = group.head;
   Scores scores;
   Scales scales;
   Tile tile = take_tile(tiles, table);
@@ -385,6 +398,8 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
   if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
   if (tile.valid) switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
+  stage_queries(at, queries, q, group);  // while the first tile is on its way
+  barrier();
   while (tile.valid) {
     Tile following = take_tile(tiles, table);
     simd_barrier();  // the tile before may still be read
@@ -512,17 +527,6 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
   }
 }
 
-// Grid: x splits, y KV heads times row blocks, z sequences of the batch.
-struct Group {
-  int split, head, sequence, first_row;
-};
-FN Group group_at(u32 split, u32 head_block, u32 sequence) {
-  return {int(split), int(head_block % HEADS), int(sequence), int(head_block / HEADS) * (8 * ROW_BLOCKS)};
-}
-// Which row of a split's partial outputs is the threadgroup's first, and how many it has.
-FN int row_at(Group group) { return (group.sequence * HEADS + group.head) * ROWS + group.first_row; }
-FN int rows_of(Group group) { return least(ROWS - group.first_row, 8 * ROW_BLOCKS); }
-
 // params, 16 words per sequence: pages, hot tokens, tiles per split, splits that have pages, hot
 // capacity, hot tokens per split, pages per row of the table, splits, first split that has hot
 // tokens, first split of this launch.
@@ -536,15 +540,16 @@ FN void attend_split(u32 lane, u32 warp, Group group, SHARED shared, BUFFER q, B
   int page_splits = load(params, fixed + 3), capacity = load(params, fixed + 4);
   int hot_per_split = load(params, fixed + 5), stride = load(params, fixed + 6);
   int first_hot_split = load(params, fixed + 8);
-  stage_queries(at, shared, q, group.first_row, head_row * ROWS);
-  barrier();
   Softmax state = {};
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++) state.peak[b][0] = state.peak[b][1] = LOWEST;
   SHARED meta = shared + QUERY_WORDS + at.warp * GROUP_WORDS;
   if (number < page_splits) {
     int first = number * per_split;
     Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * group.sequence * stride};
-    page_tiles(at, state, shared, meta, group.head, tiles, table SOURCES(SOURCE_ARGUMENT));
+    page_tiles(at, state, shared, meta, q, group, tiles, table SOURCES(SOURCE_ARGUMENT));
+  } else {
+    stage_queries(at, shared, q, group);
+    barrier();
   }
   if (number >= first_hot_split) {
     int first = (number - first_hot_split) * hot_per_split, stop = least(first + hot_per_split, hot);

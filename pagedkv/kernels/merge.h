@@ -34,23 +34,27 @@ FN void add(THREAD Quad& quad, THREAD const Parts& parts, u32 count) {
   }
 }
 
-// Merge `count` partial softmaxes that lie SPLIT_ROWS rows from each other.
+// Merge `count` partial softmaxes that lie SPLIT_ROWS rows from each other, for N places of a
+// thread at once: what it costs is waiting for loads.
 CONSTANT u32 SPLIT_ROWS = SEQUENCES * HEADS * ROWS;
-template <class Memory>
-FN Quad merge_partials(Memory partial, Memory stats, u32 count, u32 row, u32 channel) {
-  Quad quad = {{0, 0, 0, 0}, LOWEST, 0};
+struct Spot {
+  u32 row, channel;
+};
+template <int N, class Memory>
+FN void merge_partials(Memory partial, Memory stats, u32 count, THREAD const Spot (&spots)[N], THREAD Quad (&quads)[N]) {
+  UNROLL for (int n = 0; n < N; n++) quads[n] = {{0, 0, 0, 0}, LOWEST, 0};
   for (u32 first = 0; first < count; first += AT_ONCE) {
-    Parts parts;
-    UNROLL for (u32 j = 0; j < AT_ONCE; j++) {
-      u32 k = (first + j < count ? first + j : first) * SPLIT_ROWS + row;
-      Words2 stat = load2(stats, 2 * k);
-      parts.peak[j] = as_float(stat.x);
-      parts.total[j] = as_float(stat.y);
-      parts.sum[j] = load4(partial, k * VALUE_DIM + channel);
-    }
-    add(quad, parts, count - first);
+    Parts parts[N];
+    UNROLL for (int n = 0; n < N; n++)
+      UNROLL for (u32 j = 0; j < AT_ONCE; j++) {
+        u32 k = (first + j < count ? first + j : first) * SPLIT_ROWS + spots[n].row;
+        Words2 stat = load2(stats, 2 * k);
+        parts[n].peak[j] = as_float(stat.x);
+        parts[n].total[j] = as_float(stat.y);
+        parts[n].sum[j] = load4(partial, k * VALUE_DIM + spots[n].channel);
+      }
+    UNROLL for (int n = 0; n < N; n++) add(quads[n], parts[n], count - first);
   }
-  return quad;
 }
 
 FN u32 group_count(u32 splits) { return (splits + MERGE_GROUP - 1) / MERGE_GROUP; }
@@ -90,7 +94,10 @@ FN void merge_splits(u32 lane, u32 warp, u32 row, u32, u32, SHARED shared, BUFFE
     if (mine < splits)
       for (u32 channel = 4 * lane; channel < VALUE_DIM; channel += 128) {
         u64 before = u64(mine) * SPLIT_ROWS;
-        Quad quad = merge_partials(partial + before * VALUE_DIM, stats + 2 * before, group_size(mine, splits), row, channel);
+        Spot spots[1] = {{row, channel}};
+        Quad quads[1];
+        merge_partials(partial + before * VALUE_DIM, stats + 2 * before, group_size(mine, splits), spots, quads);
+        THREAD const Quad& quad = quads[0];
         UNROLL for (int i = 0; i < 4; i++) shared[warp * VALUE_DIM + channel + i] = as_word(quad.sum[i]);
         if (channel == 0) {
           peaks[warp] = as_word(quad.peak);

@@ -56,9 +56,8 @@ FN Words4 load4(Fresh m, int i) {
 // How many threadgroups came here before. What they had stored before their barrier is visible after
 // this one's next barrier.
 FN u32 arrive(BUFFER turns, u32 i) {
-  __threadfence();
-  u32 before = atomicAdd((u32*)turns + i, 1u);
-  __threadfence();
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(turns + i) : "memory");
   return before;
 }
 
