@@ -25,7 +25,7 @@ from pagedkv.bench.contenders import (
     stock_name,
 )
 from pagedkv.bench.result import Row, failed, first_words, succeeded
-from pagedkv.bench.timing import Chain, Deadline, Sample
+from pagedkv.bench.timing import Chain, Deadline, Sample, chain_lengths
 from pagedkv.bench.yardstick import Yardstick, YardstickMeter, call_limit, roofline_fields
 
 WARM_UP_ROUNDS = 2
@@ -40,9 +40,10 @@ class _Race:
     contender: Contender
     chain: Chain
     single: Chain
-    length: int
+    call_seconds: float
     output: mx.array
     difference: float
+    length: int = 1
     error: str = ""
     times: list[float] = field(default_factory=list)
     builds: list[float] = field(default_factory=list)
@@ -108,6 +109,9 @@ def measure_attention(place: Place, deadline: Deadline | None = None) -> list[Ro
         except Exception as e:  # whatever a backend lacks or runs out of is a row, not the end
             rows.append(failed(base | {"what": name}, f"does not run: {first_words(e)}"))
             release()
+    lengths = chain_lengths([r.chain for r in races], [r.call_seconds for r in races])
+    for race, length in zip(races, lengths, strict=True):
+        race.length = length
     yard = _run(races, place, deadline)
     rows = [*_rows(races, base, yard), *rows]
     for race in races:
@@ -138,7 +142,7 @@ def _builders(place: Place) -> Iterator[tuple[str, Callable[[], Contender | None
 
 
 def _ready(contender: Contender, q: mx.array, reference: mx.array | None) -> _Race:
-    """Call it once, see that it gives numbers, and choose the length of its chains.
+    """Call it, see that it gives numbers, and how long that takes.
 
     Raises:
         ArithmeticError: if it gives NaN or infinity.
@@ -148,7 +152,7 @@ def _ready(contender: Contender, q: mx.array, reference: mx.array | None) -> _Ra
         raise ArithmeticError("the output is not finite")
     off = 0.0 if reference is None else _rms(output - reference) / _rms(reference)
     chain = Chain(contender.calls, q)
-    return _Race(contender, chain, Chain(contender.calls, q), chain.suitable_length(), output, off)
+    return _Race(contender, chain, Chain(contender.calls, q), chain.call_seconds(), output, off)
 
 
 def _rms(x: mx.array) -> float:

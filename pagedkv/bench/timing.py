@@ -12,11 +12,15 @@ import mlx.core as mx
 Call = Callable[[mx.array], mx.array]
 """One attention call: queries in, an output of the same shape."""
 
-CHAIN_SECONDS = 0.01
-"""What one chain should take at least, so that the overhead of evaluating it is small in it."""
+CHAIN_SECONDS = 0.02
+"""What the fastest chain should take, so that the overhead of evaluating it is small in it."""
+
+LONG_CHAIN_SECONDS = 0.1
+"""What a slower one may take at most, once every cache was called."""
 
 LONGEST_CHAIN = 1024
 SLOW_CHAIN_SECONDS = 1.0
+PROBE_CALLS = 32
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class Chain:
         self._calls, self._first = calls, first
         self._at = 0
 
+    @property
+    def caches(self) -> int:
+        """How many caches are called in turn."""
+        return len(self._calls)
+
     def run(self, length: int) -> tuple[float, float]:
         """Time one chain.
 
@@ -115,11 +124,29 @@ class Chain:
         mx.synchronize()
         return built - started, time.perf_counter() - built
 
-    def suitable_length(self, seconds: float = CHAIN_SECONDS) -> int:
-        """Calls that take at least `seconds`, and all caches in turn if that is no second."""
+    def call_seconds(self) -> float:
+        """About what a call takes in a chain, once everything is compiled."""
         self.run(1)  # compiles kernels
-        first = max(1e-7, sum(self.run(1)))
-        probe = 1 if first > 0.02 else 8
-        each = max(1e-7, sum(self.run(probe)) / probe)
-        wanted = max(8, len(self._calls), math.ceil(seconds / each))
-        return max(1, min(wanted, LONGEST_CHAIN, math.ceil(SLOW_CHAIN_SECONDS / each)))
+        first = sum(self.run(1))
+        probe = 1 if first > 0.02 else PROBE_CALLS
+        self.run(probe)
+        return max(1e-7, sum(self.run(probe)) / probe)
+
+
+def chain_lengths(chains: Sequence[Chain], seconds: Sequence[float]) -> list[int]:
+    """Calls for each of several chains that are compared: as many for one as for the other.
+
+    What evaluating costs once, and the time until the first calls reach the device (MLX hands
+    them over by the hundred on CUDA), is shared by all calls of a chain: with fewer calls it
+    would weigh more. Only chains that would take long are shorter.
+
+    Args:
+        chains: all of them.
+        seconds: what a call takes in each.
+    """
+    common = min(LONGEST_CHAIN, math.ceil(CHAIN_SECONDS / min(seconds, default=1.0)))
+    lengths = []
+    for chain, each in zip(chains, seconds, strict=True):
+        wanted = max(8, chain.caches, min(common, math.ceil(LONG_CHAIN_SECONDS / each)))
+        lengths.append(max(1, min(wanted, math.ceil(SLOW_CHAIN_SECONDS / each))))
+    return lengths
