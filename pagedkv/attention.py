@@ -170,12 +170,12 @@ def attend(
             scale,
             mask == "causal",
             sinks,
-            lambda: _check(view, q, mask, sinks),
+            lambda: check_view(view, q, mask, sinks),
             view.following,
         )
         if out is not None:
             return out
-    _check(view, q, mask, sinks)
+    check_view(view, q, mask, sinks)
     if not view.entries:
         return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
     backend = backend or choose_backend("auto")
@@ -226,7 +226,14 @@ def check_queries(
         raise ShapeError(f"{sinks.size} attention sinks were given for {q.shape[1]} query heads")
 
 
-def _check(view: KVView, q: mx.array, mask: mx.array | str | None, sinks: mx.array | None) -> None:
+def check_view(
+    view: KVView, q: mx.array, mask: mx.array | str | None, sinks: mx.array | None
+) -> None:
+    """Check queries, mask and sinks against everything a view holds.
+
+    Raises:
+        ShapeError: see `check_queries`; or if the mask does not broadcast.
+    """
     heads, key_dim = int(view.hot.keys.shape[1]), int(view.hot.keys.shape[3])
     check_queries(q, heads, key_dim, view.tokens, mask, sinks)
     if isinstance(mask, mx.array):

@@ -44,6 +44,12 @@ class TierConfig:
         write_buffer: memory for pages on their way out to disk: at least one page.
         scratch: memory for one layer's dequantized pages in prefill; longer contexts are
             attended in tiles of this size.
+        skip_below: the share of attention, at most, that any query head of a decode step may miss
+            because cold pages that provably cannot weigh more are not read; 0 reads them all.
+        cold_pages: cold pages that a decode step reads per layer, at most: those that could weigh
+            most; None for no limit. `CacheStats.skipped` bounds what that leaves out.
+        bounds: memory for what is known of cold pages' keys, with one of those two; pages beyond
+            it are always read. It takes an eighteenth of 4-bit pages.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -63,6 +69,9 @@ class TierConfig:
     staging: int | str = "32MiB"
     write_buffer: int | str = "16MiB"
     scratch: int | str = "256MiB"
+    skip_below: float = 0.0
+    cold_pages: int | None = None
+    bounds: int | str = "256MiB"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -70,6 +79,7 @@ class TierConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is a number of tokens from {least} up, got {value!r}")
+        _require_selection(self.skip_below, self.cold_pages)
         known = isinstance(self.page_tokens, int) and self.page_tokens in PAGE_TOKENS
         if self.page_tokens is not None and not known:
             raise ConfigError(
@@ -93,6 +103,11 @@ class TierConfig:
         """The parsed `kv`."""
         return Ladder.parse(self.kv)
 
+    @property
+    def selective(self) -> bool:
+        """Whether decode steps may leave cold pages out."""
+        return self.skip_below > 0 or self.cold_pages is not None
+
     def budget(self) -> TierBudget:
         """The same in bytes and tokens, as the tiers want it."""
         return TierBudget(
@@ -109,6 +124,7 @@ class TierConfig:
             write_limit=(
                 None if self.write_limit is None else parse_size(self.write_limit, "write_limit")
             ),
+            bounds_bytes=parse_size(self.bounds, "bounds") if self.selective else 0,
         )
 
     def store_identity(self, model: str, layers: int) -> StoreIdentity | None:
@@ -127,6 +143,18 @@ class TierConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ``TierConfig(**config.to_dict())`` is the same again."""
         return asdict(self)
+
+
+def _require_selection(skip_below: object, cold_pages: object) -> None:
+    is_number = isinstance(skip_below, (int, float)) and not isinstance(skip_below, bool)
+    if not is_number or not 0 <= skip_below < 1:  # type: ignore[operator]
+        raise ConfigError(
+            f"skip_below is the share of attention that may be missed, from 0 (none) to below 1, "
+            f"such as 1e-4; got {skip_below!r}"
+        )
+    whole = isinstance(cold_pages, int) and not isinstance(cold_pages, bool)
+    if cold_pages is not None and (not whole or cold_pages < 0):  # type: ignore[operator]
+        raise ConfigError(f"cold_pages is a number of pages from 0 up, or None; got {cold_pages!r}")
 
 
 def require_durability(durability: object) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from pagedkv import hook, state
 from pagedkv.allocator import KVShape, PageTable, Precision, TableEntry
-from pagedkv.attention import DECODE_TOKENS, KVView, attend
+from pagedkv.attention import DECODE_TOKENS, KVView, attend, check_view
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.config import TierConfig
 from pagedkv.errors import (
@@ -25,6 +25,7 @@ from pagedkv.errors import (
     PagedKVError,
     ShapeError,
 )
+from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
 from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
@@ -105,6 +106,7 @@ class PagedLayerCache:
         self._accepted: tuple[tuple[int, ...], ...] = ()  # shapes that were checked
         self._full = 0  # hot tokens that make a page due
         self._rows = 0  # query rows per KV head of the last decode step, for reading ahead
+        self._selection = _selection(context.config)
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
 
@@ -208,7 +210,13 @@ class PagedLayerCache:
         scratch = self._context.pager.budget.scratch_bytes
         if view.entries and self._pager is not None and self._pager.any_cold:
             with self._taken_back_to(self.offset - self._appended):
-                out = attend(view, q, scale, mask, sinks, self._backend, scratch)
+                if few and self._selection and not isinstance(mask, mx.array):
+                    check_view(view, q, mask, sinks)
+                    chosen = self._selection.narrowed(view, q, scale, mask, sinks)
+                    out = attend(chosen, q, scale, mask, sinks, self._backend, scratch)
+                    self._selection.attended(out)
+                else:
+                    out = attend(view, q, scale, mask, sinks, self._backend, scratch)
         else:
             out = attend(view, q, scale, mask, sinks, self._backend, scratch)
         self._unread -= 1
@@ -398,6 +406,11 @@ class PagedLayerCache:
         """Bytes allocated for hot tokens."""
         return self._hot.nbytes
 
+    @property
+    def skipped(self) -> SkipCounters | None:
+        """What decode steps left out of the cold pages; None where every page is read."""
+        return self._selection.counters if self._selection else None
+
     def siblings(self) -> Iterator[PagedLayerCache]:
         """The paged layers of the same sequence, this one included."""
         return self._context.alive()
@@ -506,11 +519,14 @@ class PagedLayerCache:
     def _cold_batches(self) -> Sequence[Batch]:
         if self._pager is None or self._table is None or not self._context.pager.open_cold:
             return ()
+        entries = self._table.entries
+        if self._selection:
+            entries = self._selection.expected(entries)
         if isinstance(self._backend, KernelBackend) and self._rows:
             return self._backend.fused.cold_batches(
-                self._pager, self._table.entries, self._hot.used, self._rows
+                self._pager, entries, self._hot.used, self._rows
             )
-        return self._pager.cold_batches(self._table.entries)
+        return self._pager.cold_batches(entries)
 
     def _warn_past_limit(self, limit: int) -> None:
         self._context.max_tokens = None  # once per sequence
@@ -672,3 +688,9 @@ def _hot_dtype(wanted: str | None, model: mx.Dtype) -> mx.Dtype:
     if wanted == "model":
         return model
     return mx.float16 if wanted == "float16" else mx.bfloat16
+
+
+def _selection(config: TierConfig) -> ColdSelection | None:
+    if not config.selective:
+        return None
+    return ColdSelection(config.skip_below, config.cold_pages)

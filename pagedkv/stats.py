@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import psutil
 
 from pagedkv.allocator import KVShape
+from pagedkv.selection import SkipCounters
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -51,6 +52,9 @@ class CacheStats:
         read_ahead_hits, read_ahead_misses: batches of cold pages that were there in time, or not.
         read_stall_seconds, write_stall_seconds: time the model waited for the disk.
         write_errors: writes that failed (their pages stayed in memory).
+        bounds_bytes: memory for what is known of cold pages' keys.
+        skipped: what decode steps left out of the cold pages, and bounds on what that changed;
+            None where they read them all.
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
             the hook, or the class name of a cache that was left as it is.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
@@ -76,6 +80,8 @@ class CacheStats:
     read_stall_seconds: float
     write_stall_seconds: float
     write_errors: int
+    bounds_bytes: int
+    skipped: SkipCounters | None
     layers: tuple[str, ...]
     mlx_active_bytes: int
     mlx_peak_bytes: int
@@ -125,6 +131,8 @@ def collect(cache: PagedCache) -> CacheStats:
         read_stall_seconds=reader.counters.stall_seconds if reader else 0.0,
         write_stall_seconds=cold.counters.write_stall_seconds if cold else 0.0,
         write_errors=cold.counters.write_errors if cold else 0,
+        bounds_bytes=sum(layer.bounds.nbytes for layer in pager.layer_pagers),
+        skipped=_skipped(cache),
         layers=tuple(_kind(layer) for layer in cache),
         mlx_active_bytes=mx.get_active_memory(),
         mlx_peak_bytes=mx.get_peak_memory(),
@@ -167,6 +175,20 @@ class _Places:
                 )
         stored = self.hot_bytes + sum(self.bytes.values())
         self.bits_per_element = 8 * stored / elements if elements else 0.0
+
+
+def _skipped(cache: PagedCache) -> SkipCounters | None:
+    """Of all layers: sums, and the largest of the bounds."""
+    layers = [c for layer in cache.paged_layers if (c := layer.skipped) is not None]
+    if not layers:
+        return None
+    bounds = {"weight_bound", "error_bound"}
+    return SkipCounters(
+        **{
+            f.name: (max if f.name in bounds else sum)(getattr(c, f.name) for c in layers)
+            for f in fields(SkipCounters)
+        }
+    )
 
 
 def _elements(shape: KVShape) -> int:

@@ -26,6 +26,7 @@ class TierBudget:
         write_buffer_bytes: memory for pages being written to disk.
         scratch_bytes: memory for one layer's dequantized pages during prefill.
         write_limit: bytes written to disk per day; None for no limit.
+        bounds_bytes: memory for the bounds of cold pages; 0 where none are wanted.
     """
 
     warm_bytes: int
@@ -39,6 +40,7 @@ class TierBudget:
     write_buffer_bytes: int = 16 * MIB
     scratch_bytes: int = 256 * MIB
     write_limit: int | None = None
+    bounds_bytes: int = 0
 
     def warm_share(self, layers: int) -> int:
         """Warm bytes of one layer.

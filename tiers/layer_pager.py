@@ -23,6 +23,7 @@ from pagedkv.allocator import (
     TableEntry,
 )
 from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
+from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
 from pagedkv.tiers.warm import WarmSlab
@@ -109,6 +110,8 @@ class LayerPager:
         self.moves = 0  # how often a page went to another tier
         self._slabs = self._make_slabs()
         self._sized = False
+        self.bounds = LayerBounds(budget.bounds_bytes // pager.layers)
+        self._unbounded: dict[ColdRecord, int] = {}  # pages that came without theirs
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
@@ -136,9 +139,11 @@ class LayerPager:
 
     def _forget(self, number: int) -> None:
         page = self.pages.pop(number)
+        self.bounds.forget(number)
         if page.slot is not None:
             self._slabs[page.precision].give(page.slot)
         if page.record is not None:
+            self._unbounded.pop(page.record, None)
             self._pager.cold.free(page.record)
             self._pager.reader.forget_freed()
 
@@ -282,6 +287,8 @@ class LayerPager:
                 raise
             page = _farthest(clean)  # nearer, but the disk has it already
         assert page.slot is not None
+        if self._pager.budget.bounds_bytes:
+            self.bounds.add(page.number, self._geometry(page), slab.page_view(page.slot))
         slab.give(page.slot)
         page.slot = None
         self.moves += 1
@@ -337,7 +344,16 @@ class LayerPager:
             raise KeyError(f"no {precision} pages here")
         page = Page(self.allocator.allocate(), precision, position, lineage, record=record)
         self.pages[page.number] = page
+        if self._pager.budget.bounds_bytes:
+            self._unbounded[record] = page.number
         return page.number
+
+    def _geometry(self, page: Page) -> PageGeometry:
+        return self.codecs[page.precision].geometry
+
+    def page_bytes(self, number: int) -> int:
+        """Bytes of a page."""
+        return self._geometry(self.pages[number]).page_bytes
 
     def promote(self, entries: Sequence[TableEntry]) -> int:
         """Bring cold pages back into free warm slots, nearest to the current token first.
@@ -395,7 +411,7 @@ class LayerPager:
         batches = [self._cold_batch(run) for run in runs]
         staged = iter(())  # type: Iterator[npt.NDArray[np.uint8]]
         if any(batches):
-            staged = self._pager.reader.stream([b for b in batches if b], following)
+            staged = self.stream([b for b in batches if b], following)
         for run, batch in zip(runs, batches, strict=True):
             if batch:
                 yield run, self._assemble(run, next(staged)), True
@@ -427,7 +443,22 @@ class LayerPager:
         self, batches: Sequence[Batch], following: Sequence[Batch] = ()
     ) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of cold batches, in order; see `ColdReader.stream`."""
-        return self._pager.reader.stream(batches, following) if batches else iter(())
+        staged = self._pager.reader.stream(batches, following) if batches else iter(())
+        return self._learning(batches, staged) if self._unbounded else staged
+
+    def _learning(
+        self, batches: Sequence[Batch], staged: Iterator[npt.NDArray[np.uint8]]
+    ) -> Iterator[npt.NDArray[np.uint8]]:
+        """What is staged; bounds are made of pages that were adopted without."""
+        for batch, rows in zip(batches, staged, strict=True):
+            at = 0
+            for record in batch:
+                number = self._unbounded.pop(record, None)
+                if number is not None:
+                    geometry = self._geometry(self.pages[number])
+                    self.bounds.add(number, geometry, rows[at : at + record.nbytes])
+                at += record.nbytes
+            yield rows
 
     def cold_batches(self, entries: Sequence[TableEntry]) -> list[Batch]:
         """The batches that attending `entries` will read, in order."""

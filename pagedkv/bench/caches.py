@@ -16,7 +16,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.plan import plan
 
-SPARE_TOKENS = 1024
+SPARE_TOKENS = 256
 """Room in the warm tier beyond the tokens asked for."""
 
 
@@ -49,7 +49,7 @@ def budgeted(
             plan(shape, layers, wanted, replace(config, warm=high, cold=cold))  # says what is wrong
             raise ConfigError(f"no warm budget holds {wanted:,} tokens of {shape}")
         low, high = high, 2 * high
-    while high - low > max(1024, high // 256):
+    while high - low > max(1024, high // 2048):
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return replace(config, warm=high, cold=cold)

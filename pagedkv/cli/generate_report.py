@@ -6,6 +6,7 @@ from typing import Any
 
 from pagedkv.cli.generation import Generation
 from pagedkv.cli.output import Table, facts, number, seconds
+from pagedkv.selection import SkipCounters
 from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats, TierStats
 
@@ -68,6 +69,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
         ("pages", f"{precisions}; {s.bits_per_element:.2f} bits per number, hot tokens included"),
         ("NVMe", _traffic(result)),
         ("read-ahead", _read_ahead(s)),
+        *([("left out", _left_out(s.skipped))] if s.skipped else []),
         ("speed", _speed(result)),
         (
             "process",
@@ -94,6 +96,15 @@ def _read_ahead(s: CacheStats) -> str:
         f"{number(s.read_ahead_hits)} hits, {number(s.read_ahead_misses)} misses "
         f"({s.read_ahead_hits / batches:.0%}); waited {seconds(s.read_stall_seconds)} for reads, "
         f"{seconds(s.write_stall_seconds)} for writes"
+    )
+
+
+def _left_out(skipped: SkipCounters) -> str:
+    share = skipped.skipped_bytes / skipped.bytes if skipped.bytes else 0.0
+    return (
+        f"{share:.1%} of the cold bytes ({number(skipped.skipped_pages)} of "
+        f"{number(skipped.pages)} pages); no head missed more than {skipped.weight_bound:.1e} of "
+        f"its attention in a step, no output number more than {skipped.error_bound:.1e}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pagedkv.config import BACKENDS, DURABILITIES, TierConfig
@@ -33,10 +34,13 @@ _TIER_OPTIONS = (
     ("--staging", "SIZE", "memory for pages on their way in from disk"),
     ("--write-buffer", "SIZE", "memory for pages on their way out to disk"),
     ("--scratch", "SIZE", "memory for one layer's dequantized pages in prefill"),
+    ("--skip-below", "SHARE", "leave out cold pages that provably weigh less, such as 1e-4"),
+    ("--cold-pages", "N", "cold pages read per layer and decode step, at most"),
+    ("--bounds", "SIZE", "memory for what is known of cold pages' keys, with one of those two"),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )
-_SHOWN = {"cold_dir": "a temporary one", "write_limit": "none"}
-_COUNTS = ("hot_tokens", "sink_tokens", "page_tokens")
+_SHOWN = {"cold_dir": "a temporary one", "write_limit": "none", "cold_pages": "all"}
+_COUNTS = ("hot_tokens", "sink_tokens", "page_tokens", "cold_pages")
 
 
 def add_tier_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +85,7 @@ def tier_config(args: argparse.Namespace, base: TierConfig | None = None) -> Tie
         value = getattr(args, _field(flag), None)
         if value is not None:
             name = _field(flag)
-            given[name] = parse_tokens(value, name) if name in _COUNTS else value
+            given[name] = _PARSERS.get(name, _as_it_is)(value, name)
     if getattr(args, "no_disk", False):
         if given.get("cold_dir") or given.get("cold", "0") != "0":
             raise ConfigError(
@@ -138,6 +142,18 @@ def parse_tokens(text: str | int, name: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_share(text: str, name: str) -> float:
+    """A share from 0 to 1, such as ``"1e-4"``.
+
+    Raises:
+        ConfigError: if it is no number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is no number: write 1e-4") from None
+
+
 def parse_rate(text: str, name: str) -> int:
     """Bytes per second: ``"3GB/s"`` or ``"3GB"``.
 
@@ -159,3 +175,13 @@ def positive(value: int, flag: str) -> int:
     if value < 1:
         raise ConfigError(f"{flag} is a number from 1 up, got {value}")
     return value
+
+
+def _as_it_is(text: str, name: str) -> str:
+    return text
+
+
+_PARSERS: dict[str, Callable[[str, str], object]] = {
+    **dict.fromkeys(_COUNTS, parse_tokens),
+    "skip_below": parse_share,
+}
