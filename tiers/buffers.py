@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -19,8 +20,9 @@ class BufferPool:
     everywhere and suspected of worse on macOS.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, workers: Workers | None = None) -> None:
         self.limit = limit
+        self._workers = workers or ThreadWorkers()
         self._free: dict[int, list[Bytes]] = {}
         self._allocated = 0
         self._changed = threading.Condition()
@@ -46,7 +48,7 @@ class BufferPool:
         with self._changed:
             if nbytes > self.limit:
                 raise ValueError(f"a buffer of {nbytes:,} bytes exceeds the pool's {self.limit:,}")
-            if not self._changed.wait_for(lambda: self._fits(nbytes), timeout):
+            if not self._workers.wait_for(self._changed, lambda: self._fits(nbytes), timeout):
                 return None
             free = self._free.get(nbytes)
             if free:

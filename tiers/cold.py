@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from pagedkv.tiers.records import ColdRecord, PageIdentity
 from pagedkv.tiers.sequence import StoreIdentity
 from pagedkv.tiers.sequence_store import SequenceStore
 from pagedkv.tiers.store_directory import StoreDirectory, bytes_below
+from pagedkv.tiers.workers import ThreadWorkers, Workers
 from pagedkv.tiers.write_behind import ColdCounters, WriteBehind
 from pagedkv.tiers.write_limit import WriteLimit
 
@@ -102,6 +103,7 @@ class FileColdStore:
         disk: Disk | None = None,
         identity: StoreIdentity | None = None,
         write_limit: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Open a store.
 
@@ -115,6 +117,7 @@ class FileColdStore:
             disk: the file system; the real one if None.
             identity: of a store that lasts; None for one that is gone when it is closed.
             write_limit: bytes written per day, at most.
+            workers: who moves the bytes in the background; threads if None.
 
         Raises:
             ConfigError: if `parent` cannot be used.
@@ -139,14 +142,17 @@ class FileColdStore:
         self._owner = identity.digest if identity else secrets.token_bytes(16)
         # A killed process may have used numbers after the last ones that a checkpoint tells of.
         self._generation = secrets.randbits(63) if identity else 0
-        self._writer = WriteBehind(self._files, self._limit, write_buffer_bytes, self.counters)
+        workers = workers or ThreadWorkers()
+        self._writer = WriteBehind(
+            self._files, self._limit, write_buffer_bytes, self.counters, workers
+        )
         self._reads = PageReads(self._files, self._writer.lock, self.counters)
         self.sequences = (
             SequenceStore(checkpoints, self._files, self._writer, self._reads)
             if checkpoints
             else None
         )
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="pagedkv-reader")
+        self._readers = workers.executor("pagedkv-reader", readers)
         self._closed = False
 
     def _open_directory(self, parent: str | None, identity: StoreIdentity | None) -> StoreDirectory:

@@ -17,6 +17,7 @@ from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
+from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Pager:
         users: open layer caches, whatever their class; the last one to go closes the pager.
         disk: the file system of the cold tier.
         identity: of a cold store that lasts; None for one that goes with `close`.
+        workers: who moves bytes in the background.
     """
 
     budget: TierBudget
@@ -52,6 +54,7 @@ class Pager:
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     disk: Disk = field(default_factory=lambda: RealDisk())
     identity: StoreIdentity | None = None
+    workers: Workers = field(default_factory=lambda: ThreadWorkers())
 
     def __post_init__(self) -> None:
         self._layer_pagers: dict[int, LayerPager] = {}
@@ -94,6 +97,7 @@ class Pager:
                 disk=self.disk,
                 identity=self.identity,
                 write_limit=budget.write_limit,
+                workers=self.workers,
             )
             self._cold.budget.reserve = self._checkpoint_reserve()
         return self._cold
@@ -119,7 +123,7 @@ class Pager:
     def reader(self) -> ColdReader:
         """The staging ring, made at first use."""
         if self._reader is None:
-            self._reader = ColdReader(self.cold, self.budget.staging_bytes)
+            self._reader = ColdReader(self.cold, self.budget.staging_bytes, workers=self.workers)
         return self._reader
 
     @property

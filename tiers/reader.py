@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pagedkv.tiers.buffers import BufferPool
 from pagedkv.tiers.cold import ColdStore
 from pagedkv.tiers.records import ColdRecord
+from pagedkv.tiers.workers import Workers
 
 Bytes = npt.NDArray[np.uint8]
 Batch = tuple[ColdRecord, ...]
@@ -48,17 +49,24 @@ class ColdReader:
     next layer's first pages arrive while this one is attended.
     """
 
-    def __init__(self, store: ColdStore, staging_bytes: int, depth: int = 3) -> None:
+    def __init__(
+        self,
+        store: ColdStore,
+        staging_bytes: int,
+        depth: int = 3,
+        workers: Workers | None = None,
+    ) -> None:
         """Make a reader.
 
         Args:
             store: where the pages are.
             staging_bytes: memory for pages on their way in; at least one batch.
             depth: batches in flight at most.
+            workers: whom the store lets read; threads if None.
         """
         self._store = store
         self._depth = depth
-        self._buffers = BufferPool(staging_bytes)
+        self._buffers = BufferPool(staging_bytes, workers)
         self._tickets: OrderedDict[Batch, _Ticket] = OrderedDict()
         self.counters = ReadCounters()
 
@@ -80,7 +88,8 @@ class ColdReader:
             CorruptPageError, ColdStoreError: from the batch that failed.
         """
         wanted = [*batches, *following]
-        for stale in self._tickets.keys() - set(wanted):
+        kept = set(wanted)
+        for stale in [b for b in self._tickets if b not in kept]:
             self._discard(stale)  # a seal or a trim changed what a batch holds
         for i, batch in enumerate(batches):
             # Ask for this one first if it is not under way, then for what comes after it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from pagedkv.tiers.buffers import BufferPool
 from pagedkv.tiers.files import told
 from pagedkv.tiers.page_files import PageFiles
 from pagedkv.tiers.records import ColdRecord, checksum, pack
+from pagedkv.tiers.workers import ThreadWorkers, Workers
 from pagedkv.tiers.write_limit import WriteLimit
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,15 +42,21 @@ class WriteBehind:
     """
 
     def __init__(
-        self, files: PageFiles, limit: WriteLimit, buffer_bytes: int, counters: ColdCounters
+        self,
+        files: PageFiles,
+        limit: WriteLimit,
+        buffer_bytes: int,
+        counters: ColdCounters,
+        workers: Workers | None = None,
     ) -> None:
+        workers = workers or ThreadWorkers()
         self._files = files
         self._limit = limit
         self._counters = counters
-        self.buffers = BufferPool(buffer_bytes)
+        self.buffers = BufferPool(buffer_bytes, workers)
         self.lock = threading.Lock()
         self._failed: list[ColdRecord] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pagedkv-writer")
+        self._thread = workers.executor("pagedkv-writer", 1)
         self._closed = False
 
     @property
