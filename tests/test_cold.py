@@ -47,6 +47,18 @@ def damage(store: FileColdStore, at: int, data: bytes) -> None:
         f.write(data)
 
 
+def test_a_page_that_is_cut_off_is_named_and_not_its_neighbour(store: FileColdStore) -> None:
+    """They are read with one request."""
+    records = [store.put(0, i, LAYOUT, random_page(i)) for i in range(4)]
+    store.flush()
+    (file,) = store.directory.glob("*.pages")
+    with file.open("r+b") as f:
+        f.truncate(2 * PAGE + 100)
+    with pytest.raises(pagedkv.CorruptPageError, match="page 2 .* is missing"):
+        fetch(store, *records)
+    assert np.array_equal(fetch(store, *records[:2])[PAGE:], random_page(1))
+
+
 def test_pages_come_back(store: FileColdStore) -> None:
     pages = [random_page(i) for i in range(20)]
     records = [store.put(0, i, LAYOUT, page) for i, page in enumerate(pages)]

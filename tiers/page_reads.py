@@ -53,7 +53,7 @@ class PageReads:
                     return
         whole = first.stored_bytes == first.nbytes
         into = list(places) if whole else [aligned_buffer(first.stored_bytes)]
-        self._fill(first, into)
+        self._fill(records, into)
         if not whole:
             unpack(first.identity, into[0], places[0])
         for record, page in zip(records, places, strict=True):
@@ -69,21 +69,23 @@ class PageReads:
             CorruptPageError, ColdStoreError: as `read`.
         """
         stored = page = aligned_buffer(record.stored_bytes)
-        self._fill(record, [stored])
+        self._fill([record], [stored])
         if record.stored_bytes != record.nbytes:
             page = aligned_buffer(record.nbytes)
             unpack(record.identity, stored, page)
         self._verify(record, page)
         return stored
 
-    def _fill(self, first: ColdRecord, into: Sequence[Bytes]) -> None:
-        """Read the file from a record on."""
+    def _fill(self, records: Sequence[ColdRecord], into: Sequence[Bytes]) -> None:
+        """Read what the file has for neighbouring records."""
+        first = records[0]
         file = self._files.extent(first.place).file
         try:
             file.read(into, first.offset)
         except EOFError as e:
+            lost = _first_beyond(records, file.size)
             raise CorruptPageError(
-                errno.EBADMSG, f"cold {first.identity} is missing: {file.path.name}: {e}"
+                errno.EBADMSG, f"cold {lost.identity} is missing: {file.path.name}: {e}"
             ) from e
         except OSError as e:
             raise ColdStoreError(
@@ -98,6 +100,11 @@ class PageReads:
                 f"cold {record.identity} does not match its checksum: {name} "
                 f"was damaged or changed at byte {record.offset:,}",
             )
+
+
+def _first_beyond(records: Sequence[ColdRecord], size: int) -> ColdRecord:
+    """The first of neighbouring records that a file of this size does not hold whole."""
+    return next((r for r in records if r.offset + r.stored_bytes > size), records[-1])
 
 
 def _run_end(records: Sequence[ColdRecord], start: int) -> int:
