@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Both set up what they need in .venv.
 
 PYTHON ?= python3
+SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -13,7 +14,7 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults fuzz kills benchmark format clean
+.PHONY: demo test check lint unit wheel placement faults fuzz kills machine benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +49,10 @@ fuzz: $(VENV)/test  ## 1,000,000 malformed checkpoints
 
 kills: $(VENV)/test  ## 1,000 processes killed while they use a store
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.kill_campaign --kills 1000 --seed 1
+
+machine: $(VENV)/test openblas-hint  ## 1,000,000 random steps of the store and the cache
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.machine_campaign --steps 1000000 \
+		--seed $(SEED) --processes 2
 
 benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
 	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table

@@ -1,8 +1,8 @@
 """A state machine over whole caches: tokens in, attention and tokens out, restarts between.
 
-Slower than `tests/pager_machine.py` and above it: here pages are sealed by the hot window, lowered by
-the ladder, saved to files and resumed. The oracle is the list of tokens that each sequence holds;
-keys and values follow from a token's number alone.
+Slower than `tests/pager_machine.py` and above it: here pages are sealed by the hot window,
+lowered by the ladder, saved to files and resumed. The oracle is the list of tokens that each
+sequence holds; keys and values follow from a token's number alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -25,7 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import pagedkv
 from pagedkv import state
 from pagedkv.tiers import RealDisk
-from tests.pager_machine import NUMBER, where
+from tests.pager_life import where
+from tests.pager_machine import NUMBER
 from tests.seeded_workers import ScheduledDisk, SeededWorkers
 from tests.store_oracle import Violation
 
@@ -64,8 +66,8 @@ class CacheMachine(RuleBasedStateMachine):
         seen: what else happened, of all examples.
     """
 
-    counts: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
+    counts: ClassVar[Counter[str]] = Counter()
+    seen: ClassVar[Counter[str]] = Counter()
 
     @initialize(seed=st.integers(0, 2**32 - 1), kv=st.sampled_from(LADDERS))
     def begin(self, seed: int, kv: str) -> None:
@@ -131,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(pick=NUMBER)
     def step(self, pick: int) -> None:
-        for n in range(3):
+        for _ in range(3):
             self.extend(*self.chosen(pick), 1)
         self.done("three steps")
 

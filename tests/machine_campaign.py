@@ -46,6 +46,7 @@ def run(
     examples: int,
     steps: int,
     shrink: bool = True,
+    without: Iterable[str] = (),
 ) -> Outcome:
     """Examples of a machine, all from one seed.
 
@@ -55,8 +56,10 @@ def run(
         examples: how many.
         steps: of each, at most.
         shrink: whether to look for the shortest example if one fails.
+        without: rules that are left out.
     """
-    fresh = type(machine.__name__, (machine,), {"counts": Counter(), "seen": Counter()})
+    own = {"counts": Counter(), "seen": Counter(), **dict.fromkeys(without)}
+    fresh = type(machine.__name__, (machine,), own)
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     chosen = settings(
         max_examples=examples,

@@ -32,8 +32,8 @@ SHAPES = (KVShape(1, 32, 32), KVShape(1, 64, 32))
 """Pages of 32 and 48 KiB at 16 bits, of which lz4 may make less, and of 16 at 4."""
 IDENTITY = StoreIdentity("machine", len(SHAPES), str(LADDER), SINKS, TOKENS, None)
 BUDGET = dict(warm_bytes=420 << 10, cold_bytes=1500 << 10, write_buffer_bytes=3 * (48 << 10))
-STAGING = 4 * (48 << 10)
-RUN = 3
+STAGING = 6 * (48 << 10)
+RUN = 2
 
 
 @dataclass(frozen=True)

@@ -246,16 +246,25 @@ class SeededFuture(Future[Any]):
     def _wait(self) -> None:
         if not self._workers.wait(super().done):
             raise Deadlock("waits for a task that nobody does")
+        self._workers.switch()  # who waited is not the first to go on
 
 
 class ScheduledDisk(FaultyDisk):
     """A disk that may fail, and at whose page files tasks are interrupted.
 
     Attributes:
-        workers: who decides the order; may be exchanged.
+        workers: who decides the order.
+        fuse: so many calls are still made before the process dies; None if it lives on.
     """
 
     workers: SeededWorkers
+    fuse: int | None = None
+
+    def _next(self, call: str) -> str | None:
+        if self.fuse is not None:
+            self.fuse -= 1
+            self.dead |= self.fuse < 0
+        return super()._next(call)
 
     def pread(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         """See `Disk.pread`."""
