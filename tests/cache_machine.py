@@ -28,6 +28,7 @@ from pagedkv import state
 from pagedkv.tiers import RealDisk
 from tests.pager_life import where
 from tests.pager_machine import NUMBER
+from tests.pager_oracle import traffic
 from tests.seeded_workers import ScheduledDisk, SeededWorkers
 from tests.store_oracle import Violation
 
@@ -114,6 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def end(self) -> None:
+        self.seen.update(traffic(self.pager))
         for cache in (*(c for c, _ in self.caches), self.root):
             cache.close()
         self.workers.finish()

@@ -33,6 +33,7 @@ from tests.pager_oracle import (
     located,
     make_pager,
     on_disk,
+    traffic,
 )
 from tests.seeded_workers import ScheduledDisk, SeededWorkers
 from tests.store_oracle import Violation
@@ -102,12 +103,14 @@ class PagerLife(RuleBasedStateMachine):
         finally:
             self.disk.dead = True
             with suppress(Exception):
+                self.seen.update(traffic(self.pager))
                 self.pager.close()
                 self.workers.finish()
             self.seen.update(self.workers.seen)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def end_and_begin(self, killed: bool) -> None:
+        self.seen.update(traffic(self.pager))
         self.disk.disarm()
         self.disk.dead = killed
         self.pager.close()
@@ -197,9 +200,9 @@ class PagerLife(RuleBasedStateMachine):
         self.workers.switch()
         self.take_note()
         self.check_everything()
-        if self.sequences and self.age % 4 == 0:
-            sequence = self.sequences[self.age // 8 % len(self.sequences)]
-            layer = self.layers[self.age // 4 % len(SHAPES)]
+        if self.sequences and self.age % 8 == 0:
+            sequence = self.sequences[self.age // 16 % len(self.sequences)]
+            layer = self.layers[self.age // 8 % len(SHAPES)]
             self.read_pages(layer, sequence, layer)
 
     def check_everything(self) -> None:

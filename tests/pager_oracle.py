@@ -148,6 +148,21 @@ def make_pager(directory: Path, **others: object) -> tuple[Pager, list[LayerPage
     return pager, layers
 
 
+def traffic(pager: Pager) -> dict[str, int]:
+    """What a pager did in its life."""
+    moved, cold = pager.counters, pager.cold.counters
+    return {
+        "pages sealed": moved.sealed,
+        "pages demoted": moved.demoted,
+        "pages promoted": moved.promoted,
+        "pages lowered": moved.lowered,
+        "pages written": cold.pages_written,
+        "pages read": cold.pages_read,
+        "pages read before they were written": cold.reads_from_write_queue,
+        "writes that failed": cold.write_errors,
+    }
+
+
 def is_damaged(pager: Pager, record: ColdRecord, want: Want) -> bool:
     """Whether the file has something else than the page that was written there."""
     name = f"layer-{want.layer:04d}-{record.nbytes // 1024}k.pages"

@@ -58,8 +58,8 @@ class SeededWorkers:
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
-        self.pace = self.random.choice((0.05, 0.3, 0.7))
-        self.interrupted = self.random.choice((0.0, 0.2, 0.5))
+        self.pace = self.random.choice((0.02, 0.2, 0.6))
+        self.interrupted = self.random.choice((0.0, 0.1, 0.3))
         self.seen: Counter[str] = Counter()
         self._executors: list[SeededExecutor] = []
         self._main = self._running = _Strand()

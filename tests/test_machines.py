@@ -31,6 +31,9 @@ def test_ten_thousand_steps_of_the_pager(number: int) -> None:
     assert outcome.counts.total() >= STEPS
     for step in ("seal", "read", "flush", "fork", "trim", "promote", "crash"):
         assert outcome.counts[step], f"never: {step}"
+    for what in ("demoted", "promoted", "read before they were written"):
+        assert outcome.seen[f"pages {what}"], f"never: {what}"
+    assert outcome.seen["writes that failed"]
 
 
 @pytest.mark.slow
@@ -38,6 +41,8 @@ def test_hundreds_of_steps_of_whole_caches() -> None:
     outcome = run(CacheMachine, 1, examples=9, steps=40)
     assert outcome.wrong is None, outcome.wrong
     assert outcome.counts.total() >= 300
+    for what in ("sealed", "demoted", "promoted"):
+        assert outcome.seen[f"pages {what}"], f"never: {what}"
 
 
 # Mistakes, planted
@@ -152,7 +157,10 @@ def steps_of(outcome: Outcome) -> list[str]:
     return steps
 
 
-def test_a_campaign_counts_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_campaign_counts_its_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(machine_campaign.EXAMPLES, "cache", 2)
     assert machine_campaign.main(["--seed", "3", "--batch", "9", "--machine", "cache"]) == 0
     out = capsys.readouterr().out
     assert "every one checked, no violation" in out
