@@ -152,6 +152,7 @@ def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
                 say(f"read {min(start + 512, len(prompt)):,} of {len(prompt):,} tokens")
             pages = max(1, cache.stats().cold.pages // len(cache.paged_layers))
             cache.flush()
+        pagedkv.unwrap(model)
         for task, (question, answer) in tasks(codes).items():
             ask, tell = tokenizer.encode(question), tokenizer.encode(answer)
             exact: np.ndarray | None = None
@@ -165,6 +166,7 @@ def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
                     read = cache.stats().nvme_bytes_read
                     logits = answer_logits(model, cache, ask[1:], tell)
                     stats = cache.stats()
+                pagedkv.unwrap(model)
                 steps = len(ask) - 1 + len(tell) - 1
                 logs = log_softmax(logits)
                 exact = logs if exact is None else exact
@@ -186,6 +188,7 @@ def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
                 say(json.dumps(rows[-1]))
             with pagedkv.resume(model, config) as cache, oracle.watching():
                 answer_logits(model, cache, ask[-1:], tell[:3])
+            pagedkv.unwrap(model)
     return {
         "model": args.model,
         "tokens": len(prompt),

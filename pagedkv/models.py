@@ -220,8 +220,8 @@ def resume(
 
     Args:
         model: the model that it was made with; wrapped here if it is not yet.
-        config: tiers to use if the model is not wrapped: the ``cold_dir`` of that time, and the
-            same settings but for budgets.
+        config: tiers, as for `wrap`: the ``cold_dir`` of that time, and the same settings but for
+            budgets; those of a model that is wrapped already if None.
         sequence: its name, if there are several; the one that was flushed last if None.
 
     Returns:
@@ -234,7 +234,7 @@ def resume(
     """
     _require_model(model)
     wrapping = wrapping_of(model)
-    cache = wrap(model, config) if wrapping is None else wrapping.make_cache()
+    cache = wrapping.make_cache() if wrapping and config is None else wrap(model, config)
     try:
         cache.resume(sequence)
     except BaseException:
