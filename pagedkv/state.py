@@ -155,6 +155,8 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
 def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
     """Put saved tokens into an empty layer cache whose tiers exist.
 
+    The pages are taken out of `value` one by one, so that no more than one is in memory.
+
     Raises:
         CacheStateError: if arrays are missing or have another shape than described.
     """
@@ -177,7 +179,8 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             )
         for i, (name, position, tokens) in enumerate(meta["pages"]):
             precision = Precision.parse(name)
-            record = value["pages"][f"p{i}"]
+            # Taken out, for once it is read it has memory: the file may be larger than that.
+            record = value["pages"].pop(f"p{i}")
             _require_shape(shape, meta["page_tokens"], precision, record)
             if precision not in cache._pager.precisions:
                 raise CacheStateError(

@@ -193,3 +193,28 @@ def test_a_buffer_that_holds_nothing_is_refused_at_once(name: str) -> None:
         pagedkv.wrap(tiny_llama(), config)
     with pagedkv.wrap(tiny_llama(), pagedkv.TierConfig(**{**config.to_dict(), "cold": 0})):
         pass  # without a disk nothing moves through them
+
+
+def test_a_saved_cache_larger_than_memory_is_loaded_page_by_page(tmp_path: Path) -> None:
+    model, path = tiny_llama(), str(tmp_path / "long.safetensors")
+    config = pagedkv.TierConfig(
+        hot_tokens=128, sink_tokens=4, kv="fp16", page_tokens=256, warm=500_000, cold="64MB"
+    )
+    with pagedkv.wrap(model, config) as cache:
+        for layer in cache:
+            for seed in range(16):
+                k = mx.random.normal((1, 2, 2048, 16), key=mx.random.key(seed)).astype(mx.float16)
+                layer.append(k, k)
+                mx.eval(layer.state)
+        cache.save(path)
+        del k
+    held = Path(path).stat().st_size
+    assert held > 5_000_000
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with pagedkv.load(path, model) as loaded:
+        assert loaded.offset == 16 * 2048
+        assert mx.get_peak_memory() - before < 2_000_000  # the warm tier, hot tokens, a page
+    pagedkv.unwrap(model)
