@@ -160,3 +160,18 @@ class _Counter:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return low
+
+
+def require_room(shape: KVShape, layers: int, tokens: int, config: TierConfig) -> None:
+    """Refuse what must end in `OutOfPagesError`, before time is spent on it.
+
+    Raises:
+        ConfigError: with the largest context that fits.
+    """
+    result = plan(shape, layers, tokens, config)
+    if not result.fits:
+        raise ConfigError(
+            f"{tokens:,} tokens in {layers} layers do not fit warm={config.warm} and "
+            f"cold={config.cold}, which hold {result.max_context:,}: raise them, or give fewer "
+            f"tokens"
+        )

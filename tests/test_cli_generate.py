@@ -17,7 +17,7 @@ from mlx_lm.models import llama
 import pagedkv
 from pagedkv.cli import generate, loading
 from pagedkv.cli.main import main
-from pagedkv.cli.stress_model import ModelStress
+from pagedkv.stress import ModelStress
 from tests.models import tiny_llama
 
 Capture = pytest.CaptureFixture[str]
@@ -348,6 +348,7 @@ def test_nothing_is_left_wrapped(capsys: Capture, folder: str) -> None:
 
 def test_stress_of_a_real_model(capsys: Capture, folder: str) -> None:
     command = ("stress", "--model", folder, "--tokens", "1500", "--needles", "3", "--chunk", "300")
+    command = (*command, "--ops", "prefill")
     code, out, _ = run(capsys, *command, *TIGHT)
     report = json.loads(out)
     checks = {c["name"]: c for c in report["checks"]}
@@ -364,14 +365,16 @@ def test_stress_finds_that_placement_changed_a_token(
 ) -> None:
     play = ModelStress._play
 
-    def off(self: ModelStress, cache: Any, budgets: Any, suffix: str) -> Any:
-        return [row + np.float32(1e-3) * bool(suffix) for row in play(self, cache, budgets, suffix)]
+    def off(self: ModelStress, which: Any, suffix: str) -> Any:
+        rows = play(self, which, suffix)
+        return [(where, row + np.float32(1e-3) * bool(suffix)) for where, row in rows]
 
     monkeypatch.setattr(ModelStress, "_play", off)
     command = ("stress", "--model", folder, "--tokens", "1500", "--needles", "2", *TIGHT)
+    command = (*command, "--ops", "prefill")
     code, out, _ = run(capsys, *command, "--format", "table")
     assert code == 1
-    assert "2 wrong; decode step 0: logits differ by up to 0.001" in out
+    assert "2 wrong; decode step 0 at 1,501 tokens: logits differ by up to 0.001" in out
 
 
 def test_doctor_says_which_layers_are_paged(folder: str) -> None:

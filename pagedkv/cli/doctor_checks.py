@@ -26,10 +26,10 @@ from pagedkv.backends import choose_backend
 from pagedkv.cache import PagedCache
 from pagedkv.cli.disk import measure_disk
 from pagedkv.cli.loading import has_gpu
-from pagedkv.cli.stress_tolerance import Tolerance
 from pagedkv.config import BACKENDS, TierConfig
 from pagedkv.errors import PagedKVError
 from pagedkv.sizes import format_size
+from pagedkv.stress.tolerance import Tolerance
 from pagedkv.tiers import codec_for
 
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -33,10 +33,10 @@ from pagedkv.cli.output import (
     emit,
     write_json,
 )
-from pagedkv.cli.plan import require_room
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import load, resume, unwrap
+from pagedkv.plan import require_room
 
 _EPILOG = """\
 examples:

@@ -93,21 +93,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.fits else 1
 
 
-def require_room(shape: KVShape, layers: int, tokens: int, config: TierConfig) -> None:
-    """Refuse what must end in `OutOfPagesError`, before time is spent on it.
-
-    Raises:
-        ConfigError: with the largest context that fits.
-    """
-    result = plan(shape, layers, tokens, config)
-    if not result.fits:
-        raise ConfigError(
-            f"{tokens:,} tokens in {layers} layers do not fit warm={config.warm} and "
-            f"cold={config.cold}, which hold {result.max_context:,}: raise them, or give fewer "
-            f"tokens"
-        )
-
-
 def _shape(args: argparse.Namespace) -> ModelShape:
     """The model's shape, with whatever the options say instead."""
     given: dict[str, Any] = {

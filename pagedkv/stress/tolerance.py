@@ -21,7 +21,7 @@ import numpy as np
 
 from pagedkv.allocator import Precision
 from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.stress import Array
+from pagedkv.stress.tokens import Array
 
 ROUNDING = 2.0**-9
 """Of the largest number: what 16-bit outputs, scales and biases cost."""
@@ -77,10 +77,10 @@ class Tolerance:
         limits: Array = steps + self._rounded(values)
         return limits
 
-    def _rounded(self, x: Array) -> Array:
+    def _rounded(self, x: Array) -> float:
         quantized = any(p.quantized for p in self.history)
         relative = max(ROUNDING, self.rounding) if quantized else self.rounding
-        return np.full(x.shape, relative * float(np.abs(x).max()))
+        return relative * float(np.abs(x).max())
 
     def leak(self, others: Array, key_step: float, query: float, scale: float) -> Array:
         """The most that other tokens may weigh once keys are rounded.
