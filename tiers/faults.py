@@ -1,4 +1,4 @@
-"""A disk that fails on purpose, by a schedule that a seed decides: for tests and `pagedkv stress`."""
+"""A disk that fails on purpose, as a seed decides: for tests and `pagedkv stress`."""
 
 from __future__ import annotations
 
