@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import pagedkv
+from pagedkv.tiers import WarmSlab
 from tests.models import random_tokens, tiny_llama
 
 
@@ -218,3 +219,18 @@ def test_a_saved_cache_larger_than_memory_is_loaded_page_by_page(tmp_path: Path)
         assert loaded.offset == 16 * 2048
         assert mx.get_peak_memory() - before < 2_000_000  # the warm tier, hot tokens, a page
     pagedkv.unwrap(model)
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 5, 64, 65, 1157])
+def test_a_slab_that_grows_is_never_copied_from_more_than_half(share: int) -> None:
+    slab, sizes = WarmSlab(16384, share), [0]
+    for used in range(1, share + 1):
+        slab.take()
+        held = slab.nbytes // 16384
+        assert used <= held <= share
+        if held != sizes[-1]:
+            # Old and new exist together for a moment: one and a half shares are set aside.
+            assert sizes[-1] + held <= 1.5 * share + 1
+            sizes.append(held)
+    assert sizes[-1] == share
+    assert len(sizes) <= share.bit_length() + 2

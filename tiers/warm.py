@@ -63,12 +63,16 @@ class WarmSlab:
         return self._slots.take()
 
     def reserve(self, slots: int) -> None:
-        """Grow by doubling, up to the slab's share, until it has so many slots."""
-        capacity = self._slots.capacity
-        if min(slots, self.max_slots) > capacity:
-            while capacity < slots:
-                capacity = max(2, 2 * capacity)
-            self._grow(min(capacity, self.max_slots))
+        """Grow by doubling, up to the slab's share, until it has so many slots.
+
+        The last doubling ends at the share: what is copied then is half of it, and no more.
+        """
+        wanted = max(2, min(slots, self.max_slots))
+        if min(slots, self.max_slots) > self._slots.capacity:
+            capacity = self.max_slots
+            while (half := -(-capacity // 2)) >= wanted:
+                capacity = half
+            self._grow(capacity)
 
     def give(self, slot: int) -> None:
         """Give a slot back; its bytes become meaningless."""
