@@ -23,6 +23,7 @@ from pagedkv.allocator import (
     TableEntry,
 )
 from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
+from pagedkv.tiers.demotion import DemotionOrder
 from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
@@ -109,6 +110,7 @@ class LayerPager:
         self.pages: dict[int, Page] = {}
         self.moves = 0  # how often a page went to another tier
         self._slabs = self._make_slabs()
+        self._order = {p: DemotionOrder() for p in self.precisions}
         self._sized = False
         self.bounds = LayerBounds(budget.bounds_bytes // pager.layers)
         self._unbounded: dict[ColdRecord, int] = {}  # pages that came without theirs
@@ -142,6 +144,7 @@ class LayerPager:
         self.bounds.forget(number)
         if page.slot is not None:
             self._slabs[page.precision].give(page.slot)
+            page.slot = None
         if page.record is not None:
             self._unbounded.pop(page.record, None)
             self._pager.cold.free(page.record)
@@ -161,9 +164,11 @@ class LayerPager:
         growth = self._pager.cold.growth(self.layer) if self._pager.has_cold else 0
         for precision, pages in beyond.items():
             slab = self._slabs[precision]
-            room, clean = 0, len(self._warm_pages(precision, clean=True))
+            room = clean = 0
             if self._pager.has_cold:
                 room = self._pager.cold.room(self.layer, slab.page_bytes, growth)
+            if pages > room or len(beyond) > 1:  # else it need not be counted, page by page
+                clean = len(self._clean_pages(precision))
             if pages > clean + room:
                 return (
                     f"layer {self.layer} needs {more[precision]} more {precision} pages of "
@@ -203,6 +208,7 @@ class LayerPager:
             for slot, position in zip(slots, positions[done:], strict=False):
                 page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
                 self.pages[page.number] = page
+                self._order[precision].add(page, slab.used)
                 numbers.append(page.number)
             if not slots:
                 break
@@ -269,6 +275,7 @@ class LayerPager:
         slab.write([slot], record)
         page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
         self.pages[page.number] = page
+        self._order[precision].add(page, slab.used)
         return page.number
 
     def _demote_farthest(self, precision: Precision) -> None:
@@ -279,11 +286,11 @@ class LayerPager:
                 f"warm tier full: layer {self.layer} holds {slab.used} {precision} pages "
                 f"({slab.nbytes:,} bytes) and there is no cold tier"
             )
-        page = _farthest(self._warm_pages(precision))
+        page = self._order[precision].farthest()
         try:
             self._copy_down(page)
         except (OutOfPagesError, ColdStoreError):
-            if not (clean := self._warm_pages(precision, clean=True)):
+            if not (clean := self._clean_pages(precision)):
                 raise
             page = _farthest(clean)  # nearer, but the disk has it already
         assert page.slot is not None
@@ -294,15 +301,10 @@ class LayerPager:
         self.moves += 1
         self._pager.counters.demoted += 1
 
-    def _warm_pages(self, precision: Precision, clean: bool = False) -> list[Page]:
-        """The pages in a slab; only those that have a copy on disk if `clean`."""
-        return [
-            p
-            for p in self.pages.values()
-            if p.slot is not None
-            and p.precision == precision
-            and (p.record is not None or not clean)
-        ]
+    def _clean_pages(self, precision: Precision) -> list[Page]:
+        """The pages in a slab that have a copy on disk."""
+        warm = (p for p in self.pages.values() if p.slot is not None)
+        return [p for p in warm if p.precision == precision and p.record is not None]
 
     def _copy_down(self, page: Page) -> None:
         """See that a page has a copy on disk; written once, since its bytes never change."""
@@ -371,6 +373,7 @@ class LayerPager:
                 continue
             record = self._one_record(page)
             page.slot = slab.take()
+            self._order[page.precision].add(page, slab.used)
             slab.write([page.slot], record)
             mx.eval(slab.array)
             self.moves += 1
