@@ -31,7 +31,7 @@ import numpy as np
 
 import pagedkv
 from pagedkv.tiers import LayerState, PageIdentity, RealDisk, SequenceState, StoreIdentity
-from pagedkv.tiers.checkpoint import ENTRY, HEADER, MAGIC, read_checkpoint, read_hot
+from pagedkv.tiers.checkpoint import ENTRY, HEADER, MAGIC, VERSION, read_checkpoint, read_hot
 from pagedkv.tiers.files import aligned_buffer
 from pagedkv.tiers.records import pack, unpack
 from pagedkv.tiers.store_directory import _signature
@@ -90,7 +90,7 @@ def whole(layers: int, pages: int, hot: int) -> tuple[dict[str, Any], bytearray,
     return json.loads(state.to_json()), bytearray(entries.tobytes()), bytes(state.hot_bytes)
 
 
-def signed(text: bytes, entries: bytes, hot: bytes, version: int = 1) -> bytes:
+def signed(text: bytes, entries: bytes, hot: bytes, version: int = VERSION) -> bytes:
     """A file whose checksums are right."""
     body = text + entries
     start = (MAGIC, version, len(text), len(body), len(hot), hashlib.sha256(hot).digest()[:16])

@@ -89,8 +89,8 @@ def test_what_is_written_is_read(path: Path) -> None:
 def test_the_format_has_not_changed_unnoticed(path: Path) -> None:
     """docs/format.md and every store in the world count on these."""
     data = write(path)
-    assert (MAGIC, VERSION, HEADER.size, ENTRY.itemsize) == (b"PAGEDKV\n", 1, 64, 64)
-    assert data[:16] == b"PAGEDKV\n" + b"\x01\x00\x00\x00" + len(STATE.to_json()).to_bytes(
+    assert (MAGIC, VERSION, HEADER.size, ENTRY.itemsize) == (b"PAGEDKV\n", 2, 64, 64)
+    assert data[:16] == b"PAGEDKV\n" + b"\x02\x00\x00\x00" + len(STATE.to_json()).to_bytes(
         4, "little"
     )
     offsets = {name: ENTRY.fields[name][1] for name in ENTRY.names}
@@ -135,13 +135,16 @@ def test_a_file_cut_short_or_lengthened_is_found(path: Path) -> None:
             read(path)
 
 
-def test_a_newer_version_is_not_called_damaged(path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_is_not_called_damaged(path: Path, version: int) -> None:
     data = bytearray(write(path))
-    data[8] = 2
+    data[8] = version
     body = np.frombuffer(bytes(data), np.uint8)[HEADER.size : -STATE.hot_bytes]
     data[48:64] = _checksum(bytes(data[:48]) + bytes(16), body)
     path.write_bytes(data)
-    with pytest.raises(pagedkv.CorruptStoreError, match="has version 2, this pagedkv reads 1"):
+    with pytest.raises(
+        pagedkv.CorruptStoreError, match=f"has version {version}, this pagedkv reads 2"
+    ):
         read(path)
 
 

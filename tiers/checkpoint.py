@@ -31,7 +31,8 @@ Bytes = npt.NDArray[np.uint8]
 Entries = npt.NDArray[np.void]
 
 MAGIC = b"PAGEDKV\n"
-VERSION = 1
+VERSION = 2
+"""1 had SHA-256 over all bytes of a page as its checksum; see `pagedkv.tiers.checksums`."""
 HEADER = struct.Struct("<8sIIQQ16s16s")
 """Magic, version, bytes of JSON, bytes of JSON and page entries, bytes of hot arrays, checksum of
 the hot arrays, checksum of all before them. Every version has this header: it can be told whether
@@ -129,7 +130,7 @@ def read_checkpoint(disk: Disk, path: Path) -> Checkpoint:
     """Read a checkpoint, all but its hot arrays.
 
     Raises:
-        CorruptStoreError: if it is damaged, cut short, or of a newer version.
+        CorruptStoreError: if it is damaged, cut short, or of another version.
         UnsafeStoreError: if it is a link, or not ours alone.
         ColdStoreError: if the disk fails.
     """

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import ColdStoreError, CorruptPageError
+from pagedkv.tiers.checksums import checksums
 from pagedkv.tiers.files import aligned_buffer
 from pagedkv.tiers.page_files import PageFiles
-from pagedkv.tiers.records import ColdRecord, checksum, unpack
+from pagedkv.tiers.records import ColdRecord, unpack
 from pagedkv.tiers.write_behind import ColdCounters
 
 Bytes = npt.NDArray[np.uint8]
@@ -33,33 +34,31 @@ class PageReads:
             CorruptPageError: naming a page that is missing or not what was stored.
             ColdStoreError: if the disk fails.
         """
-        places, at = [], 0
-        for record in records:
-            places.append(out[at : at + record.nbytes])
-            at += record.nbytes
-        start = 0
+        start = at = 0
         while start < len(records):
             stop = _run_end(records, start)
-            self._read_run(records[start:stop], places[start:stop])
-            start = stop
+            run = records[start:stop]
+            end = at + sum(record.nbytes for record in run)
+            self._read_run(run, out[at:end])
+            start, at = stop, end
 
-    def _read_run(self, records: Sequence[ColdRecord], places: Sequence[Bytes]) -> None:
+    def _read_run(self, records: Sequence[ColdRecord], out: Bytes) -> None:
+        """Read one page, or neighbours in one file, into `out`."""
         first = records[0]
         if len(records) == 1:
             with self._lock:
                 if first.pending is not None:
-                    places[0][:] = first.pending[: first.nbytes]
+                    out[:] = first.pending[: first.nbytes]
                     self._counters.reads_from_write_queue += 1
                     return
         whole = first.stored_bytes == first.nbytes
-        into = list(places) if whole else [aligned_buffer(first.stored_bytes)]
+        into = out if whole else aligned_buffer(first.stored_bytes)
         self._fill(records, into)
         if not whole:
-            unpack(first.identity, into[0], places[0])
-        for record, page in zip(records, places, strict=True):
-            self._verify(record, page)
+            unpack(first.identity, into, out)
+        self._verify(records, out)
         with self._lock:
-            self._counters.bytes_read += sum(len(b) for b in into)
+            self._counters.bytes_read += len(into)
             self._counters.pages_read += len(records)
 
     def read_stored(self, record: ColdRecord) -> Bytes:
@@ -69,19 +68,19 @@ class PageReads:
             CorruptPageError, ColdStoreError: as `read`.
         """
         stored = page = aligned_buffer(record.stored_bytes)
-        self._fill([record], [stored])
+        self._fill([record], stored)
         if record.stored_bytes != record.nbytes:
             page = aligned_buffer(record.nbytes)
             unpack(record.identity, stored, page)
-        self._verify(record, page)
+        self._verify([record], page)
         return stored
 
-    def _fill(self, records: Sequence[ColdRecord], into: Sequence[Bytes]) -> None:
+    def _fill(self, records: Sequence[ColdRecord], into: Bytes) -> None:
         """Read what the file has for neighbouring records."""
         first = records[0]
         file = self._files.extent(first.place).file
         try:
-            file.read(into, first.offset)
+            file.read([into], first.offset)
         except EOFError as e:
             lost = _first_beyond(records, file.size)
             raise CorruptPageError(
@@ -92,14 +91,16 @@ class PageReads:
                 e.errno or errno.EIO, f"cannot read cold {first.identity}: {e.strerror or e}"
             ) from e
 
-    def _verify(self, record: ColdRecord, page: Bytes) -> None:
-        if checksum(record.identity, page) != record.checksum:
-            name = self._files.extent(record.place).file.path.name
-            raise CorruptPageError(
-                errno.EBADMSG,
-                f"cold {record.identity} does not match its checksum: {name} "
-                f"was damaged or changed at byte {record.offset:,}",
-            )
+    def _verify(self, records: Sequence[ColdRecord], pages: Bytes) -> None:
+        found = checksums([record.identity.pack() for record in records], pages)
+        for record, digest in zip(records, found, strict=True):
+            if digest != record.checksum:
+                name = self._files.extent(record.place).file.path.name
+                raise CorruptPageError(
+                    errno.EBADMSG,
+                    f"cold {record.identity} does not match its checksum: {name} "
+                    f"was damaged or changed at byte {record.offset:,}",
+                )
 
 
 def _first_beyond(records: Sequence[ColdRecord], size: int) -> ColdRecord:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from pagedkv.tiers.files import aligned_buffer
 from pagedkv.tiers.page_files import Place
 
 Bytes = npt.NDArray[np.uint8]
-CHECKSUM_BYTES = 16
 WORTHWHILE = 7 / 8
 """lz4 must bring a page below this part of its size: packed pages cannot be read in one request
 with their neighbours, and real pages shrink by 3 to 10 % at best (`docs/design.md`)."""
@@ -91,13 +89,6 @@ class ColdRecord:
     def offset(self) -> int:
         """Bytes from the file's start."""
         return self.slot * self.nbytes
-
-
-def checksum(identity: PageIdentity, page: Bytes) -> bytes:
-    """SHA-256 over identity and page, cut to 128 bits (the processors have it in hardware)."""
-    digest = hashlib.sha256(identity.pack())
-    digest.update(page.data)
-    return digest.digest()[:CHECKSUM_BYTES]
 
 
 def pack(page: Bytes) -> Bytes:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from pagedkv.allocator import OutOfPagesError
 from pagedkv.tiers.buffers import BufferPool
+from pagedkv.tiers.checksums import checksum
 from pagedkv.tiers.files import told
 from pagedkv.tiers.page_files import PageFiles
-from pagedkv.tiers.records import ColdRecord, checksum, pack
+from pagedkv.tiers.records import ColdRecord, pack
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 from pagedkv.tiers.write_limit import WriteLimit
 
@@ -145,7 +146,7 @@ class WriteBehind:
                 return
         page = data[: record.nbytes]
         try:
-            digest, stored = checksum(record.identity, page), pack(page)
+            digest, stored = checksum(record.identity.pack(), page), pack(page)
             self._limit.charge(len(stored))
             extent = self._files.extent(record.place)
             failures = extent.failures
