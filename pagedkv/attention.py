@@ -282,6 +282,7 @@ class _Tiles:
                 sink_partial(sinks, self._heads, stop - start, value_dim) for start, stop in tiles
             ]
         position = self._view.sinks
+        behind: tuple[mx.array, ...] = ()
         for run, records, cold in self._view.runs():
             codec = self._pager.codecs[run.precision]
             for i, (start, stop) in enumerate(tiles):
@@ -289,8 +290,12 @@ class _Tiles:
                 q = self._rows(start, stop)
                 part = page_partial(self._backend, q, codec, records, mask)
                 parts[i] = merged = _merge(parts[i], part)
-                if cold or self._length > DECODE_TOKENS:
-                    mx.eval(*merged)  # staging and scores are reused by the next tile
+                if self._length > DECODE_TOKENS:
+                    mx.eval(*merged)  # the scores' memory is reused by the next tile
+                elif cold:  # two runs' pages are in memory: one is attended, one is copied
+                    mx.async_eval(*merged)  # type: ignore[no-untyped-call]
+                    mx.eval(*behind)
+                    behind = merged
             position += run.tokens
         done = []
         for i, (start, stop) in enumerate(tiles):

@@ -99,7 +99,7 @@ class FileColdStore:
         budget: int,
         layers: int,
         write_buffer_bytes: int,
-        readers: int = 2,
+        readers: int = 4,
         disk: Disk | None = None,
         identity: StoreIdentity | None = None,
         write_limit: int | None = None,
@@ -152,6 +152,7 @@ class FileColdStore:
             if checkpoints
             else None
         )
+        self.readers = readers
         self._readers = workers.executor("pagedkv-reader", readers)
         self._closed = False
 
