@@ -1,4 +1,4 @@
-"""Benchmarks: attention alone, whole-model decode and prefill, beside MLX's and mlx-lm's own.
+"""Benchmarks: attention, decode and prefill beside MLX's and mlx-lm's own; and the disk.
 
 The physics first. A decode step reads every cached key and value once, and every weight: its
 floor is bytes over bandwidth. A K4V4 page has 4.5 bits per number where fp16 has 16, so attention
@@ -13,13 +13,14 @@ documentation.
 
 from pagedkv.bench.campaign import Campaign, Task, plan_tasks
 from pagedkv.bench.result import Result, Row, describe_machine, read_result
-from pagedkv.bench.settings import DEPTHS, PARTS, AttentionShape, BenchSettings
+from pagedkv.bench.settings import DEPTHS, PARTS, STREAMING, AttentionShape, BenchSettings
 from pagedkv.bench.subject import WIDTHS, LlamaShape, Subject, random_llama
 from pagedkv.bench.timing import Deadline, Sample
 
 __all__ = [
     "DEPTHS",
     "PARTS",
+    "STREAMING",
     "WIDTHS",
     "AttentionShape",
     "BenchSettings",

@@ -12,10 +12,18 @@ from pagedkv.bench.attention import measure_attention
 from pagedkv.bench.caches import release
 from pagedkv.bench.contenders import Place
 from pagedkv.bench.decode import measure_decode
+from pagedkv.bench.eviction import TOKENS, measure_eviction
 from pagedkv.bench.prefill import measure_prefill
 from pagedkv.bench.result import Result, Row, failed, first_words, group_of, skipped
 from pagedkv.bench.seal import measure_seal, seal_tokens
-from pagedkv.bench.settings import PARTS, AttentionShape, BenchSettings, short_tokens
+from pagedkv.bench.settings import (
+    PARTS,
+    STREAMING,
+    AttentionShape,
+    BenchSettings,
+    short_tokens,
+)
+from pagedkv.bench.streaming import LEAST_TOKENS, measure_overlap, measure_reads
 from pagedkv.bench.subject import Subject
 from pagedkv.bench.timing import Deadline
 
@@ -28,7 +36,8 @@ class Task:
 
     Attributes:
         part: ``"attention"``, ``"paged"`` (attention again, over windows that hold nothing),
-            ``"decode"``, ``"prefill"`` or ``"seal"``.
+            ``"decode"``, ``"prefill"`` or ``"seal"``; of streaming ``"reads"``, ``"overlap"`` or
+            ``"eviction"``.
         depth: tokens in the cache, or of the prompt.
         shape: of attention; None for the parts that take a model.
     """
@@ -62,6 +71,10 @@ def plan_tasks(
             found += [Task(part, depth) for depth in depths]
     if "prefill" in parts:
         found.append(Task("seal", seal_tokens(settings)))
+    if STREAMING in parts:
+        found.append(Task("reads", 0, shapes[0]))
+        found += [Task("overlap", max(*depths, LEAST_TOKENS), shape) for shape in shapes]
+        found += [Task("eviction", TOKENS, shape) for shape in shapes]
     return found
 
 
@@ -129,6 +142,8 @@ class Campaign:
             return [failed(row, f"does not run: {first_words(e)}")]
 
     def _measure(self, task: Task) -> list[Row]:
+        if task.part in ("reads", "overlap", "eviction"):
+            return self._stream(task)
         if task.shape is not None:
             place = Place(task.shape, task.depth, self.dtype, self.settings)
             return [row | {"part": task.part} for row in measure_attention(place, self.deadline)]
@@ -137,3 +152,12 @@ class Campaign:
             return measure_seal(subject, self.settings)
         measure = measure_decode if task.part == "decode" else measure_prefill
         return measure(subject, task.depth, self.settings, self.deadline)
+
+    def _stream(self, task: Task) -> list[Row]:
+        assert task.shape is not None
+        base = task.row(self.model, self.settings.queries)
+        if task.part == "reads":
+            return measure_reads(self.settings, base, self.deadline)
+        if task.part == "overlap":
+            return measure_overlap(task.shape, task.depth, self.settings, base, self.deadline)
+        return measure_eviction(task.shape, self.settings, base, self.deadline)

@@ -54,6 +54,10 @@ def _ratio(name: str, heading: str) -> Column:
     return Column(heading, lambda row: f"{row[name]:.2f}x" if row.get(name) else "")
 
 
+def _share(name: str, heading: str) -> Column:
+    return Column(heading, lambda row: f"{row[name]:.2f}")
+
+
 def _percent(name: str, heading: str) -> Column:
     return Column(heading, lambda row: f"{100 * row[name]:.0f}%")
 
@@ -80,6 +84,12 @@ def _speed_spread() -> Column:
 _DEPTH = Column("tokens", lambda row: short_tokens(row["depth"]), always=True)
 _END = (_bytes("bytes", "reads"),)
 _LAST = (_percent("achieved", "of it"), _text("limit"), _text("note"))
+
+_ROUNDS = (
+    Column("rounds", lambda row: f"{row['rounds']} of {row['rounds_made']}"),
+    _percent("others", "others' CPU"),
+    _text("note"),
+)
 
 _ATTENTION = (
     _text("shape"),
@@ -136,6 +146,43 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _number("roofline_ns", "roofline ns"),
         *_LAST,
     ),
+    "reads": (
+        _text("what", "requests"),
+        _number("plain_mb_per_s", "plain MB/s"),
+        _spread("plain_mb_per_s"),
+        _number("store_mb_per_s", "store MB/s"),
+        _spread("store_mb_per_s"),
+        _share("share", "of plain"),
+        _spread("share"),
+        *_ROUNDS,
+    ),
+    "overlap": (
+        _text("shape"),
+        _DEPTH,
+        _text("what", "pages"),
+        _bytes("cold_bytes", "on disk"),
+        _number("read_ms", "reading ms"),
+        _number("attend_ms", "attending ms"),
+        _number("both_ms", "both ms"),
+        _share("overlap", "overlap"),
+        _spread("overlap"),
+        _text("blas_threads", "BLAS threads"),
+        *_ROUNDS,
+    ),
+    "eviction": (
+        _text("shape"),
+        _DEPTH,
+        _text("what", "pages"),
+        _number("plain_p50_ms", "p50 ms"),
+        _number("plain_p99_ms", "p99 ms"),
+        _number("evicting_p50_ms", "evicting p50 ms"),
+        _number("evicting_p99_ms", "p99 ms"),
+        _number("written_mb_per_s", "written MB/s"),
+        _share("p50", "p50 ratio"),
+        _share("p99", "p99 ratio"),
+        _spread("p99"),
+        *_ROUNDS,
+    ),
 }
 """Of each part; ``speed`` is the baseline's time over the row's."""
 
@@ -145,6 +192,9 @@ TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
     "seal": "Sealing",
+    "reads": "Reads from disk",
+    "overlap": "Reading while attending",
+    "eviction": "Decode steps while pages are evicted",
 }
 
 
@@ -165,12 +215,22 @@ def yardstick_line(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if row["status"] == OK]
     if not measured:
         return "nothing was measured"
+    if "others" in measured[0]:
+        return _quiet_line(measured)
     copies = sorted(row["copy_gb_per_s"] for row in measured)
     links = sorted(row["link_us"] for row in measured)
     return (
         f"copy bandwidth {_range(copies)} GB/s (read and written), "
         f"an empty kernel {_range(links)} µs"
     )
+
+
+def _quiet_line(measured: Sequence[Row]) -> str:
+    """How quiet the machine was while the disk was measured, in words."""
+    shares = [100 * row["others"] for row in measured]
+    words = f"other programs took {_range(sorted(shares))} % of the processors"
+    threads = {row["threads"] for row in measured if "threads" in row}
+    return f"{words}; {max(threads)} reading threads" if threads else words
 
 
 def _range(ordered: Sequence[float]) -> str:

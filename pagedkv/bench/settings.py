@@ -13,6 +13,8 @@ from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 
 PARTS = ("attention", "decode", "prefill")
+STREAMING = "streaming"
+"""A part of its own, and none of `PARTS`: it writes to the disk, and wants the machine quiet."""
 
 DEPTHS = tuple(1024 * k for k in (1, 4, 8, 16, 32, 64, 128, 256))
 DEPTHS = (512, *DEPTHS)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from pagedkv.bench import (
     DEPTHS,
     PARTS,
+    STREAMING,
     WIDTHS,
     AttentionShape,
     BenchSettings,
@@ -43,6 +44,10 @@ in the same run; "speed" is the fp16 row's time over its own; "limit" says what 
 compared takes turns: round by round, in decode every four steps. Caches are filled with random
 tokens.
 
+"streaming" reads what the cold tier wrote, beside plain reads of the same file; attends while it
+reads; and times decode steps while pages are written. Rounds in which other programs took more than
+15 % of the processors are left out, if enough others are left.
+
 --model synthetic:NAME has random 4-bit weights, and nothing is downloaded. NAME is one of
 {", ".join(WIDTHS)}.
 
@@ -51,6 +56,7 @@ examples:
   pagedkv bench attention --shape 32/8x128 --shape 12/2x128 --kv K8V4 K4V4 --depths 512,8K,128K
   pagedkv bench decode --model synthetic:llama3-8b --depths 1K,32K --kv K8V4 K4V4 --out results
   pagedkv bench prefill --model demo --depths 2K
+  pagedkv bench streaming --cold-dir /mnt/nvme --shape 8/8x128 --kv K8V8
 """
 
 # What a CPU manages in minutes, and --quick in one.
@@ -71,7 +77,10 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "part", choices=(*PARTS, "all"), metavar="PART", help=f"{', '.join(PARTS)} or all"
+        "part",
+        choices=(*PARTS, "all", STREAMING),
+        metavar="PART",
+        help=f"{', '.join(PARTS)}, all of these, or {STREAMING} (reads and writes the disk)",
     )
     add_model_options(parser, required=False)
     _add_what(parser)
@@ -109,7 +118,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(flag, metavar="N", help=text)
     group.add_argument("--backend", metavar="NAME", help=f"one of {', '.join(BACKENDS)}")
-    group.add_argument("--cold-dir", metavar="DIR", help="for --cold-rows, on an NVMe disk")
+    group.add_argument("--cold-dir", metavar="DIR", help="for streaming and --cold-rows")
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
