@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import pagedkv
 from pagedkv.tiers import ColdReader, FileColdStore
 from pagedkv.tiers.buffers import BufferPool
+from pagedkv.tiers.disk import RealDisk
 from pagedkv.tiers.files import aligned_buffer
 from pagedkv.tiers.page_file import PageFile
 from tests.models import random_tokens, tiny_llama
@@ -176,6 +178,114 @@ def test_read_ahead_of_a_freed_page_is_forgotten(store: FileColdStore) -> None:
     reader.close()
 
 
+class WatchedDisk(RealDisk):
+    """Notes how many bytes each request moves; writes wait for the gate."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+        self.writes: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def pread(self, fd: int, buffers: Any, offset: int) -> int:
+        self.reads.append(sum(map(len, buffers)))
+        return super().pread(fd, buffers, offset)
+
+    def pwrite(self, fd: int, buffers: Any, offset: int) -> int:
+        self.gate.wait()
+        self.writes.append(sum(map(len, buffers)))
+        return super().pwrite(fd, buffers, offset)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[FileColdStore, WatchedDisk]]:
+    disk = WatchedDisk()
+    store = FileColdStore(str(tmp_path), 128 * PAGE, 2, 32 * PAGE, disk=disk)
+    yield store, disk
+    store.close()
+
+
+def test_small_batches_are_read_together(watched: tuple[FileColdStore, WatchedDisk]) -> None:
+    store, disk = watched
+    pages = [random_page(i) for i in range(24)]
+    records = [store.put(i // 16, i, LAYOUT, page) for i, page in enumerate(pages)]
+    store.flush()
+    reader = ColdReader(store, 20 * PAGE, depth=4)
+    got = [b.copy() for b in reader.stream([(record,) for record in records])]
+    assert np.array_equal(np.concatenate(got), np.concatenate(pages))
+    assert reader.nbytes <= 20 * PAGE
+    # The first one is wanted at once; the others come four by four, but never of two layers.
+    assert sorted(disk.reads) == sorted(n * PAGE for n in (1, 4, 4, 4, 3, 4, 4))
+    reader.close()
+
+
+def test_damage_concerns_its_own_batch_alone(watched: tuple[FileColdStore, WatchedDisk]) -> None:
+    """The others were read by the same request, and a page read ahead may have been freed."""
+    store, _ = watched
+    pages = [random_page(i) for i in range(6)]
+    records = [store.put(0, i, LAYOUT, page) for i, page in enumerate(pages)]
+    store.flush()
+    damage(store, 4 * PAGE, b"damage")
+    reader = ColdReader(store, 20 * PAGE)
+    stream = reader.stream([(record,) for record in records])
+    got = [next(stream).copy() for _ in range(4)]
+    assert np.array_equal(np.concatenate(got), np.concatenate(pages[:4]))
+    with pytest.raises(pagedkv.CorruptPageError, match="layer 0 page 4 "):
+        next(stream)
+    (last,) = [b.copy() for b in reader.stream([(records[5],)])]
+    assert np.array_equal(last, pages[5])
+    reader.close()
+
+
+def test_pages_that_lie_together_are_written_together(
+    watched: tuple[FileColdStore, WatchedDisk],
+) -> None:
+    store, disk = watched
+    disk.gate.clear()
+    pages = [random_page(i) for i in range(9)]
+    pages[6] = np.zeros(PAGE, np.uint8)  # is packed, and so leaves a gap
+    records = [store.put(0, i, LAYOUT, page) for i, page in enumerate(pages)]
+    records.append(store.put(1, 0, LAYOUT, pages[0]))
+    store.free(records[4])  # not to be written any more
+    disk.gate.set()
+    store.flush()
+    assert disk.writes[1:] == [3 * PAGE, PAGE, PAGE // 2, 2 * PAGE, PAGE]
+    kept = [i for i in range(9) if i != 4]
+    got = fetch(store, *(records[i] for i in kept))
+    assert np.array_equal(got, np.concatenate([pages[i] for i in kept]))
+    assert store.counters.pages_written == 9
+    assert store.counters.bytes_written == sum(disk.writes)
+    store.check()
+
+
+@pytest.mark.parametrize("staging", ["32MiB", 4 * 16384])
+def test_a_decode_step_reads_every_cold_byte_once(
+    staging: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagedkv.tiers.layer_pager.RUN_TOKENS", 512)  # more batches of few tokens
+    model = tiny_llama(layers=3)
+    config = pagedkv.TierConfig(
+        hot_tokens=64, sink_tokens=4, page_tokens=256, warm=200_000, cold="64MB", staging=staging
+    )
+    with pagedkv.wrap(model, config) as cache:
+        mx.eval(model(random_tokens(2200), cache=cache))
+        pager = cache.context.pager
+        pager.cold.flush()
+
+        def after(steps: int) -> int:
+            for _ in range(steps):
+                mx.eval(model(mx.array([[1]]), cache=cache))
+            for ticket in pager.reader._tickets.values():
+                ticket.done.result()
+            return pager.cold.counters.bytes_read
+
+        first = after(2)
+        cold = cache.stats().cold.bytes
+        assert cold >= 10 * 16384
+        assert after(5) - first == 5 * cold
+        assert cache.stats().cold.bytes == cold  # nothing was sealed meanwhile
+
+
 def test_buffers_never_exceed_their_limit() -> None:
     pool = BufferPool(100_000)
     held = [pool.take(32768) for _ in range(3)]
@@ -192,18 +302,18 @@ def test_buffers_never_exceed_their_limit() -> None:
 
 
 class FullDisk:
-    """Stands in for `PageFile.write`: no space left after so many bytes."""
+    """Stands in for what `PageFile` writes with: no space left after so many bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, space: int) -> None:
         self.space = space
-        real = PageFile.write
+        real = PageFile.write_several
 
-        def write(file: PageFile, data: np.ndarray, offset: int) -> None:
-            if offset + len(data) > self.space:
+        def write(file: PageFile, pages: list[np.ndarray], offset: int) -> None:
+            if offset + sum(map(len, pages)) > self.space:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.path))
-            real(file, data, offset)
+            real(file, pages, offset)
 
-        monkeypatch.setattr(PageFile, "write", write)
+        monkeypatch.setattr(PageFile, "write_several", write)
 
 
 def test_a_full_disk_keeps_pages_in_memory_and_loses_none(

@@ -72,8 +72,12 @@ class PageFile:
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        write_exactly(self._disk, self._fd, [data], offset, self._unit)
-        self._forget(offset, len(data))
+        self.write_several([data], offset)
+
+    def write_several(self, pages: Sequence[Bytes], offset: int) -> None:
+        """Write all of `pages`, one after the other, from `offset` on."""
+        write_exactly(self._disk, self._fd, pages, offset, self._unit)
+        self._forget(offset, sum(map(len, pages)))
 
     def read(self, buffers: Sequence[Bytes], offset: int) -> None:
         """Fill `buffers` one after the other from `offset`.

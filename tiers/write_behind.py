@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,19 @@ class ColdCounters:
     write_stall_seconds: float = 0.0
 
 
+TOGETHER_BYTES = 2 * 2**20
+"""Pages that follow each other in the queue and in their file are written together up to this size:
+a disk takes large requests faster (`docs/design.md`)."""
+
+
+class _Packed(NamedTuple):
+    """A page that is ready to be written."""
+
+    record: ColdRecord
+    checksum: bytes
+    stored: Bytes
+
+
 class WriteBehind:
     """Writes pages in the background, first in, first out.
 
@@ -57,6 +72,7 @@ class WriteBehind:
         self.buffers = BufferPool(buffer_bytes, workers)
         self.lock = threading.Lock()
         self._failed: list[ColdRecord] = []
+        self._queue: deque[ColdRecord] = deque()
         self._thread = workers.executor("pagedkv-writer", 1)
         self._closed = False
 
@@ -83,14 +99,15 @@ class WriteBehind:
 
     def add(self, record: ColdRecord) -> None:
         """Queue a page, whose bytes are in its `pending` buffer."""
-        self._thread.submit(self._write, record)
+        self._queue.append(record)
+        self._thread.submit(self._write_next)
 
     def retry(self) -> bool:
         """Try once more to write what failed; whether anything got through, or nothing waits."""
         with self.lock:
             failed, self._failed = self._failed, []
         for record in failed:
-            self._thread.submit(self._write, record)
+            self.add(record)
         self.wait()
         with self.lock:
             return not failed or len(self._failed) < len(failed)
@@ -138,32 +155,77 @@ class WriteBehind:
         with self.lock:
             return [r for r in records if r.pending is not None]
 
-    def _write(self, record: ColdRecord) -> None:
-        """On the writer thread: pack, checksum, write, and let the buffer go."""
+    def _write_next(self) -> None:
+        """On the writer thread: write what is first in the queue, and what follows it in its file.
+
+        There are as many calls as pages were added; those that find nothing left do nothing.
+        """
+        together: list[_Packed] = []
+        while self._queue and (not together or self._follows(together, self._queue[0])):
+            packed = self._pack(self._queue.popleft())
+            if packed is None:
+                continue
+            if together and len(packed.stored) != packed.record.nbytes:
+                self._write(together)  # a packed page leaves a gap behind it
+                together = []
+            together.append(packed)
+        self._write(together)
+
+    def _follows(self, together: Sequence[_Packed], record: ColdRecord) -> bool:
+        """Whether a page lies behind others in the file, and is to be written with them."""
+        first, last = together[0].record, together[-1]
+        return (
+            record.slot == last.record.slot + 1
+            and record.place[:2] == first.place[:2]
+            and len(last.stored) == last.record.nbytes
+            and (len(together) + 1) * record.nbytes <= TOGETHER_BYTES
+        )
+
+    def _pack(self, record: ColdRecord) -> _Packed | None:
+        """Checksum and pack a page, and charge for it; None if it is not to be written."""
         with self.lock:
             data = record.pending
             if not record.live or data is None:
-                return
+                return None
         page = data[: record.nbytes]
         try:
             digest, stored = checksum(record.identity.pack(), page), pack(page)
             self._limit.charge(len(stored))
-            extent = self._files.extent(record.place)
-            failures = extent.failures
-            extent.file.write(stored, record.offset)
         except Exception as e:  # whatever it is, the page stays readable in its buffer
-            with self.lock:
-                self._counters.write_errors += 1
-                record.error = e
-                if record.live:
-                    self._failed.append(record)
+            self._note_failure(record, e)
+            return None
+        return _Packed(record, digest, stored)
+
+    def _write(self, together: Sequence[_Packed]) -> None:
+        """Write pages with one request, and let their buffers go."""
+        if not together:
+            return
+        first = together[0].record
+        try:
+            extent = self._files.extent(first.place)
+            failures = extent.failures
+            extent.file.write_several([packed.stored for packed in together], first.offset)
+        except Exception as e:
+            if len(together) == 1:
+                self._note_failure(first, e)
+            else:  # some of them may get through, such as where the disk is nearly full
+                for packed in together:
+                    self._write([packed])
             return
         with self.lock:
-            record.checksum, record.stored_bytes = digest, len(stored)
-            record.error, record.failures = None, failures
-            self._counters.bytes_written += len(stored)
-            self._counters.pages_written += 1
-            self._give_back(record)
+            for record, digest, stored in together:
+                record.checksum, record.stored_bytes = digest, len(stored)
+                record.error, record.failures = None, failures
+                self._counters.bytes_written += len(stored)
+                self._counters.pages_written += 1
+                self._give_back(record)
+
+    def _note_failure(self, record: ColdRecord, error: Exception) -> None:
+        with self.lock:
+            self._counters.write_errors += 1
+            record.error = error
+            if record.live:
+                self._failed.append(record)
 
     def _drop(self, record: ColdRecord) -> None:
         with self.lock:
