@@ -25,6 +25,7 @@ from pagedkv.errors import (
     PagedKVError,
     ShapeError,
 )
+from pagedkv.pace import Pace
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
 from pagedkv.tiers.codec import to_16_bit
@@ -45,6 +46,7 @@ class SequenceContext:
         sequence_id: tells the layers of one saved file from another's.
         admitted: length up to which no layer has to seal a page.
         behind: the layer that attended last in a prefill chunk, if that is not known to be done.
+        pace: of decode steps.
     """
 
     config: TierConfig
@@ -56,6 +58,7 @@ class SequenceContext:
     sequence_id: str = field(default_factory=state.new_sequence_id)
     admitted: int = 0
     behind: weakref.ref[PagedLayerCache] | None = None
+    pace: Pace = field(default_factory=Pace)
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -107,6 +110,7 @@ class PagedLayerCache:
         self._full = 0  # hot tokens that make a page due
         self._rows = 0  # query rows per KV head of the last decode step, for reading ahead
         self._selection = _selection(context.config)
+        self._leads = not context.layers  # the first layer counts the steps for all
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
 
@@ -158,6 +162,8 @@ class PagedLayerCache:
             self._accepted = shapes
         context, hot, count = self._context, self._hot, shapes[0][2]
         context.pager.use(context.lineage)
+        if self._leads:
+            context.pace.step() if count <= DECODE_TOKENS else context.pace.rest()
         self._appended = count
         if self._may_promote or hot.used + count >= self._full:
             with self._taken_back_to(self.offset):

@@ -49,6 +49,9 @@ class CacheStats:
         staging_bytes: memory for pages on their way in and out.
         nvme_bytes_written, nvme_bytes_read: disk traffic.
         pages_sealed, pages_lowered, pages_demoted, pages_promoted: page movements.
+        nvme_read_seconds: time in which at least one request was reading.
+        decode_steps: calls with few new tokens.
+        steps_per_second: of the latest of them (a median); 0 if no two followed each other.
         read_ahead_hits, read_ahead_misses: batches of cold pages that were there in time, or not.
         read_stall_seconds, write_stall_seconds: time the model waited for the disk.
         write_errors: writes that failed (their pages stayed in memory).
@@ -71,6 +74,9 @@ class CacheStats:
     staging_bytes: int
     nvme_bytes_written: int
     nvme_bytes_read: int
+    nvme_read_seconds: float
+    decode_steps: int
+    steps_per_second: float
     pages_sealed: int
     pages_lowered: int
     pages_demoted: int
@@ -88,9 +94,30 @@ class CacheStats:
     mlx_cache_bytes: int
     process_bytes: int
 
+    @property
+    def nvme_bytes_per_step(self) -> int:
+        """What a decode step reads from disk at this length: every cold page once."""
+        return self.cold.bytes
+
+    @property
+    def nvme_read_rate(self) -> float:
+        """Bytes per second while the disk was reading; 0 if nothing was read."""
+        return self.nvme_bytes_read / self.nvme_read_seconds if self.nvme_read_seconds else 0.0
+
+    @property
+    def nvme_steps_per_second(self) -> float | None:
+        """The most steps a second that the disk allows at this length and the rate measured so far.
+
+        None if nothing is cold, or nothing was read yet.
+        """
+        if not self.cold.bytes or not self.nvme_read_rate:
+            return None
+        return self.nvme_read_rate / self.nvme_bytes_per_step
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; the ceiling that the disk sets is among them."""
+        ceiling = ("nvme_bytes_per_step", "nvme_read_rate", "nvme_steps_per_second")
+        return {**asdict(self), **{name: getattr(self, name) for name in ceiling}}
 
 
 def collect(cache: PagedCache) -> CacheStats:
@@ -122,6 +149,9 @@ def collect(cache: PagedCache) -> CacheStats:
         staging_bytes=(reader.nbytes if reader else 0) + (cold.buffer_bytes if cold else 0),
         nvme_bytes_written=cold.counters.bytes_written if cold else 0,
         nvme_bytes_read=cold.counters.bytes_read if cold else 0,
+        nvme_read_seconds=cold.counters.read_seconds if cold else 0.0,
+        decode_steps=cache.context.pace.steps,
+        steps_per_second=cache.context.pace.per_second,
         pages_sealed=pager.counters.sealed,
         pages_lowered=pager.counters.lowered,
         pages_demoted=pager.counters.demoted,

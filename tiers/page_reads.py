@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,8 @@ class PageReads:
         self._files = files
         self._lock = lock
         self._counters = counters
+        self._reading = 0
+        self._since = 0.0
 
     def read(self, records: Sequence[ColdRecord], out: Bytes) -> None:
         """Read pages into `out`, back to back, neighbours with one request.
@@ -53,13 +57,29 @@ class PageReads:
                     return
         whole = first.stored_bytes == first.nbytes
         into = out if whole else aligned_buffer(first.stored_bytes)
-        self._fill(records, into)
+        with self._timed():
+            self._fill(records, into)
         if not whole:
             unpack(first.identity, into, out)
         self._verify(records, out)
         with self._lock:
             self._counters.bytes_read += len(into)
             self._counters.pages_read += len(records)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time in which any thread is reading."""
+        with self._lock:
+            if not self._reading:
+                self._since = time.perf_counter()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if not self._reading:
+                    self._counters.read_seconds += time.perf_counter() - self._since
 
     def read_stored(self, record: ColdRecord) -> Bytes:
         """What lies in the file for a page, packed if it is: verified, to be written once more.

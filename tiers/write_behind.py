@@ -26,12 +26,16 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass
 class ColdCounters:
-    """Traffic since the store was made: bytes as moved to and from the disk, seconds waited."""
+    """Traffic since the store was made: bytes as moved to and from the disk, seconds waited.
+
+    `read_seconds` is the time in which at least one request was reading.
+    """
 
     bytes_written: int = 0
     bytes_read: int = 0
     pages_written: int = 0
     pages_read: int = 0
+    read_seconds: float = 0.0
     reads_from_write_queue: int = 0
     write_errors: int = 0
     write_stall_seconds: float = 0.0

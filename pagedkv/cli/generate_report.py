@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pagedkv.cli.generation import Generation
-from pagedkv.cli.output import Table, facts, number, seconds
+from pagedkv.cli.output import Table, facts, number, rate, seconds
 from pagedkv.selection import SkipCounters
 from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats, TierStats
@@ -68,6 +68,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
         ),
         ("pages", f"{precisions}; {s.bits_per_element:.2f} bits per number, hot tokens included"),
         ("NVMe", _traffic(result)),
+        ("the disk allows", ceiling(s)),
         ("read-ahead", _read_ahead(s)),
         *([("left out", _left_out(s.skipped))] if s.skipped else []),
         ("speed", _speed(result)),
@@ -85,6 +86,17 @@ def _traffic(result: Generation) -> str:
     return (
         f"{format_size(s.nvme_bytes_written)} written, {format_size(s.nvme_bytes_read)} read; "
         f"{format_size(result.decode_bytes)} of that in decoding, {format_size(per_step)} per token"
+    )
+
+
+def ceiling(s: CacheStats) -> str:
+    """The most tokens a second that reading the cold pages allows, beside what was reached."""
+    if s.nvme_steps_per_second is None:
+        return "any speed: nothing is cold" if not s.cold.bytes else "nothing was read yet"
+    return (
+        f"at most {s.nvme_steps_per_second:,.1f} steps/s at this length: each reads "
+        f"{format_size(s.nvme_bytes_per_step)}, the disk gave {rate(round(s.nvme_read_rate), 1)}; "
+        f"reached {s.steps_per_second:,.1f}/s"
     )
 
 

@@ -54,7 +54,12 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--head-dim", type=int, metavar="N", help="channels per head")
     group.add_argument("--context", required=True, metavar="TOKENS", help="such as 128K")
     disk = group.add_mutually_exclusive_group()
-    disk.add_argument("--disk-rate", metavar="RATE", help="read rate of the disk, such as 3GB/s")
+    disk.add_argument(
+        "--disk-rate",
+        "--read-rate",
+        metavar="RATE",
+        help="read rate of the disk, such as 3GB/s",
+    )
     disk.add_argument(
         "--measure-disk", action="store_true", help="measure it in --cold-dir (a few seconds)"
     )
@@ -70,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     context = positive(parse_tokens(args.context, "context"), "--context")
     shape = _shape(args)
     disk = _disk_rate(args, config, say)
-    result = plan(
-        KVShape(shape.kv_heads, shape.head_dim, shape.head_dim), shape.layers, context, config, disk
-    )
+    kv = KVShape(shape.kv_heads, shape.head_dim, shape.head_dim)
+    result = plan(kv, shape.layers, context, config, disk)
+    contexts = [plan(kv, shape.layers, c, config, disk) for c in _contexts(context)]
     if shape.max_tokens and context > shape.max_tokens:
         say(
             f"pagedkv: warning: {context:,} tokens are more than the model's limit of "
@@ -87,10 +92,41 @@ def run(args: argparse.Namespace) -> int:
         "head_dim": shape.head_dim,
         "disk_bytes_per_second": disk,
         **result.to_dict(),
+        "contexts": [_ceiling(each) for each in contexts],
         "config": config.to_dict(),
     }
-    emit(choose_format(args.format), document, _tables(result, shape, config, disk))
+    tables = _tables(result, shape, config, disk)
+    if disk and result.cold_bytes_per_token:
+        tables.insert(1, _ceilings(contexts, disk))
+    emit(choose_format(args.format), document, tables)
     return 0 if result.fits else 1
+
+
+def _contexts(longest: int) -> list[int]:
+    """Lengths on the way to the longest: powers of two, and itself."""
+    return [*(2**i for i in range(12, 40) if 2**i < longest), longest]
+
+
+def _ceiling(result: Plan) -> dict[str, Any]:
+    return {
+        "context": result.context,
+        "cold_bytes_per_token": result.cold_bytes_per_token,
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def _ceilings(contexts: list[Plan], disk: float) -> Table:
+    """The most tokens a second that the disk allows, by length, every cold byte read once."""
+    rows = [
+        [
+            number(each.context),
+            format_size(each.cold_bytes_per_token) if each.cold_bytes_per_token else "-",
+            f"{each.tokens_per_second:,.3g}" if each.tokens_per_second else "not bound",
+        ]
+        for each in contexts
+    ]
+    headings = ("context", "read per token", "tokens/s at most")
+    return Table(headings, rows, title=f"the disk's ceiling, reading {rate(disk, 1)}")
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
