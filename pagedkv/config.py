@@ -50,6 +50,9 @@ class TierConfig:
             most; None for no limit. `CacheStats.skipped` bounds what that leaves out.
         bounds: memory for what is known of cold pages' keys, with one of those two; pages beyond
             it are always read. It takes an eighteenth of 4-bit pages.
+        keep_free: memory that the machine should have left: with less, or when macOS says that
+            memory is short, warm pages go to disk before the warm budget is used up, and what they
+            took is given back. 0 never looks.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -72,6 +75,7 @@ class TierConfig:
     skip_below: float = 0.0
     cold_pages: int | None = None
     bounds: int | str = "256MiB"
+    keep_free: int | str = "512MB"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -125,6 +129,7 @@ class TierConfig:
                 None if self.write_limit is None else parse_size(self.write_limit, "write_limit")
             ),
             bounds_bytes=parse_size(self.bounds, "bounds") if self.selective else 0,
+            keep_free=parse_size(self.keep_free, "keep_free"),
         )
 
     def store_identity(self, model: str, layers: int) -> StoreIdentity | None:

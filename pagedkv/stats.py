@@ -52,6 +52,10 @@ class CacheStats:
         nvme_read_seconds: time in which at least one request was reading.
         decode_steps: calls with few new tokens.
         steps_per_second: of the latest of them (a median); 0 if no two followed each other.
+        memory_pressure: ``"high"`` while memory is short, ``"none"``, or ``"off"`` if nobody looks;
+            as of the last time pages were sealed.
+        pages_demoted_for_pressure: of those demoted.
+        warm_bytes_returned: given back to the machine for that reason.
         read_ahead_hits, read_ahead_misses: batches of cold pages that were there in time, or not.
         read_stall_seconds, write_stall_seconds: time the model waited for the disk.
         write_errors: writes that failed (their pages stayed in memory).
@@ -81,6 +85,9 @@ class CacheStats:
     pages_lowered: int
     pages_demoted: int
     pages_promoted: int
+    memory_pressure: str
+    pages_demoted_for_pressure: int
+    warm_bytes_returned: int
     read_ahead_hits: int
     read_ahead_misses: int
     read_stall_seconds: float
@@ -156,6 +163,9 @@ def collect(cache: PagedCache) -> CacheStats:
         pages_lowered=pager.counters.lowered,
         pages_demoted=pager.counters.demoted,
         pages_promoted=pager.counters.promoted,
+        memory_pressure=pager.pressure.name,
+        pages_demoted_for_pressure=pager.counters.pressed,
+        warm_bytes_returned=pager.counters.warm_bytes_returned,
         read_ahead_hits=reader.counters.hits if reader else 0,
         read_ahead_misses=reader.counters.misses if reader else 0,
         read_stall_seconds=reader.counters.stall_seconds if reader else 0.0,

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 import pagedkv
 from pagedkv import hook
 from pagedkv.attention import stock_attention
+from pagedkv.tiers import pressure
 
 settings.register_profile(
     "pagedkv", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -23,6 +24,12 @@ def _clean_hook() -> Iterator[None]:
     while hook.installed():
         hook.uninstall()
     assert mx.fast.scaled_dot_product_attention is stock_attention
+
+
+@pytest.fixture(autouse=True)
+def _plenty_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pages go must not depend on what else the machine does."""
+    monkeypatch.setattr(pressure, "machine_memory", lambda: pressure.Memory(2**60))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 RUN_TOKENS = 4096
 """Tokens attended together, at most; a run of cold pages is also one read from disk."""
+
+LEAST_SLOTS = 2
+"""A slab keeps so many slots however short memory is."""
+
+RELIEF_PAGES = 4
+"""Pages demoted beyond need each time pages are sealed while memory is short."""
 
 RUN_BYTES = 8 * 2**20
 """Bytes of a run, at most, unless a single page is larger."""
@@ -203,7 +210,8 @@ class LayerPager:
         while len(numbers) < len(positions):
             done = len(numbers)
             # Pages that are written together cannot make room for each other.
-            slots = self._take_slots(precision, min(len(positions) - done, slab.max_slots))
+            most = max(LEAST_SLOTS, slab.capacity) if self.pressed else slab.max_slots
+            slots = self._take_slots(precision, min(len(positions) - done, most, slab.max_slots))
             slab.write(slots, records[done : done + len(slots)])
             for slot, position in zip(slots, positions[done:], strict=False):
                 page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
@@ -218,11 +226,14 @@ class LayerPager:
     def _take_slots(self, precision: Precision, count: int) -> list[int]:
         """Up to so many warm slots, of pages that are demoted where none is free."""
         slab, slots = self._slabs[precision], list[int]()
-        slab.reserve(slab.used + count)
+        if self.pressed:
+            for each in self.precisions:
+                self._relieve(each)
+        else:
+            slab.reserve(slab.used + count)
         try:
             while len(slots) < count:
-                if not slab.room:
-                    self._demote_farthest(precision)
+                self._make_room(precision)
                 slots.append(slab.take())
         except (OutOfPagesError, ColdStoreError):
             pass  # what there is has to do; the tokens of the others stay hot
@@ -269,14 +280,56 @@ class LayerPager:
     def _put(self, record: mx.array, precision: Precision, position: int, lineage: Lineage) -> int:
         """See `store`; lazily."""
         slab = self._slabs[precision]
-        if not slab.room:
-            self._demote_farthest(precision)
+        self._make_room(precision)
         slot = slab.take()
         slab.write([slot], record)
         page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
         self.pages[page.number] = page
         self._order[precision].add(page, slab.used)
         return page.number
+
+    @property
+    def pressed(self) -> bool:
+        """Whether memory is short and pages may go to disk instead."""
+        return self._pager.has_cold and self._pager.pressure.high
+
+    def _make_room(self, precision: Precision) -> None:
+        """See that the slab has a slot: by growing within its share, else by demoting a page.
+
+        While memory is short the other way round. No page is refused for that: where the disk
+        takes none, the slab grows.
+        """
+        slab = self._slabs[precision]
+        if not slab.room:
+            self._demote_farthest(precision)
+        elif not slab.free and self.pressed and self._warm_pages(precision):
+            with suppress(OutOfPagesError, ColdStoreError):
+                self._demote_farthest(precision)
+                self._pager.counters.pressed += 1
+
+    def _relieve(self, precision: Precision) -> None:
+        """Demote a few pages, and give memory back once half of the slab is free.
+
+        Called where pages are sealed: nothing reads the slab then, and a few pages at a time keep
+        the pause short.
+        """
+        slab = self._slabs[precision]
+        smaller = max(LEAST_SLOTS, slab.capacity // 2)
+        if smaller >= slab.capacity:
+            return
+        with suppress(OutOfPagesError, ColdStoreError):
+            for _ in range(min(RELIEF_PAGES, slab.used + 1 - smaller)):
+                self._demote_farthest(precision)
+                self._pager.counters.pressed += 1
+        if slab.used >= smaller:  # one slot is left for the page that comes
+            return
+        pages = sorted(self._warm_pages(precision), key=lambda page: page.slot or 0)
+        returned = slab.shrink(smaller, [self._slot_of(page) for page in pages])
+        for slot, page in enumerate(pages):
+            page.slot = slot
+        self.moves += 1
+        self._pager.counters.warm_bytes_returned += returned
+        mx.clear_cache()  # MLX would keep it otherwise
 
     def _demote_farthest(self, precision: Precision) -> None:
         """Move one page to the cold tier: of the sequence longest unused, the oldest token's."""
@@ -369,7 +422,7 @@ class LayerPager:
         for entry in reversed(entries):
             page = self.pages[entry.page]
             slab = self._slabs[page.precision]
-            if page.slot is not None or not slab.room:
+            if page.slot is not None or not slab.room or (not slab.free and self.pressed):
                 continue
             record = self._one_record(page)
             page.slot = slab.take()
@@ -468,9 +521,11 @@ class LayerPager:
         return [batch for run in self.runs(entries) if (batch := self._cold_batch(run))]
 
     def _slot(self, entry: TableEntry) -> int:
-        slot = self.pages[entry.page].slot
-        assert slot is not None
-        return slot
+        return self._slot_of(self.pages[entry.page])
+
+    def _slot_of(self, page: Page) -> int:
+        assert page.slot is not None
+        return page.slot
 
     def _cold_batch(self, run: Run) -> Batch:
         pages = (self.pages[e.page] for e in run.entries)

@@ -15,6 +15,7 @@ from pagedkv.tiers.checkpoint import ENTRY
 from pagedkv.tiers.cold import FileColdStore
 from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.layer_pager import LayerPager, Lineage
+from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
 from pagedkv.tiers.workers import ThreadWorkers, Workers
@@ -22,12 +23,14 @@ from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 @dataclass
 class PagerCounters:
-    """Page movements since the pager was made."""
+    """Page movements since the pager was made; `pressed` are those demoted for want of memory."""
 
     sealed: int = 0
     lowered: int = 0
     demoted: int = 0
     promoted: int = 0
+    pressed: int = 0
+    warm_bytes_returned: int = 0
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Pager:
         disk: the file system of the cold tier.
         identity: of a cold store that lasts; None for one that goes with `close`.
         workers: who moves bytes in the background.
+        pressure: says whether memory is short.
     """
 
     budget: TierBudget
@@ -55,8 +59,10 @@ class Pager:
     disk: Disk = field(default_factory=lambda: RealDisk())
     identity: StoreIdentity | None = None
     workers: Workers = field(default_factory=lambda: ThreadWorkers())
+    pressure: Pressure = field(init=False)
 
     def __post_init__(self) -> None:
+        self.pressure = Pressure(self.budget.keep_free)
         self._layer_pagers: dict[int, LayerPager] = {}
         self._cold: FileColdStore | None = None
         self._reader: ColdReader | None = None

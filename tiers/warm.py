@@ -41,6 +41,16 @@ class WarmSlab:
         return self._slots.used
 
     @property
+    def capacity(self) -> int:
+        """Slots there are at present."""
+        return self._slots.capacity
+
+    @property
+    def free(self) -> int:
+        """Slots that can be taken without growing."""
+        return self._slots.free
+
+    @property
     def array(self) -> mx.array:
         """The slab itself: read it, never assign to it or keep it across a write."""
         return self._array
@@ -73,6 +83,24 @@ class WarmSlab:
             while (half := -(-capacity // 2)) >= wanted:
                 capacity = half
             self._grow(capacity)
+
+    def shrink(self, slots: int, kept: Sequence[int]) -> int:
+        """Move pages together in a smaller array; nothing may be reading or writing the slab.
+
+        Args:
+            slots: that the slab then has, at least as many as are kept.
+            kept: the slots that are taken, in the order of their new numbers, from 0 on.
+
+        Returns:
+            Bytes given back.
+        """
+        before = self.nbytes
+        rows = [*kept, *[kept[0] if kept else 0] * (slots - len(kept))]
+        self._array = self.records(rows)
+        mx.eval(self._array)
+        self._slots = SlotPool(slots)
+        self._slots.claim(range(len(kept)))
+        return before - self.nbytes
 
     def give(self, slot: int) -> None:
         """Give a slot back; its bytes become meaningless."""

@@ -71,6 +71,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
         ("the disk allows", ceiling(s)),
         ("read-ahead", _read_ahead(s)),
         *([("left out", _left_out(s.skipped))] if s.skipped else []),
+        *([("memory pressure", _pressure(s))] if s.pages_demoted_for_pressure else []),
         ("speed", _speed(result)),
         (
             "process",
@@ -97,6 +98,13 @@ def ceiling(s: CacheStats) -> str:
         f"at most {s.nvme_steps_per_second:,.1f} steps/s at this length: each reads "
         f"{format_size(s.nvme_bytes_per_step)}, the disk gave {rate(round(s.nvme_read_rate), 1)}; "
         f"reached {s.steps_per_second:,.1f}/s"
+    )
+
+
+def _pressure(s: CacheStats) -> str:
+    return (
+        f"{s.memory_pressure}; {number(s.pages_demoted_for_pressure)} pages went to disk early, "
+        f"{format_size(s.warm_bytes_returned)} given back"
     )
 
 

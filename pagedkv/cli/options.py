@@ -37,6 +37,11 @@ _TIER_OPTIONS = (
     ("--skip-below", "SHARE", "leave out cold pages that provably weigh less, such as 1e-4"),
     ("--cold-pages", "N", "cold pages read per layer and decode step, at most"),
     ("--bounds", "SIZE", "memory for what is known of cold pages' keys, with one of those two"),
+    (
+        "--keep-free",
+        "SIZE",
+        "memory the machine should have left: with less, pages go to disk early; 0 never looks",
+    ),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )
 _SHOWN = {"cold_dir": "a temporary one", "write_limit": "none", "cold_pages": "all"}
