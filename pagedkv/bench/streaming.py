@@ -34,7 +34,9 @@ from pagedkv.tiers.page_file import PageFile
 REQUESTS = (MIB // 4, MIB, 4 * MIB)
 """Bytes of a run of pages, as one request."""
 
-IN_FLIGHT = (2, 4, 8)
+IN_FLIGHT = (1, 2, 4)
+"""Requests at once: up to the number of the store's reading threads."""
+
 PAGE_BYTES = MIB // 4
 STAGING = 32 * MIB
 LEAST_TOKENS = 8192
