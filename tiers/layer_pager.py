@@ -354,10 +354,14 @@ class LayerPager:
         self.moves += 1
         self._pager.counters.demoted += 1
 
+    def _warm_pages(self, precision: Precision) -> list[Page]:
+        """The pages in a slab; looks at all pages."""
+        pages = self.pages.values()
+        return [p for p in pages if p.slot is not None and p.precision == precision]
+
     def _clean_pages(self, precision: Precision) -> list[Page]:
-        """The pages in a slab that have a copy on disk."""
-        warm = (p for p in self.pages.values() if p.slot is not None)
-        return [p for p in warm if p.precision == precision and p.record is not None]
+        """Those of them that have a copy on disk."""
+        return [p for p in self._warm_pages(precision) if p.record is not None]
 
     def _copy_down(self, page: Page) -> None:
         """See that a page has a copy on disk; written once, since its bytes never change."""

@@ -78,6 +78,7 @@ def allowance(
         "staging": budget.staging_bytes,
         "write buffer": budget.write_buffer_bytes,
         "scratch": budget.scratch_bytes,
+        "bounds of cold pages": budget.bounds_bytes,
         "hot tokens": (layers + 3) * held * token_bytes,  # a fork shares them until it writes
         # What was expanded into the scratch is copied once while it is attended.
         "attention temporaries": 2 * SCORE_BYTES + max(run, budget.scratch_bytes),
