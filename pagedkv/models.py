@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -291,8 +292,15 @@ def _stock_maker(model: Any) -> Callable[[], list[Any]]:
     # The model will hold this function: a strong reference back would keep it alive for ever.
     reference = weakref.ref(model)
     own = getattr(type(model), "make_cache", None)
-    make = own if own is not None else make_prompt_cache
-    return lambda: list(make(reference()))
+    if own is not None:
+        return lambda: list(own(reference()))
+
+    def plain() -> list[Any]:
+        # Asked with the model it would call the make_cache that the wrapped model has.
+        mine: Any = reference()
+        return list(make_prompt_cache(SimpleNamespace(layers=mine.layers)))
+
+    return plain
 
 
 def _context_limit(model: Any) -> int | None:

@@ -53,6 +53,27 @@ def test_sixteen_bit_pages_give_the_stock_tokens() -> None:
     assert mx.abs(logits - expected_logits).max().item() < 1e-2  # float16 keys, float32 model
 
 
+def test_a_model_without_a_make_cache_of_its_own_gives_any_number_of_caches() -> None:
+    from mlx_lm.models import qwen2
+
+    model = qwen2.Model(
+        qwen2.ModelArgs(
+            model_type="qwen2", hidden_size=64, num_hidden_layers=2, intermediate_size=128,
+            num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-5, vocab_size=100,
+        )
+    )  # fmt: skip
+    assert not hasattr(model, "make_cache")
+    pagedkv.wrap(model, EXACT)
+    caches = [model.make_cache(), stock.make_prompt_cache(model), pagedkv.wrap(model, EXACT)]
+    assert all(isinstance(cache, pagedkv.PagedCache) for cache in caches)
+    for cache in caches:
+        mx.eval(model(random_tokens(600), cache=cache))
+        assert cache.stats().warm.tokens > 0
+    pagedkv.unwrap(model)
+    assert not hasattr(model, "make_cache")
+    assert isinstance(stock.make_prompt_cache(model)[0], stock.KVCache)
+
+
 def test_generate_finds_the_cache_by_itself_and_unwrap_takes_it_away() -> None:
     model = tiny_llama()
     assert "make_cache" not in model.__dict__
