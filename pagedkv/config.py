@@ -47,7 +47,8 @@ class TierConfig:
         skip_below: the share of attention, at most, that any query head of a decode step may miss
             because cold pages that provably cannot weigh more are not read; 0 reads them all.
         cold_pages: cold pages that a decode step reads per layer, at most: those that could weigh
-            most; None for no limit. `CacheStats.skipped` bounds what that leaves out.
+            most; None for no limit. They stay in memory for the next step, in addition to the
+            warm budget. `CacheStats.skipped` bounds what is left out.
         bounds: memory for what is known of cold pages' keys, with one of those two; pages beyond
             it are always read. It takes an eighteenth of 4-bit pages.
         keep_free: memory that the machine should have left: with less, or when macOS says that
@@ -129,6 +130,7 @@ class TierConfig:
                 None if self.write_limit is None else parse_size(self.write_limit, "write_limit")
             ),
             bounds_bytes=parse_size(self.bounds, "bounds") if self.selective else 0,
+            kept_pages=self.cold_pages or 0,
             keep_free=parse_size(self.keep_free, "keep_free"),
         )
 

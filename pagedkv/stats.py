@@ -60,6 +60,7 @@ class CacheStats:
         read_stall_seconds, write_stall_seconds: time the model waited for the disk.
         write_errors: writes that failed (their pages stayed in memory).
         bounds_bytes: memory for what is known of cold pages' keys.
+        kept_bytes: memory for cold pages that were read last, with ``cold_pages``.
         skipped: what decode steps left out of the cold pages, and bounds on what that changed;
             None where they read them all.
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
@@ -94,6 +95,7 @@ class CacheStats:
     write_stall_seconds: float
     write_errors: int
     bounds_bytes: int
+    kept_bytes: int
     skipped: SkipCounters | None
     layers: tuple[str, ...]
     mlx_active_bytes: int
@@ -172,6 +174,7 @@ def collect(cache: PagedCache) -> CacheStats:
         write_stall_seconds=cold.counters.write_stall_seconds if cold else 0.0,
         write_errors=cold.counters.write_errors if cold else 0,
         bounds_bytes=sum(layer.bounds.nbytes for layer in pager.layer_pagers),
+        kept_bytes=sum(layer.kept.nbytes for layer in pager.layer_pagers),
         skipped=_skipped(cache),
         layers=tuple(_kind(layer) for layer in cache),
         mlx_active_bytes=mx.get_active_memory(),

@@ -27,6 +27,7 @@ class TierBudget:
         scratch_bytes: memory for one layer's dequantized pages during prefill.
         write_limit: bytes written to disk per day; None for no limit.
         bounds_bytes: memory for the bounds of cold pages; 0 where none are wanted.
+        kept_pages: cold pages per layer that stay in memory once read.
         keep_free: memory that the machine should have left; 0 does not look.
     """
 
@@ -42,6 +43,7 @@ class TierBudget:
     scratch_bytes: int = 256 * MIB
     write_limit: int | None = None
     bounds_bytes: int = 0
+    kept_pages: int = 0
     keep_free: int = 0
 
     def warm_share(self, layers: int) -> int:

@@ -25,6 +25,7 @@ from pagedkv.allocator import (
 )
 from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
 from pagedkv.tiers.demotion import DemotionOrder
+from pagedkv.tiers.kept_pages import KeptPages
 from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
@@ -121,6 +122,7 @@ class LayerPager:
         self._sized = False
         self.bounds = LayerBounds(budget.bounds_bytes // pager.layers)
         self._unbounded: dict[ColdRecord, int] = {}  # pages that came without theirs
+        self.kept = KeptPages(budget.kept_pages)
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
@@ -154,6 +156,7 @@ class LayerPager:
             page.slot = None
         if page.record is not None:
             self._unbounded.pop(page.record, None)
+            self.kept.forget(page.record)
             self._pager.cold.free(page.record)
             self._pager.reader.forget_freed()
 
@@ -429,6 +432,8 @@ class LayerPager:
             if page.slot is not None or not slab.room or (not slab.free and self.pressed):
                 continue
             record = self._one_record(page)
+            if page.record is not None:
+                self.kept.forget(page.record)
             page.slot = slab.take()
             self._order[page.precision].add(page, slab.used)
             slab.write([page.slot], record)
@@ -504,19 +509,23 @@ class LayerPager:
     ) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of cold batches, in order; see `ColdReader.stream`."""
         staged = self._pager.reader.stream(batches, following) if batches else iter(())
-        return self._learning(batches, staged) if self._unbounded else staged
+        # A prompt reads every page: keeping some of those would help no step.
+        keep = 0 < sum(map(len, batches)) <= self.kept.most
+        return self._seen(batches, staged, keep) if keep or self._unbounded else staged
 
-    def _learning(
-        self, batches: Sequence[Batch], staged: Iterator[npt.NDArray[np.uint8]]
+    def _seen(
+        self, batches: Sequence[Batch], staged: Iterator[npt.NDArray[np.uint8]], keep: bool
     ) -> Iterator[npt.NDArray[np.uint8]]:
-        """What is staged; bounds are made of pages that were adopted without."""
+        """What is staged; bounds are made of pages that were adopted without, copies are kept."""
         for batch, rows in zip(batches, staged, strict=True):
             at = 0
             for record in batch:
+                page = rows[at : at + record.nbytes]
                 number = self._unbounded.pop(record, None)
                 if number is not None:
-                    geometry = self._geometry(self.pages[number])
-                    self.bounds.add(number, geometry, rows[at : at + record.nbytes])
+                    self.bounds.add(number, self._geometry(self.pages[number]), page)
+                if keep:
+                    self.kept.keep(record, page)
                 at += record.nbytes
             yield rows
 

@@ -50,6 +50,9 @@ class PageReads:
         """Read one page, or neighbours in one file, into `out`."""
         first = records[0]
         if len(records) == 1:
+            if (kept := first.kept) is not None:  # once: another thread may let it go
+                out[:] = kept
+                return
             with self._lock:
                 if first.pending is not None:
                     out[:] = first.pending[: first.nbytes]
@@ -131,7 +134,8 @@ def _first_beyond(records: Sequence[ColdRecord], size: int) -> ColdRecord:
 def _run_end(records: Sequence[ColdRecord], start: int) -> int:
     """The end of the longest stretch from `start` that one request can read."""
     first, stop = records[start], start + 1
-    if first.pending is not None or first.stored_bytes != first.nbytes:
+    in_memory = first.kept is not None or first.pending is not None
+    if in_memory or first.stored_bytes != first.nbytes:
         return stop
     while stop < len(records):
         record = records[stop]
@@ -140,6 +144,7 @@ def _run_end(records: Sequence[ColdRecord], start: int) -> int:
             and record.nbytes == record.stored_bytes == first.nbytes
             and record.slot == first.slot + stop - start
             and record.pending is None
+            and record.kept is None
         )
         if not neighbour:
             break

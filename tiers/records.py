@@ -67,6 +67,7 @@ class ColdRecord:
         checksum: over identity and page bytes.
         live: False once freed.
         pending: the page's bytes while they are not on disk yet.
+        kept: a copy in memory of what was read; see `KeptPages`.
         error: why the last attempt to write it failed.
         durable: whether a power failure cannot undo it.
         failures: `Extent.failures` when it was written.
@@ -79,6 +80,7 @@ class ColdRecord:
     checksum: bytes = b""
     live: bool = True
     pending: Bytes | None = None
+    kept: Bytes | None = None
     error: Exception | None = None
     durable: bool = False
     failures: int = 0
