@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pagedkv.allocator import PageAllocator, PageTable
@@ -43,11 +44,17 @@ def test_ten_thousand_steps_of_the_pager(number: int) -> None:
 
 @pytest.mark.slow
 def test_hundreds_of_steps_of_whole_caches() -> None:
-    outcome = run(CacheMachine, 1, examples=9, steps=40)
-    assert outcome.wrong is None, outcome.wrong
-    assert outcome.counts.total() >= 300
-    for what in ("sealed", "demoted", "lowered"):
-        assert outcome.seen[f"pages {what}"], f"never: {what}"
+    # What Hypothesis draws depends on the modules that are loaded: one run may not do everything.
+    wanted, seen = [f"pages {what}" for what in ("sealed", "demoted", "lowered")], Counter[str]()
+    for number in (4, 1, 2):
+        outcome = run(CacheMachine, number, examples=9, steps=40)
+        assert outcome.wrong is None, outcome.wrong
+        assert outcome.counts.total() >= 300
+        seen.update(outcome.seen)
+        if all(seen[what] for what in wanted):
+            break
+    for what in wanted:
+        assert seen[what], f"never: {what}"
 
 
 # Mistakes, planted
@@ -95,11 +102,16 @@ def writes_the_last_page_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_the_bytes_in_the_checksum(patch: pytest.MonkeyPatch) -> None:
-    from pagedkv.tiers import page_reads, records, write_behind
+    from pagedkv.tiers import checksums
 
-    real = records.checksum
-    for module in (page_reads, write_behind):
-        patch.setattr(module, "checksum", lambda identity, page: real(identity, page[:64]))
+    real = checksums.sector_sums
+
+    def some(data: Any) -> Any:
+        sums = real(data)
+        sums[np.arange(len(sums)) % 4 > 0] = 0  # three sectors of four
+        return sums
+
+    patch.setattr(checksums, "sector_sums", some)
 
 
 def does_not_wait_for_the_writer(patch: pytest.MonkeyPatch) -> None:
@@ -108,7 +120,7 @@ def does_not_wait_for_the_writer(patch: pytest.MonkeyPatch) -> None:
 
 def takes_a_buffer_back_that_is_being_read_into(patch: pytest.MonkeyPatch) -> None:
     def hasty(self: ColdReader, batch: Any) -> None:
-        self._buffers.give(self._tickets.pop(batch).buffer)
+        self._release(self._tickets.pop(batch))
 
     patch.setattr(ColdReader, "_discard", hasty)
 

@@ -14,6 +14,7 @@ import pagedkv
 from pagedkv import layer as layer_module
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.attention import KVView, attend
+from pagedkv.cli.main import main
 from pagedkv.selection import ColdSelection
 from pagedkv.tiers.codec import codec_for
 from pagedkv.tiers.page_bounds import LayerBounds, bounds_bytes
@@ -340,6 +341,12 @@ def test_without_the_options_every_page_is_read(small: pagedkv.TierConfig) -> No
 def test_what_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(pagedkv.ConfigError, match=next(iter(options))):
         pagedkv.TierConfig(cold_pages=options.pop("cold_pages", 1), **options)
+
+
+def test_a_stress_run_refuses_them(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["stress", "--model", "synthetic:tiny", "--tokens", "2K", "--cold-pages", "2"]
+    assert main(command) == 1
+    assert "leave out --skip-below and --cold-pages" in capsys.readouterr().err
 
 
 @pytest.mark.model

@@ -121,6 +121,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     config, say = tier_config(args), Notes(args.quiet)
+    if config.selective:
+        raise ConfigError(
+            "a stress run holds answers against attention over every token: leave out --skip-below "
+            "and --cold-pages"
+        )
     options = _options(args, config)
     with StressProgress(args.quiet) as watch:
         if args.model.startswith(_PREFIX):

@@ -6,8 +6,6 @@ was saved or resumed meanwhile, changes a bit of any logit.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats
 from pagedkv.stress.checks import Check, check_books
 from pagedkv.stress.faults import Faults
+from pagedkv.stress.folder import run_folder
 from pagedkv.stress.memory import SLACK, Memory, allowance
 from pagedkv.stress.options import StressOptions, schedule
 from pagedkv.stress.report import Latencies, Status, StressReport, Watch, ignore
@@ -80,7 +79,8 @@ class ModelStress:
     def run(self) -> StressReport:
         """Run under the budgets, then with everything warm if that fits in memory, and compare."""
         mx.eval(self._model.parameters())
-        with self._folder() as folder, self._wrapped(folder) as cache:
+        with run_folder(self._config.cold_dir) as home, self._wrapped(Path(home)) as cache:
+            folder = Path(home)
             self._left_out(cache)
             memory = Memory(cache, self._limits(cache), self._options.sample_seconds)
             play = _Play(self, cache, folder, memory)
@@ -116,15 +116,6 @@ class ModelStress:
             self._notes,
             faults=self._faults.to_dict(),
         )
-
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """A directory of this run's own, for its store and what it saves."""
-        folder = Path(tempfile.mkdtemp(prefix="pagedkv-stress-", dir=self._config.cold_dir))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _wrapped(self, folder: Path) -> Iterator[PagedCache]:

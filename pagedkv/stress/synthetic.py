@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +20,7 @@ from pagedkv.stress import operations
 from pagedkv.stress.checks import Check, check_books
 from pagedkv.stress.exact import Truth
 from pagedkv.stress.faults import Faults
+from pagedkv.stress.folder import run_folder
 from pagedkv.stress.memory import SLACK, Memory, allowance
 from pagedkv.stress.options import StressOptions, schedule
 from pagedkv.stress.report import Latencies, Status, StressReport, Watch, ignore
@@ -79,7 +78,8 @@ class SyntheticStress:
         self.model, self.options, self._name, self._watch = model, options, name, watch
         self.tokens = SyntheticTokens(model, options)
         self.rng = np.random.default_rng([options.seed, 5])
-        self.folder = Path(tempfile.mkdtemp(prefix="pagedkv-stress-", dir=config.cold_dir))
+        self._home = run_folder(config.cold_dir)
+        self.folder = Path(self._home.name)
         # A store that lasts, where one is needed, is this run's alone.
         self.config = replace(config, cold_dir=str(self.folder))
         page_tokens = plan(shape, model.layers, options.tokens, config).page_tokens
@@ -99,7 +99,7 @@ class SyntheticStress:
                 self.main.cache, self._limits(page_tokens, pages), options.sample_seconds
             )
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._home.cleanup()
             raise
 
     def _limits(self, page_tokens: int, pages: int) -> dict[str, int]:
@@ -306,7 +306,7 @@ class SyntheticStress:
         self.memory.finish(self.main.cache.offset)
         for seq in self.open:
             seq.cache.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._home.cleanup()
 
     def report(self) -> StressReport:
         """What was found so far."""
