@@ -234,3 +234,42 @@ def test_a_slab_that_grows_is_never_copied_from_more_than_half(share: int) -> No
             sizes.append(held)
     assert sizes[-1] == share
     assert len(sizes) <= share.bit_length() + 2
+
+
+def test_a_closed_cache_takes_no_memory_even_while_it_is_referred_to() -> None:
+    model = tiny_llama(layers=2, dim=128)
+    config = pagedkv.TierConfig(hot_tokens=64, warm="64MB", cold="64MB", page_tokens=256)
+    tokens = random_tokens(3000)
+    pagedkv.wrap(model, config).close()
+    mx.eval(model(tokens[:, :64], cache=pagedkv.wrap(model, config)))
+    gc.collect()
+    before = mx.get_active_memory()
+    cache = model.make_cache()
+    mx.eval(model(tokens, cache=cache))
+    full = mx.get_active_memory() - before
+    assert full > cache.stats().warm.bytes > 500_000
+    fork = cache.fork()
+    cache.close()
+    assert mx.get_active_memory() - before > full // 2  # the fork's
+    fork.close()
+    assert mx.get_active_memory() - before < full // 20
+    with pytest.raises(pagedkv.PagedKVError, match="closed"):
+        model(tokens[:, :1], cache=cache)
+    pagedkv.unwrap(model)
+
+
+def test_a_cache_that_was_dropped_is_found_after_its_tiers_were_closed() -> None:
+    model = tiny_llama(layers=1)
+    config = pagedkv.TierConfig(hot_tokens=64, warm="64MB", cold=0, page_tokens=256)
+    with pagedkv.wrap(model, config) as cache:
+        dropped = cache.fork()
+        mx.eval(model(random_tokens(900), cache=dropped))
+        pager = cache.context.pager
+        pager.users -= set(dropped.paged_layers)  # as if the collector had begun with it
+    del dropped
+    gc.collect()
+    assert pager.abandoned
+    with model.make_cache() as another:
+        mx.eval(model(random_tokens(900), cache=another))
+        assert another.stats().warm.pages > 0
+    pagedkv.unwrap(model)

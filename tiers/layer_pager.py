@@ -149,7 +149,9 @@ class LayerPager:
         self._pager.abandoned.append(table)
 
     def _forget(self, number: int) -> None:
-        page = self.pages.pop(number)
+        page = self.pages.pop(number, None)
+        if page is None:
+            return  # released: its cache was dropped, not closed, and is found only now
         self.bounds.forget(number)
         if page.slot is not None:
             self._slabs[page.precision].give(page.slot)
@@ -564,6 +566,14 @@ class LayerPager:
         entry = TableEntry(page.number, self.page_tokens)
         _, record, _ = next(self.records([Run((entry,), page.precision)]))
         return record  # staged bytes were copied; those of a slab are read when it is evaluated
+
+    def release(self) -> None:
+        """Let go of all memory; no page is there any more."""
+        self.pages.clear()
+        self._slabs.clear()
+        self._order.clear()
+        self._unbounded.clear()
+        self.bounds, self.kept = LayerBounds(0), KeptPages(0)
 
     # Accounts
 

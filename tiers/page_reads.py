@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pagedkv.allocator import ColdStoreError, CorruptPageError
 from pagedkv.tiers.checksums import checksums
 from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.page_file import PageFile
 from pagedkv.tiers.page_files import PageFiles
 from pagedkv.tiers.records import ColdRecord, unpack
 from pagedkv.tiers.write_behind import ColdCounters
@@ -105,7 +106,7 @@ class PageReads:
         try:
             file.read([into], first.offset)
         except EOFError as e:
-            lost = _first_beyond(records, file.size)
+            lost = _first_beyond(records, file)
             raise CorruptPageError(
                 errno.EBADMSG, f"cold {lost.identity} is missing: {file.path.name}: {e}"
             ) from e
@@ -126,8 +127,12 @@ class PageReads:
                 )
 
 
-def _first_beyond(records: Sequence[ColdRecord], size: int) -> ColdRecord:
-    """The first of neighbouring records that a file of this size does not hold whole."""
+def _first_beyond(records: Sequence[ColdRecord], file: PageFile) -> ColdRecord:
+    """The first of neighbouring records that the file does not hold whole."""
+    try:
+        size = file.size
+    except OSError:
+        return records[0]  # nothing more can be told
     return next((r for r in records if r.offset + r.stored_bytes > size), records[-1])
 
 

@@ -159,6 +159,8 @@ class Pager:
     def close(self) -> None:
         """Release everything; the pager can be used again afterwards, from empty."""
         self.abandoned.clear()
+        for layer in self._layer_pagers.values():
+            layer.release()  # closed caches still know theirs
         self._layer_pagers.clear()
         if self._reader:
             self._reader.close()
