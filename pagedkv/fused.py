@@ -34,6 +34,7 @@ from pagedkv.kernels.decode import (
     can_merge,
     merge_splits,
     new_turns,
+    scratch_words,
 )
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
@@ -116,6 +117,7 @@ class _Kind:
         specs: by whether there is one split, whether one launch does all, and the SIMD groups;
             making one reads its text.
         turns: counters for the next launch that merges what it attended.
+        scratch: where all launches of that chain keep partial softmaxes.
     """
 
     rows: int
@@ -125,6 +127,7 @@ class _Kind:
     launches: dict[tuple[int, int], _Launch] = field(default_factory=dict)
     specs: dict[tuple[bool, bool, int], AttentionSpec] = field(default_factory=dict)
     turns: mx.array | None = None
+    scratch: mx.array | None = None
 
 
 class FusedLayer:
@@ -212,9 +215,11 @@ class FusedLayer:
             kind.launches[plan.splits, plan.warps] = launch
             if kind.turns is None:
                 kind.turns = new_turns(spec)
+            kind.scratch = _scratch(kind.scratch, scratch_words(spec, plan))
         logits = _logits(sinks)
         more = _slabs(pager) if logits is None else [*_slabs(pager), logits]
-        out, turns = launch(q, params, table.array, hot.keys, hot.values, kind.turns, *more)
+        counting = (kind.turns, kind.scratch)
+        out, turns = launch(q, params, table.array, hot.keys, hot.values, *counting, *more)
         # Of two launches that nothing else orders, each now has counters of its own.
         kind.turns = turns if turns is not None else kind.turns
         return out
@@ -246,12 +251,13 @@ class FusedLayer:
             keys: mx.array,
             values: mx.array,
             turns: mx.array,
+            scratch: mx.array,
             *more: mx.array,
         ) -> tuple[mx.array, mx.array | None]:
             slabs, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, None)
             given = (launcher, spec, plan, q, params, table, (keys, values))
             if spec.together:
-                return attend_and_merge(*given, slabs, logits, turns)
+                return attend_and_merge(*given, slabs, logits, turns, scratch)
             sources = [array for slab in slabs for array in (slab, slab)]
             out, stats = attend_splits(*given, sources, plan.splits)
             if not spec.final:
@@ -502,6 +508,15 @@ def _logits(sinks: mx.array | None) -> mx.array | None:
         return None
     logits = sinks.astype(mx.float32).reshape(-1)
     return logits if logits.size >= 8 else mx.pad(logits, (0, 8 - logits.size))
+
+
+def _scratch(present: mx.array | None, words: int) -> mx.array:
+    """Scratch of at least so many words, in powers of two: a call is traced for each size."""
+    if present is not None and present.size >= words:
+        return present
+    scratch = mx.zeros(1 << max(3, (words - 1).bit_length()), mx.uint32)
+    mx.eval(scratch)
+    return scratch
 
 
 @lru_cache(maxsize=1)

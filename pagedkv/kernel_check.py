@@ -22,6 +22,7 @@ from pagedkv.kernels.decode import (
     attend_splits,
     merge_splits,
     new_turns,
+    scratch_words,
     table_words,
 )
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
@@ -115,7 +116,8 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     logits = sinks if spec.has_sinks else None
     given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), sources)
     if spec.together:
-        out, _ = attend_and_merge(*given, logits, new_turns(spec))
+        scratch = mx.full(scratch_words(spec, plan), 0x7FC07E7E, mx.uint32)  # NaN
+        out, _ = attend_and_merge(*given, logits, new_turns(spec), scratch)
     else:
         out, stats = attend_splits(*given, plan.splits)
         if not spec.final:

@@ -17,6 +17,7 @@ from pagedkv.kernels.decode import (
     attend_splits,
     merge_splits,
     new_turns,
+    scratch_words,
     table_words,
 )
 from pagedkv.kernels.launch import Launcher
@@ -289,7 +290,8 @@ def attend(
     if _together(spec, launches):
         words, slabs = mx.array(params, mx.uint32).reshape(-1), sources[::2]
         given = (launcher, spec, plan, q, words, table, arrays[0], slabs)
-        out, turns = attend_and_merge(*given, logits, new_turns(spec))
+        scratch = mx.full(scratch_words(spec, plan), 0x7FC07E7E, mx.uint32)  # NaN
+        out, turns = attend_and_merge(*given, logits, new_turns(spec), scratch)
         assert not turns.any(), "the counters of the next launch do not begin at zero"
         return out
     spec = replace(spec, together=False)

@@ -168,6 +168,7 @@ def attend_and_merge(
     sources: Sequence[mx.array],
     sinks: mx.array | None,
     turns: mx.array,
+    scratch: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """Everything in one launch.
 
@@ -183,19 +184,20 @@ def attend_and_merge(
         sinks: float32, the model's attention sinks, at least eight numbers; None if there are none.
         turns: uint32, zeros: `new_turns`, or what the launch before returned. The kernel counts in
             it: no two launches may be given the same.
+        scratch: uint32, at least `scratch_words`, written in place: launches that share it must
+            be of one chain of counters, which orders them. An array of its own for each launch
+            is one more to make, and never in the processor's cache.
 
     Returns:
         The output, ``[…, L, value_dim]`` like q, and the counters for the next launch.
     """
-    groups = -(-plan.splits // MERGE_GROUP)
-    scratch = (plan.splits + groups) * _rows(spec) * (spec.value_dim + 2)
-    out, _, following = launcher.launch(
+    out, following = launcher.launch(
         spec.attend,
-        [q, params, table, *hot, *sources, *([] if sinks is None else [sinks]), turns],
+        [q, params, table, *hot, *sources, *([] if sinks is None else [sinks]), turns, scratch],
         (plan.splits, spec.heads * spec.row_blocks, spec.sequences),
         LANES * plan.warps,
-        [(*q.shape[:3], spec.value_dim), (scratch,), (_turn_words(spec),)],
-        [q.dtype, mx.float32, mx.uint32],
+        [(*q.shape[:3], spec.value_dim), (_turn_words(spec),)],
+        [q.dtype, mx.uint32],
     )
     return out, following
 
@@ -203,6 +205,14 @@ def attend_and_merge(
 def can_merge(plan: SplitPlan) -> bool:
     """Whether a launch can merge so many splits itself."""
     return plan.splits <= MERGE_GROUP * MERGE_GROUPS
+
+
+def scratch_words(spec: AttentionSpec, plan: SplitPlan) -> int:
+    """Words that a launch needs for the partial softmaxes of splits and of their groups."""
+    if not spec.together:
+        return 0
+    groups = -(-plan.splits // MERGE_GROUP)
+    return (plan.splits + groups) * _rows(spec) * (spec.value_dim + 2)
 
 
 def new_turns(spec: AttentionSpec) -> mx.array:

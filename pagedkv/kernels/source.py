@@ -53,6 +53,7 @@ class KernelText:
         files: of this folder, in the order in which they build on each other.
         call: the function called, with a lane's position, shared memory, inputs and outputs.
         shared_words: words of shared memory of a threadgroup.
+        written: inputs that it writes in.
     """
 
     name: str
@@ -62,6 +63,7 @@ class KernelText:
     files: tuple[str, ...]
     call: str
     shared_words: int
+    written: tuple[str, ...] = ()
 
     @property
     def functions(self) -> str:
@@ -87,7 +89,8 @@ class KernelText:
     def body(self, target: str) -> str:
         """The kernel's body: shared memory, and the call."""
         position, shared = _TARGETS[target]
-        arguments = [f"(BUFFER){name}" for name in self.inputs]
+        kinds = {name: "OUTPUT" if name in self.written else "BUFFER" for name in self.inputs}
+        arguments = [f"({kind}){name}" for name, kind in kinds.items()]
         arguments += [f"(OUTPUT){name}" for name in self.outputs]
         declared = shared.format(words=self.shared_words)
         return f"{declared}\npagedkv::{self.call}({position}, shared, {', '.join(arguments)});"
@@ -228,10 +231,11 @@ class AttentionSpec:
         if self.together:
             return self._text(
                 "attend_and_merge",
-                (*inputs, *self._sinks, "turns"),
-                ("out", "scratch", "next_turns"),
+                (*inputs, *self._sinks, "turns", "scratch"),
+                ("out", "next_turns"),
                 (*files, "merge.h", "together.h"),
                 self.shared_words,
+                written=("scratch",),
             )
         return self._text("attend_pages", inputs, ("partial", "stats"), files, self.shared_words)
 
@@ -253,11 +257,12 @@ class AttentionSpec:
         outputs: tuple[str, ...],
         files: Sequence[str],
         shared_words: int,
+        written: tuple[str, ...] = (),
     ) -> KernelText:
         constants = [f"{name} = {value};" for name, value in self._constants.items()]
         constants.append(f"#define HAS_SINKS {int(self.has_sinks)}")
         constants.append(sources_macro(self.geometries, self.staging))
-        return specialize(call, inputs, outputs, files, constants, shared_words)
+        return specialize(call, inputs, outputs, files, constants, shared_words, written)
 
 
 def specialize(
@@ -267,6 +272,7 @@ def specialize(
     files: Sequence[str],
     constants: Sequence[str],
     shared_words: int,
+    written: tuple[str, ...] = (),
 ) -> KernelText:
     """One kernel: constants, then the functions of some files of this folder.
 
@@ -277,6 +283,7 @@ def specialize(
         files: in this order.
         constants: definitions that the files need; `SHARED_WORDS` is added.
         shared_words: words of shared memory of a threadgroup.
+        written: inputs that it writes in.
     """
     size = f"CONSTANT int SHARED_WORDS = {shared_words};"
     definitions = "\n".join([*constants, size])
@@ -285,7 +292,7 @@ def specialize(
     texts = [definitions, *(_text(name) for name in (*preludes, *files))]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
     name = f"pagedkv_{call}_{digest}"
-    return KernelText(name, inputs, outputs, definitions, tuple(files), call, shared_words)
+    return KernelText(name, inputs, outputs, definitions, tuple(files), call, shared_words, written)
 
 
 def page_constants(shape: KVShape, page_tokens: int) -> list[str]:

@@ -5,7 +5,7 @@
 // and one for the groups. They must be zero at the start. A launch leaves its own counters, `turns`, as
 // they are and writes zeros for the next one, so launches need no order but that of their arrays.
 //
-// Scratch: partial outputs of splits, of groups; their peaks and totals, likewise.
+// Scratch, the same for all launches of a chain of counters: partial outputs of splits, of groups; their peaks and totals, likewise.
 
 CONSTANT u32 TURN_WORDS = MERGE_GROUPS + 1;
 
@@ -29,7 +29,7 @@ FN void find_spots(Group group, u32 first, u32 quads, THREAD Spot (&spots)[TAKEN
 
 FN void attend_and_merge(u32 lane, u32 warp, u32 split, u32 head_block, u32 sequence, SHARED shared, BUFFER q,
                          BUFFER params, BUFFER table, BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER)
-                         SINKS(, BUFFER sinks), BUFFER turns, OUTPUT out, OUTPUT scratch, OUTPUT next_turns) {
+                         SINKS(, BUFFER sinks), BUFFER turns, OUTPUT scratch, OUTPUT out, OUTPUT next_turns) {
   u32 thread = 32 * warp + lane, splits = load(params, 7), groups = group_count(splits);
   OUTPUT merged = scratch + u64(splits) * SPLIT_ROWS * VALUE_DIM;
   OUTPUT stats = merged + u64(groups) * SPLIT_ROWS * VALUE_DIM;
