@@ -273,3 +273,18 @@ def test_a_cache_that_was_dropped_is_found_after_its_tiers_were_closed() -> None
         mx.eval(model(random_tokens(900), cache=another))
         assert another.stats().warm.pages > 0
     pagedkv.unwrap(model)
+
+
+def test_writing_to_a_slab_that_grows_takes_no_third_copy() -> None:
+    page, slots = 16384, 2048
+    slab = WarmSlab(page, slots)
+    record = mx.zeros((1, page // 4), mx.uint32)
+    mx.eval(record)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(slots):
+        slab.write([slab.take()], record)
+        mx.eval(slab.array)
+    assert mx.get_peak_memory() - before < 1.6 * page * slots

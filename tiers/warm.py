@@ -137,8 +137,9 @@ class WarmSlab:
         if self._slots.capacity:
             larger = mx.slice_update(larger, self._array, mx.array([0]), [0])  # in place
         self._array = larger
-        # Started here, for a lazy array could only be evaluated by the thread that made it.
-        mx.async_eval(self._array)  # type: ignore[no-untyped-call]
+        # Waited for: while it is under way what is written next would be written to a copy, and
+        # three slabs would be there at once.
+        mx.eval(self._array)
         self._slots.grow(slots)
 
 
