@@ -43,7 +43,7 @@ from pagedkv.bench.decode import alternating, count_launches, measure_decode
 from pagedkv.bench.prefill import prefill_bytes
 from pagedkv.bench.result import failed, group_of, skipped, succeeded
 from pagedkv.bench.shuffle import shuffle_pages
-from pagedkv.bench.timing import Chain
+from pagedkv.bench.timing import Chain, chain_lengths
 from pagedkv.bench.yardstick import Yardstick, YardstickMeter, call_limit, step_limit
 from pagedkv.cli import main
 from tests.models import tiny_llama
@@ -271,6 +271,19 @@ def test_medians_and_spread() -> None:
     sample = Sample.of([5.0, 1.0, 2.0, 3.0, 4.0])
     assert (sample.median, sample.p10, sample.p90, sample.count) == (3.0, 1.4, 4.6, 5)
     assert Sample.of([7.0]).fields("us", 2.0) == {"us": 14.0, "us_p10": 14.0, "us_p90": 14.0}
+
+
+def test_chains_that_are_compared_have_the_same_length() -> None:
+    def chain(caches: int) -> Chain:
+        return Chain([lambda x: x] * caches, mx.array(0.0))
+
+    quick, other, slow, slower = chain(2), chain(16), chain(1), chain(3)
+    both = chain_lengths([quick, other], [20e-6, 45e-6])
+    assert both[0] == both[1] == 1000  # 20 ms of the quicker one
+    assert chain_lengths([quick, other], [1e-6, 1e-6]) == [1024, 1024]
+    lengths = chain_lengths([quick, slow, slower], [20e-6, 2e-3, 0.5])
+    assert lengths == [1000, 50, 2]  # 0.1 s of the slow one, a second of what is slower still
+    assert chain_lengths([other], [20e-3]) == [16]  # every cache once
 
 
 def test_a_chain_is_dependent_and_takes_caches_in_turn() -> None:
