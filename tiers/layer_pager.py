@@ -569,10 +569,7 @@ class LayerPager:
 
     def release(self) -> None:
         """Let go of all memory; no page is there any more."""
-        self.pages.clear()
-        self._slabs.clear()
-        self._order.clear()
-        self._unbounded.clear()
+        self.pages, self._slabs, self._order, self._unbounded = {}, {}, {}, {}
         self.bounds, self.kept = LayerBounds(0), KeptPages(0)
 
     # Accounts
