@@ -339,9 +339,10 @@ class PagerLife(RuleBasedStateMachine):
                             self.require_touched(record.nbytes, want.layer, record.offset, error)
                             self.seen["damaged page"] += 1
                             return
-                        # A file that was cut off may have grown again, with zeros where the page
-                        # had some.
-                        if self.tampered or self.faults["flip_read"] or self.faults["cut"]:
+                        # A file whose end was lost may have grown again since, with zeros where
+                        # the page had some.
+                        touched = self.was_touched(record.nbytes, want.layer, record.offset)
+                        if self.tampered or self.faults["flip_read"] or touched:
                             self.read_again(record, want)
                             return
             raise Violation(f"no page that was damaged: {error}") from error
@@ -351,9 +352,13 @@ class PagerLife(RuleBasedStateMachine):
 
     def require_touched(self, nbytes: int, layer: int, offset: int, error: Exception) -> None:
         """A page that is not in its file any more must have been changed from outside."""
-        name = f"layer-{layer:04d}-{nbytes // 1024}k.pages"
-        if not self.rewound and not self.touched & set(blocks(name, offset, offset + nbytes)):
+        if not self.rewound and not self.was_touched(nbytes, layer, offset):
             raise Violation(f"nobody but the store itself changed this page: {error}") from error
+
+    def was_touched(self, nbytes: int, layer: int, offset: int) -> bool:
+        """Whether a fault that nobody was told of changed some of these bytes of a layer's file."""
+        name = f"layer-{layer:04d}-{nbytes // 1024}k.pages"
+        return bool(self.touched & set(blocks(name, offset, offset + nbytes)))
 
     def read_again(self, record: ColdRecord, want: Want) -> None:
         """It was damaged when it was read ahead, or only read wrongly; now it must be right."""
