@@ -184,7 +184,7 @@ class WatchedDisk(RealDisk):
     def __init__(self) -> None:
         self.reads: list[int] = []
         self.writes: list[int] = []
-        self.gate = threading.Event()
+        self.gate, self.arrived = threading.Event(), threading.Event()
         self.gate.set()
 
     def pread(self, fd: int, buffers: Any, offset: int) -> int:
@@ -192,6 +192,7 @@ class WatchedDisk(RealDisk):
         return super().pread(fd, buffers, offset)
 
     def pwrite(self, fd: int, buffers: Any, offset: int) -> int:
+        self.arrived.set()
         self.gate.wait()
         self.writes.append(sum(map(len, buffers)))
         return super().pwrite(fd, buffers, offset)
@@ -244,7 +245,9 @@ def test_pages_that_lie_together_are_written_together(
     disk.gate.clear()
     pages = [random_page(i) for i in range(9)]
     pages[6] = np.zeros(PAGE, np.uint8)  # is packed, and so leaves a gap
-    records = [store.put(0, i, LAYOUT, page) for i, page in enumerate(pages)]
+    records = [store.put(0, 0, LAYOUT, pages[0])]
+    assert disk.arrived.wait(30)  # alone: the others are put while it waits
+    records += [store.put(0, i, LAYOUT, page) for i, page in enumerate(pages) if i]
     records.append(store.put(1, 0, LAYOUT, pages[0]))
     store.free(records[4])  # not to be written any more
     disk.gate.set()
