@@ -159,7 +159,17 @@ def test_a_flush_that_was_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert "flushed were [2999]" in check(report, "killed and resumed").failures[0]
 
 
-def test_a_process_that_ends_by_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before_it_is_told_what_to_do", [False, True])
+def test_a_process_that_ends_by_itself_is_found(
+    before_it_is_told_what_to_do: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process(killing.subprocess.Popen):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            if before_it_is_told_what_to_do:
+                self.wait()
+
+    monkeypatch.setattr(killing.subprocess, "Popen", Process)
     monkeypatch.setattr(killing.sys, "executable", "/bin/false")
     report = run({"kill": 1})
     assert "did not go on" in check(report, "killed and resumed").failures[0]

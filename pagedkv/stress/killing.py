@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -85,8 +86,8 @@ def kill_one(
     watchdog.start()
     try:
         assert process.stdin and process.stdout and process.stderr
-        process.stdin.write(json.dumps(spec))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(json.dumps(spec))  # broken if it ended first: what it said tells more
         for line in process.stdout:
             what, _, number = line.partition(" ")
             fate.said.append((what, int(number)))
