@@ -20,6 +20,7 @@ from pagedkv.allocator.errors import (
 )
 from pagedkv.allocator.geometry import PAGE_ALIGNMENT, KVShape, PageGeometry, PagePart
 from pagedkv.allocator.precision import Ladder, Precision
+from pagedkv.allocator.prefix_index import PrefixIndex, prefix_digests, prefix_key
 from pagedkv.allocator.slots import PageAllocator, SlotPool
 from pagedkv.allocator.table import PageTable, TableEntry
 
@@ -40,6 +41,7 @@ __all__ = [
     "PageTable",
     "PagedKVError",
     "Precision",
+    "PrefixIndex",
     "SequenceNotFoundError",
     "ShapeError",
     "SlotPool",
@@ -47,4 +49,6 @@ __all__ = [
     "StoreMismatchError",
     "TableEntry",
     "UnsafeStoreError",
+    "prefix_digests",
+    "prefix_key",
 ]
