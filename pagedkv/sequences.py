@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from pagedkv.errors import (
     StoreMismatchError,
 )
 from pagedkv.tiers import FileColdStore, LayerState, SequenceState, StoredSequence
-from pagedkv.tiers.checkpoint import Checkpoint, precisions, read_hot
+from pagedkv.tiers.checkpoint import Checkpoint, Entries, damaged, precisions, read_hot
 from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
 
 if TYPE_CHECKING:
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
     from pagedkv.layer import PagedLayerCache
 
 Bytes = npt.NDArray[np.uint8]
+MOST_UNITS = 8000
+"""Digests that a checkpoint has room for beside everything else in its description."""
+
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -52,6 +54,8 @@ def flush(cache: PagedCache, durability: str | None) -> StoredSequence:
         tokens=cache.offset,
         flushed_at=time.time_ns(),
         layers=tuple(map(_describe, layers)),
+        prefix=tuple(digest.hex() for digest in cache.context.prefix),
+        prompt_rate=cache.context.pace.prompt_per_second or cache.context.prefixes.prompt_rate,
     )
     store.commit(state, pages, _hot(layers), durable=durability == "power")
     return next(s for s in store.checkpoints.stored() if s.sequence == state.sequence)
@@ -148,21 +152,67 @@ def resume(cache: PagedCache, sequence: str | None) -> None:
     checkpoint = store.load(sequence)
     _require_unused(cache, checkpoint.state.sequence)
     layers = {layer.layer: layer for layer in cache.paged_layers}
+    _bind_all(layers, checkpoint)
+    try:
+        for state, keys, values in read_hot(cache.context.pager.disk, checkpoint):
+            _load_hot(layers[state.layer], state, keys, values)
+        _load_pages(layers, store, checkpoint, checkpoint.entries)
+        for state in checkpoint.state.layers:
+            layers[state.layer].offset = checkpoint.state.tokens
+    except BaseException:
+        empty(cache)
+        raise
+    cache.context.sequence_id = checkpoint.state.sequence
+    cache.context.prefix = [bytes.fromhex(digest) for digest in checkpoint.state.prefix]
+
+
+def adopt_prefix(cache: PagedCache, sequence: str, tokens: int) -> None:
+    """Fill an empty cache with the beginning of a flushed sequence, and share its pages.
+
+    Args:
+        cache: which; after an error it may hold a part: `empty` it.
+        sequence: its name.
+        tokens: how many: the sinks, and whole pages in every layer.
+
+    Raises:
+        CorruptStoreError: if the checkpoint is damaged, or does not hold so many.
+        SequenceNotFoundError, StoreMismatchError, ColdStoreError: see `resume`.
+    """
+    store = store_of(cache)
+    checkpoint = store.load(sequence)
+    layers = {layer.layer: layer for layer in cache.paged_layers}
+    _bind_all(layers, checkpoint)
+    sinks = cache.context.config.sink_tokens
+    chosen, at = [], 0
+    for state in checkpoint.state.layers:
+        count = (tokens - sinks) // state.page_tokens
+        first = checkpoint.entries[at : at + min(count, state.pages)]
+        if state.hot_tokens < sinks or int(first["tokens"].sum()) != tokens - sinks:
+            raise damaged(checkpoint.path, f"layer {state.layer} does not begin with full pages")
+        chosen.append(first)
+        at += state.pages
+    for state, keys, values in read_hot(cache.context.pager.disk, checkpoint):
+        layer = layers[state.layer]
+        _load_hot(layer, state, keys, values)
+        layer._hot.truncate(sinks)
+        layer.compact()
+    _load_pages(layers, store, checkpoint, np.concatenate(chosen))
+    for state in checkpoint.state.layers:
+        layers[state.layer].offset = tokens
+
+
+def lasts(cache: PagedCache) -> bool:
+    """Whether what is flushed stays when the process ends."""
+    return cache.context.pager.has_cold and cache.context.pager.identity is not None
+
+
+def _bind_all(layers: dict[int, PagedLayerCache], checkpoint: Checkpoint) -> None:
     for state in checkpoint.state.layers:
         if state.layer not in layers:
             raise StoreMismatchError(
                 f"{checkpoint.path} has a layer {state.layer}, this model pages {sorted(layers)}"
             )
         _bind(layers[state.layer], state, checkpoint)
-    try:
-        for state, keys, values in read_hot(cache.context.pager.disk, checkpoint):
-            _load_hot(layers[state.layer], state, keys, values)
-        _load_pages(layers, store, checkpoint)
-    except BaseException:
-        for layer in layers.values():
-            _empty(layer)
-        raise
-    cache.context.sequence_id = checkpoint.state.sequence
 
 
 def _require_unused(cache: PagedCache, sequence: str) -> None:
@@ -221,22 +271,25 @@ def _load_hot(layer: PagedLayerCache, state: LayerState, keys: Bytes, values: By
     layer.offset = state.hot_tokens
 
 
-def _empty(layer: PagedLayerCache) -> None:
-    if layer._table is not None:
-        layer._table.clear()
-    layer._hot.truncate(0)
-    layer.offset, layer._may_promote = 0, False
+def empty(cache: PagedCache) -> None:
+    """Let go of everything that was loaded."""
+    for layer in cache.paged_layers:
+        if layer._table is not None:
+            layer._table.clear()
+        layer._hot.truncate(0)
+        layer.offset, layer._may_promote = 0, False
+    cache.context.prefix = []
 
 
 def _load_pages(
-    layers: dict[int, PagedLayerCache], store: SequenceStore, checkpoint: Checkpoint
+    layers: dict[int, PagedLayerCache],
+    store: SequenceStore,
+    checkpoint: Checkpoint,
+    entries: Entries,
 ) -> None:
-    pages = store.records(checkpoint)
-    for state in checkpoint.state.layers:
-        layer = layers[state.layer]
+    for record, position, tokens in store.records(checkpoint, entries):
+        layer = layers[record.identity.layer]
         assert layer._pager is not None and layer._table is not None
-        for record, position, tokens in itertools.islice(pages, state.pages):
-            number = layer._pager.adopt(record, position, layer._context.lineage)
-            layer._table.append(number, tokens)
-        layer.offset = checkpoint.state.tokens
+        number = layer._pager.adopt(record, position, layer._context.lineage)
+        layer._table.append(number, tokens)
         layer._may_promote = True  # they are warm again as far as there is room

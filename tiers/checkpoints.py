@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class StoredSequence:
         pages: pages of all layers.
         checkpoint_bytes: bytes of its checkpoint file, hot tokens included; its pages come on top.
         flushed_at: seconds since 1970.
+        prefix: digests of its tokens; see `SequenceState`.
+        prompt_rate: prompt tokens per second where it was computed; 0 if that is not known.
     """
 
     sequence: str
@@ -58,6 +60,8 @@ class StoredSequence:
     pages: int
     checkpoint_bytes: int
     flushed_at: float
+    prefix: tuple[str, ...] = field(default=(), repr=False)
+    prompt_rate: float = 0.0
 
 
 @dataclass
@@ -304,5 +308,11 @@ def _places(entries: Entries) -> Iterator[Place]:
 
 def _summary(state: SequenceState) -> StoredSequence:
     return StoredSequence(
-        state.sequence, state.tokens, state.pages, file_bytes(state), state.flushed_at / 1e9
+        state.sequence,
+        state.tokens,
+        state.pages,
+        file_bytes(state),
+        state.flushed_at / 1e9,
+        state.prefix,
+        state.prompt_rate,
     )

@@ -13,6 +13,7 @@ from pagedkv.allocator import KVShape, PagedKVError
 from pagedkv.allocator.geometry import PAGE_TOKENS
 
 SEQUENCE_ID = re.compile(r"[0-9a-f]{16}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LIMIT = 2**40
 """Above every number of tokens, heads or channels that can be meant."""
@@ -105,6 +106,9 @@ class SequenceState:
         tokens: tokens held, hot ones included, the same in every layer.
         flushed_at: nanoseconds since 1970.
         layers: every layer that holds tokens, in order.
+        prefix: digests of its tokens, page by page, as 64 hex digits each; none if they were not
+            told.
+        prompt_rate: prompt tokens per second where it was computed; 0 if that is not known.
     """
 
     identity: StoreIdentity
@@ -112,6 +116,8 @@ class SequenceState:
     tokens: int
     flushed_at: int
     layers: tuple[LayerState, ...]
+    prefix: tuple[str, ...] = ()
+    prompt_rate: float = 0.0
 
     @property
     def pages(self) -> int:
@@ -149,6 +155,9 @@ def parse_sequence(text: bytes) -> SequenceState:
         tokens=take.number("tokens", 0),
         flushed_at=take.number("flushed_at", 0, 2**63),
         layers=tuple(_layer(_Fields(item, "layers")) for item in take.items("layers")),
+        # Those before knew neither.
+        prefix=tuple(map(_digest, take.items("prefix"))) if "prefix" in take.raw else (),
+        prompt_rate=take.rate("prompt_rate") if "prompt_rate" in take.raw else 0.0,
     )
     numbers = [layer.layer for layer in state.layers]
     if bool(numbers) != bool(state.tokens) or numbers != sorted(set(numbers)):
@@ -166,6 +175,12 @@ def _identity(take: _Fields) -> StoreIdentity:
         page_tokens=None if optional[0] is None else take.number("page_tokens", 1),
         hot_dtype=None if optional[1] is None else take.text("hot_dtype"),
     )
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        raise MalformedError("a digest in prefix is not 64 hex digits")
+    return value
 
 
 def _layer(take: _Fields) -> LayerState:
@@ -195,6 +210,14 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise MalformedError(f"{self._where} {name} is no number from {least} to {most}")
         return value
+
+    def rate(self, name: str) -> float:
+        value = self.raw.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MalformedError(f"{self._where} {name} is no number")
+        if not 0 <= value < LIMIT:  # NaN is neither
+            raise MalformedError(f"{self._where} {name} is no rate")
+        return float(value)
 
     def one_of(self, name: str, known: Collection[int]) -> int:
         value = self.number(name, min(known), max(known))

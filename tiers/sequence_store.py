@@ -127,8 +127,14 @@ class SequenceStore:
             extent.file.write(stored, record.offset)
         record.failures = extent.failures
 
-    def records(self, checkpoint: Checkpoint) -> Iterator[StoredPage]:
+    def records(
+        self, checkpoint: Checkpoint, entries: Entries | None = None
+    ) -> Iterator[StoredPage]:
         """The pages of a checkpoint, each held as by `FileColdStore.put`.
+
+        Args:
+            checkpoint: what they belong to.
+            entries: only these of its entries; all if None.
 
         Raises:
             CorruptPageError: naming a page that is beyond the end of its file.
@@ -136,7 +142,7 @@ class SequenceStore:
         owner = self.checkpoints.identity.digest
         with told(f"cannot look at the page files in {self._files.directory}"):
             sizes = self._files.sizes()
-        for row in checkpoint.entries.tolist():
+        for row in (checkpoint.entries if entries is None else entries).tolist():
             layer, tokens, position, page, page_tokens, key_bits, value_bits = row[:7]
             generation, slot, page_bytes, stored_bytes, digest = row[7:]
             layout = (key_bits, value_bits, page_tokens)
