@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv import sequences, state
+from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
 from pagedkv.config import TierConfig
 from pagedkv.layer import PagedLayerCache, SequenceContext
@@ -134,6 +134,52 @@ class PagedCache(list[Any]):
             ColdStoreError: if the disk failed.
         """
         sequences.resume(self, sequence)
+
+    def remember(self, tokens: Sequence[int] | mx.array) -> int:
+        """Keep what this cache holds for sequences that begin with the same tokens.
+
+        Its sealed pages are shared with a cache that `reuse`s them, and stay, within the budgets,
+        when this one is closed; the ones used longest ago are given up when room is wanted. What
+        `flush` writes from now on can be reused by other processes.
+
+        Args:
+            tokens: ids of the tokens that the cache holds, from the first one on. They must be
+                all that decides what it holds: where images or other inputs do too, use a
+                ``prefix_salt`` for each or do not call this.
+
+        Returns:
+            Tokens that can be reused: the sinks and whole pages; 0 if there is no page, or the
+            model has layers that keep something else than pages (`CacheStats.prefix_reuse`).
+
+        Raises:
+            ConfigError: if they are no token ids.
+        """
+        return prefixes.remember(self, tokens)
+
+    def reuse(self, tokens: Sequence[int] | mx.array) -> int:
+        """Fill this empty cache with the beginning of a prompt, if it is known.
+
+        Looked for are sequences that were remembered while the model is wrapped, and with a
+        ``cold_dir`` those that were flushed there, by this process or another, under the same
+        model, precisions and ``prefix_salt``. Pages are shared, not copied, and read from disk only
+        where that is quicker than computing them, by the rates measured. The last ``hot_tokens`` of
+        the prompt are never taken over: they are 16 bit, as if nothing had been reused.
+
+        Args:
+            tokens: ids of the whole prompt.
+
+        Returns:
+            How many of them the cache holds now, less than there are: give the model the rest.
+
+        Raises:
+            CacheStateError: if the cache is not empty.
+            ConfigError: if they are no token ids.
+        """
+        return prefixes.reuse(self, tokens)
+
+    def forget_prefixes(self) -> None:
+        """Give up what was remembered in memory, of all caches of this model."""
+        self.context.prefixes.clear()
 
     def stored_sequences(self) -> list[StoredSequence]:
         """What `resume` can find for this model and these settings, the newest first."""

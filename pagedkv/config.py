@@ -54,6 +54,8 @@ class TierConfig:
         keep_free: memory that the machine should have left: with less, or when macOS says that
             memory is short, warm pages go to disk before the warm budget is used up, and what they
             took is given back. 0 never looks.
+        prefix_salt: mixed into what prefixes are found by: sequences with different salts share
+            nothing.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -77,6 +79,7 @@ class TierConfig:
     cold_pages: int | None = None
     bounds: int | str = "256MiB"
     keep_free: int | str = "512MB"
+    prefix_salt: str = ""
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -99,6 +102,8 @@ class TierConfig:
         require_durability(self.durability)
         if not isinstance(self.kv, str):
             raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
+        if not isinstance(self.prefix_salt, str):
+            raise ConfigError(f"prefix_salt is text, got {self.prefix_salt!r}")
         if not isinstance(self.cold_dir, (str, type(None))):
             raise ConfigError(f"cold_dir is a path as text, or None, got {self.cold_dir!r}")
         self.budget()

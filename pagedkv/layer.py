@@ -26,6 +26,7 @@ from pagedkv.errors import (
     ShapeError,
 )
 from pagedkv.pace import Pace
+from pagedkv.prefixes import Prefixes
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
 from pagedkv.tiers.codec import to_16_bit
@@ -46,7 +47,9 @@ class SequenceContext:
         sequence_id: tells the layers of one saved file from another's.
         admitted: length up to which no layer has to seal a page.
         behind: the layer that attended last in a prefill chunk, if that is not known to be done.
-        pace: of decode steps.
+        pace: of prompts and decode steps.
+        prefixes: what is remembered of sequences of this model; shared with all its caches.
+        prefix: digests of the tokens in this sequence's pages, as far as they are known.
     """
 
     config: TierConfig
@@ -59,12 +62,26 @@ class SequenceContext:
     admitted: int = 0
     behind: weakref.ref[PagedLayerCache] | None = None
     pace: Pace = field(default_factory=Pace)
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    prefix: list[bytes] = field(default_factory=list)
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
         return SequenceContext(
-            self.config, self.pager, self.lineage, [], self.fingerprint, self.max_tokens
+            self.config,
+            self.pager,
+            self.lineage,
+            fingerprint=self.fingerprint,
+            max_tokens=self.max_tokens,
+            prefixes=self.prefixes,
+            prefix=list(self.prefix),
         )
+
+    def forget_prefix_beyond(self, tokens: int) -> None:
+        """Tokens from there on are about to be others than those that digests are known of."""
+        if self.prefix:
+            unit = max(cache.page_tokens for cache in self.alive())
+            del self.prefix[max(0, tokens - self.config.sink_tokens) // unit :]
 
     def alive(self) -> Iterator[PagedLayerCache]:
         """The paged layers that still exist, in model order."""
@@ -163,7 +180,7 @@ class PagedLayerCache:
         context, hot, count = self._context, self._hot, shapes[0][2]
         context.pager.use(context.lineage)
         if self._leads:
-            context.pace.step() if count <= DECODE_TOKENS else context.pace.rest()
+            context.pace.step() if count <= DECODE_TOKENS else context.pace.prompt(count)
         self._appended = count
         if self._may_promote or hot.used + count >= self._full:
             with self._taken_back_to(self.offset):
@@ -367,7 +384,10 @@ class PagedLayerCache:
         for cache in layers:
             if cache._pager is None or not cache._pages_due(count):
                 continue
-            problem = cache._pager.shortage(cache._pages_to_come(count))
+            more = cache._pages_to_come(count)
+            while problem := cache._pager.shortage(more):
+                if not self._context.prefixes.give_up_one():
+                    break
             if problem is None and cache is self and self._overflowing():
                 problem = "the disk failed while pages were being stored"
             if problem:
@@ -396,6 +416,16 @@ class PagedLayerCache:
         """Bytes of a page of this layer."""
         assert self._pager is not None
         return self._pager.codecs[precision].geometry.page_bytes
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is ever forgotten unasked."""
+        return True
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page; 0 before the first tokens."""
+        return self._pager.page_tokens if self._pager else 0
 
     @property
     def shape(self) -> KVShape | None:
@@ -605,6 +635,7 @@ class PagedLayerCache:
             self._table.trim(sealed_end - max(left, sinks))
             self._hot.truncate(min(left, sinks))
             self._may_promote = True
+            self._context.forget_prefix_beyond(left)
         self.offset = left
         return n
 
@@ -617,12 +648,24 @@ class PagedLayerCache:
         if self._closed:
             raise ClosedError(f"layer {self.layer}: a closed cache cannot be forked")
         twin = type(self)(context or self._context.fork(), self.layer)
-        twin.offset = self.offset
         twin.reaches_hook, twin.readers = dict(self.reaches_hook), self.readers
-        if self._pager is not None and self._table is not None:
-            twin.bind(self._pager.shape, self._dtype)
-            twin._adopt(self._table.fork(), self._hot.share())
+        twin.take_over(self)
         return twin
+
+    def take_over(self, other: PagedLayerCache) -> None:
+        """Hold the tokens of another cache of this layer, and none else; it keeps them too."""
+        if other._pager is not None and other._table is not None:
+            if self._pager is None:
+                self.bind(other._pager.shape, other._dtype)
+            self._adopt(other._table.fork(), other._hot.share())
+        self.offset = other.offset
+
+    def compact(self) -> None:
+        """Give back the memory of hot tokens that are not held any more."""
+        if self._hot.used < self._hot.capacity:
+            held = [mx.contiguous(array) for array in self._hot.view()]
+            mx.eval(*held)
+            self._hot.load(*held)
 
     def _adopt(self, table: PageTable, hot: HotBuffer) -> None:
         assert self._pager is not None

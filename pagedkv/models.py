@@ -22,6 +22,7 @@ from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache, SequenceContext
+from pagedkv.prefixes import Prefixes
 from pagedkv.tiers import HotTokens, Pager
 
 _WRAPPED = "_pagedkv_wrapping"
@@ -56,6 +57,7 @@ class Wrapping:
         fingerprint: of the model.
         max_tokens: the model's context limit, if it states one.
         probes: per layer index, for the layers that were seen to cache keys and values.
+        prefixes: what its caches remember.
     """
 
     config: TierConfig
@@ -64,13 +66,18 @@ class Wrapping:
     fingerprint: str
     max_tokens: int | None
     probes: dict[int, LayerProbe] = field(default_factory=dict)
+    prefixes: Prefixes = field(default_factory=Prefixes)
 
     def make_cache(self) -> PagedCache:
         """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
         from pagedkv.mlx_lm_cache import PagedKVCache, is_pageable
 
         context = SequenceContext(
-            self.config, self.pager, fingerprint=self.fingerprint, max_tokens=self.max_tokens
+            self.config,
+            self.pager,
+            fingerprint=self.fingerprint,
+            max_tokens=self.max_tokens,
+            prefixes=self.prefixes,
         )
         layers: list[Any] = []
         for i, stock in enumerate(self.stock()):
@@ -160,10 +167,12 @@ def _wrapped_already(earlier: Wrapping, config: TierConfig) -> PagedCache | None
 def unwrap(model: Any) -> None:
     """Give the model its own caches back; caches made while it was wrapped stay usable.
 
-    Unwrapping a model that is not wrapped does nothing.
+    What they remember of sequences is given up. Nothing happens to a model that is not wrapped.
     """
-    if wrapping_of(model) is None:
+    wrapping = wrapping_of(model)
+    if wrapping is None:
         return
+    wrapping.prefixes.clear()
     object.__delattr__(model, "make_cache")
     object.__delattr__(model, _WRAPPED)
     hook.uninstall()

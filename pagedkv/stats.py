@@ -9,6 +9,7 @@ import mlx.core as mx
 import psutil
 
 from pagedkv.allocator import KVShape
+from pagedkv.prefixes import obstacle
 from pagedkv.selection import SkipCounters
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class CacheStats:
         kept_bytes: memory for cold pages that were read last, with ``cold_pages``.
         skipped: what decode steps left out of the cold pages, and bounds on what that changed;
             None where they read them all.
+        prefix_tokens_reused: prompt tokens that were not computed again, in all the model's caches.
+        prefixes_remembered: sequences kept in memory for that.
+        prefix_reuse: ``"on"``, or why this model's prefixes cannot be reused.
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
             the hook, or the class name of a cache that was left as it is.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
@@ -97,6 +101,9 @@ class CacheStats:
     bounds_bytes: int
     kept_bytes: int
     skipped: SkipCounters | None
+    prefix_tokens_reused: int
+    prefixes_remembered: int
+    prefix_reuse: str
     layers: tuple[str, ...]
     mlx_active_bytes: int
     mlx_peak_bytes: int
@@ -176,6 +183,9 @@ def collect(cache: PagedCache) -> CacheStats:
         bounds_bytes=sum(layer.bounds.nbytes for layer in pager.layer_pagers),
         kept_bytes=sum(layer.kept.nbytes for layer in pager.layer_pagers),
         skipped=_skipped(cache),
+        prefix_tokens_reused=cache.context.prefixes.reused,
+        prefixes_remembered=len(cache.context.prefixes),
+        prefix_reuse=obstacle(cache) or "on",
         layers=tuple(_kind(layer) for layer in cache),
         mlx_active_bytes=mx.get_active_memory(),
         mlx_peak_bytes=mx.get_peak_memory(),

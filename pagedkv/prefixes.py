@@ -1,0 +1,254 @@
+"""Prefixes of sequences, kept so that a sequence that begins alike need not be computed again.
+
+What is kept is a fork of the sequence, cut to its sealed pages: page numbers, no bytes. Which
+sequences begin alike is told by digests over their tokens (`pagedkv.allocator.prefix_index`); with
+a ``cold_dir`` they lie in the checkpoints too, so that another process finds them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from pagedkv import sequences
+from pagedkv.allocator import PrefixIndex, prefix_digests, prefix_key
+from pagedkv.errors import CacheStateError, ColdStoreError
+from pagedkv.tiers import StoredSequence
+
+if TYPE_CHECKING:
+    from pagedkv.cache import PagedCache
+    from pagedkv.layer import PagedLayerCache, SequenceContext
+
+
+_TRIAL_SECONDS = 0.02
+"""Reading goes on for so long to learn the disk's rate, a few requests at least."""
+
+
+class Prefixes:
+    """What the caches of one wrapped model remember of sequences, in memory.
+
+    Remembered sequences use the model's budgets, and are given up, the one used longest ago first,
+    when pages are wanted for others.
+
+    Attributes:
+        reused: tokens that were not computed again.
+        prompt_rate: prompt tokens computed per second, as last measured; 0 if nothing was.
+    """
+
+    def __init__(self) -> None:
+        self._index: PrefixIndex[int] = PrefixIndex()
+        self._kept: dict[int, PagedCache] = {}
+        self._names = itertools.count()
+        self.reused = 0
+        self.prompt_rate = 0.0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, cache: PagedCache, digests: Sequence[bytes], tokens: int) -> None:
+        """Remember the first `tokens` tokens of a cache, which have these digests."""
+        best = self._index.longest(digests)
+        if best is not None and best[1] == len(digests):  # that one holds all of this
+            self._index.touch(best[0])
+            return
+        covered = self._index.covered(digests)
+        fork = cache.fork()
+        fork.trim(cache.offset - tokens)
+        for layer in fork.paged_layers:
+            layer.compact()
+        name = next(self._names)
+        self._kept[name] = fork
+        self._index.add(name, digests)
+        for other in covered:
+            self._drop(other)
+
+    def longest(self, digests: Sequence[bytes]) -> tuple[PagedCache, int] | None:
+        """The remembered cache that shares most with a chain, and the units that it shares."""
+        found = self._index.longest(digests)
+        if found is None:
+            return None
+        name, units = found
+        self._index.touch(name)
+        return self._kept[name], units
+
+    def give_up_one(self) -> bool:
+        """Give up the sequence used longest ago; False if there is none."""
+        name = self._index.oldest
+        if name is None:
+            return False
+        self._drop(name)
+        return True
+
+    def clear(self) -> None:
+        """Give up all of them."""
+        while self.give_up_one():
+            pass
+
+    def _drop(self, name: int) -> None:
+        self._index.remove(name)
+        self._kept.pop(name).close()
+
+
+def obstacle(cache: PagedCache) -> str:
+    """Why prefixes of a cache cannot be reused; empty if they can."""
+    for i, layer in enumerate(cache):
+        if layer not in cache.paged_layers:
+            return f"layer {i} is a {type(layer).__name__}, which holds no pages"
+        if not layer.keeps_all:
+            return f"layer {i} is a {type(layer).__name__}, which forgets tokens"
+    return ""
+
+
+def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+    """Keep a cache's sealed pages for others; see `PagedCache.remember`."""
+    context = cache.context
+    if obstacle(cache) or not cache.offset:
+        return 0
+    ids = _ids(tokens)[: cache.offset]
+    unit = _unit(cache)
+    units = min(_full_tokens(layer) for layer in _holding(cache)) // unit
+    digests = prefix_digests(
+        _key(context, unit), ids, unit, context.config.sink_tokens, min(units, sequences.MOST_UNITS)
+    )
+    if rate := context.pace.prompt_per_second:
+        context.prefixes.prompt_rate = rate
+    context.prefix = digests
+    if not digests:
+        return 0
+    held = context.config.sink_tokens + len(digests) * unit
+    context.prefixes.keep(cache, digests, held)
+    return held
+
+
+def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+    """Fill an empty cache with what is known of these tokens; see `PagedCache.reuse`."""
+    if cache.offset:
+        raise CacheStateError(
+            f"this cache holds {cache.offset:,} tokens: only an empty one can begin with a prefix"
+        )
+    context, config = cache.context, cache.context.config
+    if obstacle(cache) or not all(layer.shape for layer in cache.paged_layers):
+        return 0
+    ids, unit = _ids(tokens), _unit(cache)
+    # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
+    most = (len(ids) - config.sink_tokens - config.hot_tokens) // unit
+    digests = prefix_digests(_key(context, unit), ids, unit, config.sink_tokens, max(0, most))
+    here = context.prefixes.longest(digests)
+    there = _longest_stored(cache, digests)
+    units = 0
+    if there is not None and there[1] > (here[1] if here else 0):
+        units = _load(cache, *there, unit)
+    if not units and here is not None:
+        source, units = here
+        _take_over(cache, source, config.sink_tokens + units * unit)
+    context.prefix = digests[:units]
+    reused = cache.offset
+    context.prefixes.reused += reused
+    return reused
+
+
+def _ids(tokens: Sequence[int] | mx.array) -> list[int]:
+    given: Any = tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
+    if given and isinstance(given[0], list):
+        raise CacheStateError("tokens are of one sequence: a list of ids, or an array [n]")
+    return list(given)
+
+
+def _holding(cache: PagedCache) -> list[PagedLayerCache]:
+    """The layers that hold tokens: some models have caches that they never use."""
+    return [layer for layer in cache.paged_layers if layer.offset]
+
+
+def _unit(cache: PagedCache) -> int:
+    """Tokens per digest: a whole number of pages in every layer."""
+    return max(layer.page_tokens for layer in cache.paged_layers if layer.shape)
+
+
+def _full_tokens(layer: PagedLayerCache) -> int:
+    """Tokens in the full pages with which a layer begins."""
+    tokens = (n for _, n in layer.located_pages())
+    return sum(itertools.takewhile(lambda n: n == layer.page_tokens, tokens))
+
+
+def _key(context: SequenceContext, unit: int) -> bytes:
+    config = context.config
+    settings = (str(config.ladder), config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
+    return prefix_key(context.fingerprint, *settings)
+
+
+def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:
+    cache.context.lineage = source.context.lineage  # its pages are in use now
+    for layer, other in zip(cache.paged_layers, source.paged_layers, strict=True):
+        if other.offset:
+            layer.take_over(other)
+            layer.trim(other.offset - tokens)
+
+
+# On disk
+
+
+def _longest_stored(
+    cache: PagedCache, digests: Sequence[bytes]
+) -> tuple[StoredSequence, int] | None:
+    """The flushed sequence that shares most with a chain, and the units that it shares."""
+    if not digests or not sequences.lasts(cache):
+        return None
+    found, most = None, 0
+    for stored in sequences.store_of(cache).checkpoints.stored():
+        for units in range(min(len(digests), len(stored.prefix)), most, -1):
+            if stored.prefix[units - 1] == digests[units - 1].hex():
+                found, most = stored, units
+                break
+    return (found, most) if found else None
+
+
+def _load(cache: PagedCache, stored: StoredSequence, units: int, unit: int) -> int:
+    """Begin with pages of a flushed sequence, if that is quicker than computing them.
+
+    Returns:
+        The units loaded: all or none. A damaged sequence is none, with a warning.
+    """
+    tokens = cache.context.config.sink_tokens + units * unit
+    try:
+        sequences.adopt_prefix(cache, stored.sequence, tokens)
+        if _pays(cache, tokens, cache.context.prefixes.prompt_rate or stored.prompt_rate):
+            return units
+    except ColdStoreError as e:  # or damaged, which is one of them
+        warnings.warn(f"{e}: its tokens are computed again", stacklevel=4)
+    sequences.empty(cache)
+    return 0
+
+
+def _pays(cache: PagedCache, tokens: int, prompt_rate: float) -> bool:
+    """Whether reading so many tokens' pages takes less time than computing the tokens would.
+
+    The disk's rate is measured with the first pages if nothing was read before.
+    """
+    if not prompt_rate:
+        return True  # nobody knows; a disk is quicker than a model
+    counters = cache.context.pager.cold.counters
+    if not counters.read_seconds:
+        _read_some(cache)
+    if not counters.read_seconds:
+        return True  # they were in memory
+    nbytes = sum(
+        layer.page_bytes(page.precision)
+        for layer in cache.paged_layers
+        for page, _ in layer.located_pages()
+        if page.slot is None
+    )
+    return nbytes / (counters.bytes_read / counters.read_seconds) < tokens / prompt_rate
+
+
+def _read_some(cache: PagedCache) -> None:
+    started = time.perf_counter()
+    for layer in cache.paged_layers:
+        if layer._pager is None or time.perf_counter() - started > _TRIAL_SECONDS:
+            return
+        for _ in layer._pager.stream(layer._cold_batches()[:1]):
+            pass
