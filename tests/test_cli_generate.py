@@ -210,6 +210,27 @@ def test_a_conversation_goes_on_in_its_cold_directory(
     assert "leave --cold" in fails(capsys, *ask, "--no-disk")
 
 
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again(
+    capsys: Capture, tmp_path: Path, folder: str, book: str
+) -> None:
+    longer = tmp_path / "longer.txt"
+    longer.write_text(Path(book).read_text() + " What of it?")
+    cold = ("--cold-dir", str(tmp_path / "cold"))
+    command = ("generate", "--model", folder, "--max-tokens", "3", *TIGHT, *cold)
+    code, out, err = run(capsys, *command, "--prompt-file", book)
+    assert code == 0, err
+    assert json.loads(out)["cached_tokens"] == 0
+    code, out, err = run(capsys, *command, "--prompt-file", str(longer))
+    assert code == 0, err
+    held = json.loads(out)["cached_tokens"]
+    assert held > 200 and f"{held:,} of the prompt's" in err
+    assert json.loads(out)["stats"]["prefix_tokens_reused"] == held
+    for alone in (("--no-prefix-reuse",), ("--prefix-salt", "mine")):
+        code, out, err = run(capsys, *command, "--prompt-file", str(longer), *alone)
+        assert code == 0, err
+        assert json.loads(out)["cached_tokens"] == 0
+
+
 def test_no_disk_is_no_cold_tier(capsys: Capture, folder: str) -> None:
     command = ("generate", "--model", folder, "--prompt", "x", "--max-tokens", "1", "--no-disk")
     code, out, _ = run(capsys, *command)

@@ -52,6 +52,10 @@ Read a document once, and ask about it as often as you like:
 The same without a second copy, where the pages are:
   pagedkv generate --model demo --prompt-file manual.txt --cold-dir ./cold
   pagedkv generate --model demo --prompt "What is a closure?" --cold-dir ./cold --resume
+
+Prompts that begin like one of those in ./cold are not computed again as far as they are alike:
+  cat manual.txt question1.txt | pagedkv generate --model demo --prompt - --cold-dir ./cold
+  cat manual.txt question2.txt | pagedkv generate --model demo --prompt - --cold-dir ./cold
 """
 
 
@@ -88,6 +92,11 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         const="",
         help="go on from what an earlier call left in --cold-dir: the last one, or the one named",
+    )
+    group.add_argument(
+        "--no-prefix-reuse",
+        action="store_true",
+        help="compute all of the prompt, whatever --cold-dir has of it",
     )
     _add_sampling_options(parser)
     add_tier_options(parser)
@@ -128,16 +137,20 @@ def run(args: argparse.Namespace) -> int:
         template = not args.no_chat_template
         prompt = prompt_tokens(tokenizer, text, template, continued=cache.offset > 0)
         _require_room(cache, len(prompt))
-        if len(prompt) > 512:
-            say(f"reading a prompt of {len(prompt):,} tokens")
+        fresh = cache.offset == 0  # else nobody knows which tokens it holds
+        rest = _unknown(cache, prompt, say) if fresh and not args.no_prefix_reuse else prompt
+        if len(rest) > 512:
+            say(f"reading a prompt of {len(rest):,} tokens")
         sampling = Sampling(
             args.max_tokens, args.temp, args.top_p, args.seed, args.prefill_step_size
         )
         stream = form == "table"
-        result = generate(model, tokenizer, cache, prompt, sampling, stream, args.quiet)
+        result = generate(model, tokenizer, cache, rest, sampling, stream, args.quiet)
         _end_at_answer(cache, result)
         if args.save_cache:
             cache.save(str(Path(args.save_cache).expanduser()))
+        if fresh and config.cold_dir is not None:
+            cache.remember([*prompt, *result.token_ids])
         problem = _flush(cache, say)
     full = document(args.model, result)
     if args.stats_json:
@@ -248,6 +261,13 @@ def _require_room(cache: PagedCache, prompt: int) -> None:
     if shape is not None:  # else its layers differ, and the cache says so when it is full
         layers = len(cache.paged_layers)
         require_room(shape, layers, cache.offset + prompt, cache.context.config)
+
+
+def _unknown(cache: PagedCache, prompt: list[int], say: Notes) -> list[int]:
+    """Begin with what the cold directory has of a prompt; the rest of it."""
+    if reused := cache.reuse(prompt):
+        say(f"{reused:,} of the prompt's {len(prompt):,} tokens are there already")
+    return prompt[reused:]
 
 
 def _end_at_answer(cache: PagedCache, result: Generation) -> None:

@@ -41,8 +41,9 @@ class Generation:
 
     Attributes:
         text: of the answer.
+        token_ids: of the answer.
         prompt_tokens: tokens read.
-        cached_tokens: tokens that a saved cache already held.
+        cached_tokens: tokens that the cache already held.
         tokens: tokens generated, the one that ends the answer included.
         finish_reason: ``"stop"`` or ``"length"``.
         prefill_seconds: for all of the prompt but its last token.
@@ -53,6 +54,7 @@ class Generation:
     """
 
     text: str
+    token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
     tokens: int
@@ -123,11 +125,12 @@ def generate(
         stream: print the text as it comes.
         quiet: show no progress.
     """
-    held, clock, parts = cache.offset, _Clock(cache, quiet), []
+    held, clock, parts, ids = cache.offset, _Clock(cache, quiet), [], []
     response: Any = None
     try:
         for response in _responses(model, tokenizer, cache, prompt, sampling, clock):
             parts.append(response.text)
+            ids.append(int(response.token))
             if stream:
                 print(response.text, end="", flush=True)
     finally:
@@ -137,6 +140,7 @@ def generate(
     assert response is not None and clock.before is not None  # max_tokens is at least 1
     return Generation(
         text="".join(parts),
+        token_ids=tuple(ids),
         prompt_tokens=len(prompt),
         cached_tokens=held,
         tokens=int(response.generation_tokens),

@@ -42,9 +42,15 @@ _TIER_OPTIONS = (
         "SIZE",
         "memory the machine should have left: with less, pages go to disk early; 0 never looks",
     ),
+    ("--prefix-salt", "TEXT", "prompts under different salts share no pages"),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )
-_SHOWN = {"cold_dir": "a temporary one", "write_limit": "none", "cold_pages": "all"}
+_SHOWN = {
+    "cold_dir": "a temporary one",
+    "prefix_salt": "none",
+    "write_limit": "none",
+    "cold_pages": "all",
+}
 _COUNTS = ("hot_tokens", "sink_tokens", "page_tokens", "cold_pages")
 
 
@@ -56,7 +62,7 @@ def add_tier_options(parser: argparse.ArgumentParser) -> None:
     defaults = TierConfig()
     for flag, metavar, text in _TIER_OPTIONS:
         default = getattr(defaults, _field(flag))
-        shown = _SHOWN.get(_field(flag), "automatic") if default is None else default
+        shown = _SHOWN.get(_field(flag), "automatic") if default in (None, "") else default
         group.add_argument(flag, metavar=metavar, help=f"{text} (default: {shown})")
     group.add_argument("--no-disk", action="store_true", help="the same as --cold 0")
 
