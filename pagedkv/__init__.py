@@ -24,6 +24,7 @@ from pagedkv.errors import (
 )
 from pagedkv.layer import PagedLayerCache
 from pagedkv.models import load, resume, unwrap, wrap
+from pagedkv.modules import PagedMultiHeadAttention, hooked, page_attention
 from pagedkv.plan import Plan, plan
 from pagedkv.sizes import format_size, parse_size
 from pagedkv.stats import CacheStats, TierStats
@@ -46,6 +47,7 @@ __all__ = [
     "PagedCache",
     "PagedKVError",
     "PagedLayerCache",
+    "PagedMultiHeadAttention",
     "Plan",
     "Precision",
     "SequenceNotFoundError",
@@ -59,7 +61,9 @@ __all__ = [
     "__version__",
     "attention",
     "format_size",
+    "hooked",
     "load",
+    "page_attention",
     "parse_size",
     "plan",
     "resume",
