@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from pagedkv.allocator import KVShape
+from pagedkv.bench.result import Row, failed, first_words
+from pagedkv.bench.settings import BenchSettings
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
@@ -131,6 +133,27 @@ def fill_model(
             else:
                 cache.update_and_fetch(keys, values)
         mx.eval([cache.state for cache in caches])
+
+
+def rows_by_precision(
+    settings: BenchSettings, base: Row, measure: Callable[[BenchSettings, Row], Row]
+) -> list[Row]:
+    """A row for each precision that is asked for; one that cannot be measured says why.
+
+    Args:
+        settings: `kv` has the precisions.
+        base: entries that all rows have.
+        measure: makes the row, given the settings with that precision and the row's beginning.
+    """
+    rows = []
+    for kv in settings.kv:
+        row = {**base, "what": kv}
+        try:
+            rows.append(measure(replace(settings, tiers=replace(settings.tiers, kv=kv)), row))
+        except Exception as e:
+            rows.append(failed(row, f"does not run: {first_words(e)}"))
+        release()
+    return rows
 
 
 def release() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
-from pagedkv.bench.caches import release
+from pagedkv.bench.caches import rows_by_precision
 from pagedkv.bench.quiet import Neighbours
-from pagedkv.bench.result import Row, failed, first_words, succeeded
+from pagedkv.bench.result import Row, succeeded
 from pagedkv.bench.settings import AttentionShape, BenchSettings
 from pagedkv.bench.streaming import FEWEST_ROUNDS, filled
 from pagedkv.bench.timing import Deadline, Sample, quantile
@@ -110,17 +110,12 @@ def measure_eviction(
         A row for each precision. ``p50`` and ``p99`` are over those of the blocks without eviction
         that were timed next to them.
     """
-    rows = []
-    for kv in settings.kv:
-        mine = replace(settings, tiers=replace(settings.tiers, kv=kv))
-        row = {**base, "what": kv}
-        try:
-            with filled(shape, LAYERS, TOKENS, mine, cold=False, disk=DISK) as cache:
-                rows.append(_eviction(cache, shape, mine, row, deadline))
-        except Exception as e:
-            rows.append(failed(row, f"does not run: {first_words(e)}"))
-        release()
-    return rows
+
+    def measure(settings: BenchSettings, row: Row) -> Row:
+        with filled(shape, LAYERS, TOKENS, settings, cold=False, disk=DISK) as cache:
+            return _eviction(cache, shape, settings, row, deadline)
+
+    return rows_by_precision(settings, base, measure)
 
 
 def _eviction(

@@ -21,9 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.attention import attend
-from pagedkv.bench.caches import budgeted, fill, release
+from pagedkv.bench.caches import budgeted, fill, rows_by_precision
 from pagedkv.bench.quiet import Neighbours
-from pagedkv.bench.result import Row, failed, first_words, succeeded
+from pagedkv.bench.result import Row, succeeded
 from pagedkv.bench.settings import MIB, AttentionShape, BenchSettings
 from pagedkv.bench.timing import Deadline, Sample
 from pagedkv.cache import PagedCache
@@ -245,16 +245,9 @@ def measure_overlap(
         A row for each precision. ``overlap`` is the longer of reading and attending over both
         at once: 1 if the shorter one is hidden completely.
     """
-    rows = []
-    for kv in settings.kv:
-        mine = replace(settings, tiers=replace(settings.tiers, kv=kv))
-        row = {**base, "what": kv}
-        try:
-            rows.append(_overlap(shape, tokens, mine, row, deadline))
-        except Exception as e:
-            rows.append(failed(row, f"does not run: {first_words(e)}"))
-        release()
-    return rows
+    return rows_by_precision(
+        settings, base, lambda mine, row: _overlap(shape, tokens, mine, row, deadline)
+    )
 
 
 def _overlap(
