@@ -112,7 +112,10 @@ class CacheStats:
 
     @property
     def nvme_bytes_per_step(self) -> int:
-        """What a decode step reads from disk at this length: every cold page once."""
+        """What a decode step reads from disk at this length: every cold page once.
+
+        With ``skip_below`` or ``cold_pages`` it is what a step reads at most.
+        """
         return self.cold.bytes
 
     @property
