@@ -98,6 +98,23 @@ class PageTable:
         self._tokens -= dropped
         return dropped
 
+    def drop_first(self) -> int:
+        """Drop the first page, which its sequence has left behind for good.
+
+        Returns:
+            Its valid tokens.
+
+        Raises:
+            PagedKVError: if there is none.
+        """
+        if not self._entries:
+            raise PagedKVError("an empty page table has no first page")
+        first = self._entries.pop(0)
+        self._snapshot = None
+        self._tokens -= first.tokens
+        self._release(first.page)
+        return first.tokens
+
     def fork(self) -> PageTable:
         """A second table over the same pages: copies page numbers, no bytes."""
         twin = PageTable(self._allocator, self._page_tokens, self._on_free)

@@ -121,6 +121,13 @@ class HotBuffer:
             twin._keys, twin._values = self._keys[:], self._values[:]
         return twin
 
+    def copy(self, tokens: int) -> HotBuffer:
+        """The first `tokens` tokens in a buffer whose memory is its own, lazily."""
+        twin = HotBuffer(self._limit)
+        if tokens:
+            twin.append(*self.view(0, tokens), tokens)
+        return twin
+
     def load(self, keys: mx.array, values: mx.array) -> None:
         """Hold these tokens and nothing else."""
         self._keys = self._values = None

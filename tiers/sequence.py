@@ -69,6 +69,7 @@ class LayerState:
         page_tokens: tokens in a full page.
         hot_tokens: tokens that are in no page.
         pages: pages.
+        dropped: tokens that a window left behind: they are nowhere.
     """
 
     layer: int
@@ -79,6 +80,7 @@ class LayerState:
     page_tokens: int
     hot_tokens: int
     pages: int
+    dropped: int = 0
 
     @property
     def shape(self) -> KVShape:
@@ -193,6 +195,8 @@ def _layer(take: _Fields) -> LayerState:
         page_tokens=take.one_of("page_tokens", PAGE_TOKENS),
         hot_tokens=take.number("hot_tokens", 0),
         pages=take.number("pages", 0),
+        # Files from before there were windows do not have it.
+        dropped=take.number("dropped", 0) if "dropped" in take.raw else 0,
     )
 
 
