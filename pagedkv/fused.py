@@ -113,6 +113,7 @@ class _Kind:
         scale: multiplies the products of queries and keys.
         causal: whether a query token sees only what is before it.
         has_sinks: whether the model has attention sinks.
+        windowed: whether the first tokens of the pages are behind a window.
         launches: by numbers of splits and of SIMD groups.
         specs: by whether there is one split, whether one launch does all, and the SIMD groups;
             making one reads its text.
@@ -124,6 +125,7 @@ class _Kind:
     scale: float
     causal: bool
     has_sinks: bool
+    windowed: bool
     launches: dict[tuple[int, int], _Launch] = field(default_factory=dict)
     specs: dict[tuple[bool, bool, int], AttentionSpec] = field(default_factory=dict)
     turns: mx.array | None = None
@@ -153,6 +155,7 @@ class FusedLayer:
         sinks: mx.array | None,
         check: Callable[[], None],
         following: Callable[[], Sequence[Batch]],
+        hidden: int = 0,
     ) -> mx.array | None:
         """Softmax attention over hot tokens and pages.
 
@@ -166,6 +169,7 @@ class FusedLayer:
             sinks: the model's attention sinks, ``[query_heads]``.
             check: raises if the arguments do not fit; called for each new kind of call.
             following: the cold batches that the next layer will want.
+            hidden: the first tokens of the pages that no query sees, fewer than those have.
 
         Returns:
             ``[1, query_heads, L, value_dim]`` in q's type, or None if the kernels are not made
@@ -176,15 +180,16 @@ class FusedLayer:
         """
         # Every microsecond here is one per layer and token, and below 64K tokens the GPU waits for
         # it: what can be is kept, or shared by the layers of a step.
-        key = (q.shape, q.dtype, scale, causal, sinks is not None)
+        key = (q.shape, q.dtype, scale, causal, sinks is not None, hidden > 0)
         kind = self._kinds.get(key)
         if kind is None:
             check()
             rows = q.shape[1] * q.shape[2] // pager.shape.kv_heads
             rows = rows if takes(pager, hot, q, scale) else 0
-            kind = self._kinds[key] = _Kind(rows, scale, causal, sinks is not None)
+            kind = self._kinds[key] = _Kind(rows, scale, causal, sinks is not None, hidden > 0)
         if not kind.rows:
             return None
+        first = _first_place(entries, hidden, pager.page_tokens) if hidden else 0
         plan, params = _planned(
             len(entries),
             hot.used,
@@ -193,6 +198,7 @@ class FusedLayer:
             kind.rows,
             pager.page_tokens,
             pager.pages_per_run,
+            first,
         )
         table = self._table
         if (
@@ -205,7 +211,7 @@ class FusedLayer:
         if table.stretches:
             if not self._attend_works(pager, self._spec(pager, q, kind, plan, False)):
                 return None
-            return self._streamed(pager, table, hot, q, kind, sinks, following())
+            return self._streamed(pager, table, hot, q, kind, sinks, following(), first)
         launch = kind.launches.get((plan.splits, plan.warps))
         if launch is None:
             spec = self._spec(pager, q, kind, plan, self._launcher.together and can_merge(plan))
@@ -275,6 +281,7 @@ class FusedLayer:
         kind: _Kind,
         sinks: mx.array | None,
         following: Sequence[Batch],
+        visible: int,
     ) -> mx.array:
         """Stretch by stretch, while the next one's cold pages are read."""
         plan = table.plan
@@ -283,7 +290,7 @@ class FusedLayer:
         arrays = (hot.keys, hot.values)
         pieces: list[list[mx.array]] = []
         for stretch, sources in _sources(pager, table, following):
-            params = _params(plan, pages, hot.used, capacity, stretch.first)
+            params = _params(plan, pages, hot.used, capacity, stretch.first, visible)
             piece = attend_splits(
                 self._launcher, spec, plan, q, params, table.array, arrays, sources, stretch.splits
             )
@@ -295,7 +302,7 @@ class FusedLayer:
                     mx.eval(*pieces[-1])
             pieces.append(piece)
         partial, stats = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
-        params = _params(plan, pages, hot.used, capacity, 0)
+        params = _params(plan, pages, hot.used, capacity, 0, visible)
         return merge_splits(self._launcher, spec, q, partial, stats, params, _logits(sinks))
 
     def seal(
@@ -410,6 +417,7 @@ class FusedLayer:
                 has_sinks=kind.has_sinks,
                 warps=plan.warps,
                 fetch_ahead=self._launcher.fetch_ahead,
+                windowed=kind.windowed,
             )
         return spec
 
@@ -479,10 +487,20 @@ def _planned(
     rows: int,
     page_tokens: int,
     pages_per_run: int,
+    visible: int,
 ) -> tuple[SplitPlan, mx.array]:
     """How to divide a sequence, and what the kernels read of that: the same for all layers."""
     plan = _plan(pages, hot, heads, rows, page_tokens, pages_per_run)
-    return plan, _params(plan, pages, hot, capacity, 0)
+    return plan, _params(plan, pages, hot, capacity, 0, visible)
+
+
+def _first_place(entries: Sequence[TableEntry], hidden: int, page_tokens: int) -> int:
+    """Where the first visible token is, a page having so many places whether full or not."""
+    page = 0
+    while hidden >= entries[page].tokens:
+        hidden -= entries[page].tokens
+        page += 1
+    return page * page_tokens + hidden
 
 
 def _plan(
@@ -497,9 +515,11 @@ _choose = lru_cache(maxsize=64)(SplitPlan.choose)
 
 
 @lru_cache(maxsize=64)
-def _params(plan: SplitPlan, pages: int, hot: int, capacity: int, first: int) -> mx.array:
+def _params(
+    plan: SplitPlan, pages: int, hot: int, capacity: int, first: int, visible: int
+) -> mx.array:
     """Sizes, on the device."""
-    return mx.array(plan.params(pages, hot, capacity, pages, first), mx.uint32)
+    return mx.array(plan.params(pages, hot, capacity, pages, first, visible), mx.uint32)
 
 
 def _logits(sinks: mx.array | None) -> mx.array | None:

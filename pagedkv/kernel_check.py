@@ -37,8 +37,9 @@ TOLERANCE = {mx.float16: 5e-3, mx.bfloat16: 3e-2}
 SEAL_TOLERANCE = 1e-3
 """A page may be so much farther from its numbers than plain MLX's, relative to the largest."""
 
-HOT, CAPACITY, LAST_PAGE = 70, 96, 100
-"""Tokens of the small input: hot ones, room for them, and valid ones of its last page."""
+HOT, CAPACITY, LAST_PAGE, HIDDEN = 70, 96, 100, 75
+"""Tokens of the small input: hot ones, room for them, valid ones of its last page, and for windows
+those of the second page that nobody sees."""
 
 Codecs = list[AffineCodec | Sixteen]
 
@@ -95,13 +96,14 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     # Often enough that groups of splits are merged as well.
     order = [(kind, slot) for kind in range(len(codecs)) for slot in (1, 0)] * 3
     valid = [spec.page_tokens] * (len(order) - 1) + [LAST_PAGE]
+    hidden = spec.page_tokens + HIDDEN if spec.windowed else 0
     places = [(*place, n) for place, n in zip(order, valid, strict=True)]
     dense = [
         mx.concatenate(
             [x[kind][slot][:, :n] for kind, slot, n in places]
             + [hot[0, :, :HOT].astype(mx.float32)],
             axis=1,
-        )
+        )[:, hidden:]
         for x, hot in ((keys, hot_keys), (values, hot_values))
     ]
     query_heads = spec.heads * spec.rows // spec.query_tokens
@@ -110,7 +112,7 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     q = mx.random.normal(shape, key=mx.random.key(9)).astype(dtype)
     sinks = mx.random.normal((max(8, query_heads),), key=mx.random.key(10))
     plan = _small_plan(spec, len(places))
-    words = plan.params(len(places), HOT, CAPACITY, len(places))
+    words = plan.params(len(places), HOT, CAPACITY, len(places), 0, hidden)
     params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
     sources = records if spec.staging else records[::2]
     logits = sinks if spec.has_sinks else None

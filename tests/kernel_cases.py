@@ -50,6 +50,7 @@ class Case:
     final: bool = False
     together: bool = False
     warps: int = 4
+    windowed: bool = False
 
     @property
     def shape(self) -> KVShape:
@@ -79,6 +80,7 @@ class Case:
             has_sinks=self.sinks,
             warps=self.warps,
             fetch_ahead=fetch_ahead,
+            windowed=self.windowed,
         )
 
 
@@ -90,6 +92,8 @@ class Run:
         pages: of each row of the batch, the last number for all further ones.
         hot: tokens, likewise.
         valid: visible tokens of pages, in turn; 0 for whole pages.
+        hidden: where the first visible token of each row's pages is, a page having so many places
+            whether full or not; for windowed cases.
         tiles: of 64 tokens that a split has, at most; 0 lets `SplitPlan.choose` decide.
         hot_per_split: likewise; a multiple of 64.
         spare: hot tokens that there is room for beyond the longest row's.
@@ -102,6 +106,7 @@ class Run:
     pages: tuple[int, ...] = (3,)
     hot: tuple[int, ...] = (100,)
     valid: tuple[int, ...] = (0,)
+    hidden: tuple[int, ...] = (0,)
     tiles: int = 4
     hot_per_split: int = 64
     spare: int = 37
@@ -224,6 +229,7 @@ def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndar
     expected = []
     for b in range(case.batch):
         count, tokens = run.of_row(b)
+        hidden = run.hidden[min(b, len(run.hidden) - 1)] if case.windowed else 0
         places, keys, values = [], [], []
         for i in range(count):
             kind, slot = int(rng.integers(len(contents))), int(rng.integers(SLOTS))
@@ -232,11 +238,12 @@ def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndar
             may_stage = not _together(case.spec(launcher.fetch_ahead), run.launches)
             stages = place.random() < 0.4 and may_stage
             places.append((kind, staged if stages else slot, valid))
-            keys.append(contents[kind][slot][0][:, :valid])
-            values.append(contents[kind][slot][1][:, :valid])
+            first = max(0, hidden - i * case.page_tokens)
+            keys.append(contents[kind][slot][0][:, first:valid])
+            values.append(contents[kind][slot][1][:, first:valid])
         words = table_words(places)[: 2 * stride]
         table += words + [0] * (2 * stride - len(words))
-        params.append(plan.params(count, tokens, capacity, stride))
+        params.append(plan.params(count, tokens, capacity, stride, 0, hidden))
         # What lies beyond a row's hot tokens is whatever was there before.
         for i in range(2):
             gone = (mx.arange(case.batch)[:, None, None, None] == b) & (room >= tokens)

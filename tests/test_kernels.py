@@ -136,6 +136,30 @@ def test_splits_of_large_pages() -> None:
     check(HostLauncher(ahead), case, runs)
 
 
+WINDOWED = [
+    (AHEAD, Case(("K4V3", "fp16"), key_dim=64, repeats=2, windowed=True)),
+    (WHERE_IT_IS, Case(LADDER, key_dim=64, heads=1, repeats=3, sinks=True, windowed=True, **BF16)),
+    (AHEAD, Case(LADDER, key_dim=64, repeats=2, length=4, together=True, windowed=True)),
+    (WHERE_IT_IS, Case(("K2V3",), key_dim=64, batch=2, final=True, windowed=True)),
+]
+
+
+@pytest.mark.parametrize(("ahead", "case"), WINDOWED, ids=name)
+def test_pages_that_lie_partly_behind_a_window(ahead: bool, case: Case) -> None:
+    """The first visible token at borders of tiles and pages, and behind the last valid one."""
+    places = [0, 1, 63, 64, 65, 127, 255, 256, 257, 300, 511, 512, 600]
+    kinds = ("plain", "sharp", "ramp")
+    runs = [
+        Run(pages=(3, 4), hot=(70, 5), hidden=(place, 10 + place), tiles=4, kind=kinds[i % 3])
+        for i, place in enumerate(places)
+    ]
+    short = (200, 130, 0)  # the window begins in a page's part that has no valid tokens
+    runs += [Run(pages=(3,), hidden=(p,), valid=short, tiles=2) for p in (199, 200, 250, 385, 386)]
+    # Nothing of the pages is visible: for the kernels this is possible, too.
+    runs += [Run(pages=(2,), hot=(9,), hidden=(512,)), Run(pages=(2,), hidden=(511,), launches=2)]
+    check(HostLauncher(ahead), case, runs)
+
+
 @pytest.mark.parametrize("tiles", [8, 1])
 def test_where_pages_are_changes_no_bit(tiles: int) -> None:
     """Nor does who merges: the launch that attends, or another one after several."""
@@ -175,7 +199,7 @@ def test_threadgroup_memory_of_apple_gpus_is_enough(precisions: tuple[str, ...])
 
 # Mistakes that the emulator must notice, in a small case. A blank stands for any white space.
 MISTAKES = {
-    "one token too many": ("attend.h", "+ h >= limit[b][r]", "+ h > limit[b][r]"),
+    "one token too many": ("attend.h", "token >= limit[b][r]", "token > limit[b][r]"),
     "a query sees the next token": (
         "attend.h",
         "tokens - (QUERY_TOKENS - 1 - query)",
@@ -231,6 +255,28 @@ SMALL_RUNS = [
 ]
 
 
+SMALL_WINDOW = replace(SMALL, windowed=True)
+SMALL_RUNS_WINDOW = [
+    Run(pages=(2,), hot=(2,), hidden=(hidden,), valid=(0, valid), tiles=4, spare=0)
+    for hidden, valid in ((254, 1), (64 + 256, 70), (37, 0), (256 + 130, 133))
+]
+MISTAKES_WINDOW = {
+    "one token too few": ("attend.h", "token < first", "token <= first"),
+    "one token behind the window": ("attend.h", "token < first", "token + 1 < first"),
+    "a tile is whole though it begins behind the window": (
+        "attend.h",
+        "(!WINDOWED || tile.first == 0)",
+        "true",
+    ),
+    "a window begins a page late": ("attend.h", "- tiles.visible", "- (tiles.visible + 256)"),
+    "a tile before the window counts": (
+        "attend.h",
+        "least(64 * tiles.next - tiles.visible, 0)",
+        "least(64 * tiles.next - tiles.visible, 0) % 64",
+    ),
+    "no window": ("attend.h", "if (WINDOWED) tiles.visible", "if (false) tiles.visible"),
+}
+
 SMALL_TOGETHER = replace(SMALL, heads=2, together=True)
 SMALL_RUNS_TOGETHER = [Run(pages=(3,), hot=(70,), valid=(0, 65), tiles=1, spare=0)]
 
@@ -258,6 +304,19 @@ def test_mistakes_are_noticed(
     plant(mistake, tmp_path / "kernels", monkeypatch)
     with pytest.raises(AssertionError):
         check(HostLauncher(AHEAD), SMALL, SMALL_RUNS)
+
+
+def test_the_small_case_with_a_window_is_right() -> None:
+    check(HostLauncher(AHEAD), SMALL_WINDOW, SMALL_RUNS_WINDOW)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_WINDOW.values(), ids=MISTAKES_WINDOW.keys())
+def test_mistakes_with_a_window_are_noticed(
+    mistake: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(mistake, tmp_path / "kernels", monkeypatch)
+    with pytest.raises(AssertionError):
+        check(HostLauncher(AHEAD), SMALL_WINDOW, SMALL_RUNS_WINDOW)
 
 
 def test_the_small_case_is_right_in_one_launch() -> None:
@@ -316,6 +375,8 @@ extern "C" __global__ void kernel({parameters}) {{
         (Case(LADDER, heads=8, repeats=8, together=True), False),
         (Case(("K3V2",), key_dim=256, repeats=8, length=2, **BF16), True),
         (Case(SQUARES[0], key_dim=80, repeats=3, final=True, sinks=True), True),
+        (Case(("K4V4",), heads=8, repeats=4, together=True, windowed=True), False),
+        (Case(LADDER, heads=8, repeats=8, windowed=True), False),
     ],
     ids=lambda x: name(x) if isinstance(x, Case) else "",
 )

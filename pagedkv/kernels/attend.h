@@ -219,19 +219,21 @@ FN void score_hot(Place at, THREAD Scores& scores, SHARED queries, BUFFER keys, 
   }
 }
 
-// Scores become weights of the running softmax, in place; `limit` counts the visible tokens.
+// Scores become weights of the running softmax, in place; tokens from `first` up to `limit` are visible.
 // Weights carry a factor 2^15: float16 then resolves them down to 2^-39 of the largest.
 // Differences of scores come before their scaling: a compiler may fuse a product and a difference,
 // and what is left of two equal large products is then no zero.
 template <int BLOCKS>
-FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, THREAD const int (&limit)[ROW_BLOCKS][2],
-                bool all_visible) {
+FN void softmax(Place at, THREAD Scores& scores, THREAD Softmax& state, int first,
+                THREAD const int (&limit)[ROW_BLOCKS][2], bool all_visible) {
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
     UNROLL for (int r = 0; r < 2; r++) {
       if (!all_visible) {
         UNROLL for (int m = 0; m < BLOCKS; m++)
-          UNROLL for (int h = 0; h < 2; h++)
-            if (2 * (BLOCKS * at.g + m) + h >= limit[b][r]) scores.s[b][m][2 * h + r] = 2 * LOWEST;
+          UNROLL for (int h = 0; h < 2; h++) {
+            int token = 2 * (BLOCKS * at.g + m) + h;
+            if (token >= limit[b][r] || (WINDOWED && token < first)) scores.s[b][m][2 * h + r] = 2 * LOWEST;
+          }
       }
       float peak = LOWEST;
       UNROLL for (int m = 0; m < BLOCKS; m++)
@@ -335,23 +337,26 @@ FN void weigh_hot(THREAD const Scores& scores, THREAD Softmax& state, THREAD con
 // The tiles of a split that one SIMD group takes, and where each is.
 struct Tiles {
   int next, stop, first_entry;  // tile numbers; the table's words of the first page
+  int visible;                  // the first visible token, from the first page's first
 };
 struct Tile {
   u32 place;  // slot | precision << 28 | staged << 31
   int group;  // which 64 tokens of the page
-  int valid;  // visible tokens; 0 if there is no tile left
+  int valid;  // tokens; 0 if there is no tile left
+  int first;  // of them, how many are behind the window
 };
 
 FN Tile take_tile(THREAD Tiles& tiles, BUFFER table) {
-  Tile tile = {0, 0, 0};
-  while (tiles.next < tiles.stop && tile.valid <= 0) {
+  Tile tile = {0, 0, 0, 0};
+  while (tiles.next < tiles.stop && tile.first >= least(tile.valid, 64)) {
     int entry = tiles.first_entry + 2 * (tiles.next / PAGE_GROUPS);
     tile.place = load(table, entry);
     tile.group = tiles.next % PAGE_GROUPS;
     tile.valid = int(load(table, entry + 1)) - 64 * tile.group;
+    if (WINDOWED) tile.first = -least(64 * tiles.next - tiles.visible, 0);
     tiles.next += WARPS;
   }
-  if (tile.valid < 0) tile.valid = 0;
+  if (tile.first >= least(tile.valid, 64)) tile.valid = 0;
   return tile;
 }
 
@@ -417,7 +422,7 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
 #undef DO
     int limit[ROW_BLOCKS][2];
     UNROLL for (int b = 0; b < ROW_BLOCKS; b++) limit[b][0] = limit[b][1] = tile.valid;
-    softmax<4>(at, scores, state, limit, tile.valid >= 64);
+    softmax<4>(at, scores, state, tile.first, limit, tile.valid >= 64 && (!WINDOWED || tile.first == 0));
     Tile current = tile;
     tile = following;
     simd_barrier();
@@ -458,7 +463,7 @@ FN void hot_tile(Place at, THREAD Softmax& state, SHARED queries, BUFFER keys, B
   HotValues hot;
   load_hot(at, hot, values, last);  // on their way while keys are scored
   score_hot(at, scores, queries, keys, last);
-  softmax<HOT_BLOCKS>(at, scores, state, limit, tokens - (CAUSAL ? QUERY_TOKENS - 1 : 0) >= HOT_TILE);
+  softmax<HOT_BLOCKS>(at, scores, state, 0, limit, tokens - (CAUSAL ? QUERY_TOKENS - 1 : 0) >= HOT_TILE);
   weigh_hot(scores, state, hot);
 }
 
@@ -529,7 +534,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
 
 // params, 16 words per sequence: pages, hot tokens, tiles per split, splits that have pages, hot
 // capacity, hot tokens per split, pages per row of the table, splits, first split that has hot
-// tokens, first split of this launch.
+// tokens, first split of this launch, first visible token of the pages (where each has PAGE_TOKENS).
 // table, two words per page: slot | precision << 28 | staged << 31, valid tokens.
 FN void attend_split(u32 lane, u32 warp, Group group, SHARED shared, BUFFER q, BUFFER params, BUFFER table,
                      BUFFER hot_keys, BUFFER hot_values SOURCES(SOURCE_PARAMETER), OUTPUT partial, OUTPUT stats) {
@@ -545,7 +550,8 @@ FN void attend_split(u32 lane, u32 warp, Group group, SHARED shared, BUFFER q, B
   SHARED meta = shared + QUERY_WORDS + at.warp * GROUP_WORDS;
   if (number < page_splits) {
     int first = number * per_split;
-    Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * group.sequence * stride};
+    Tiles tiles = {first + at.warp, least(first + per_split, pages * PAGE_GROUPS), 2 * group.sequence * stride, 0};
+    if (WINDOWED) tiles.visible = load(params, fixed + 10);
     page_tiles(at, state, shared, meta, q, group, tiles, table SOURCES(SOURCE_ARGUMENT));
   } else {
     stage_queries(at, shared, q, group);

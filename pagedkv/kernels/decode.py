@@ -82,7 +82,9 @@ class SplitPlan:
         page_splits = -(-tiles // per_split)
         return cls(per_split, page_splits, per_hot, page_splits, page_splits + hot_splits, WARPS)
 
-    def params(self, pages: int, hot: int, capacity: int, stride: int, first: int = 0) -> list[int]:
+    def params(
+        self, pages: int, hot: int, capacity: int, stride: int, first: int = 0, visible: int = 0
+    ) -> list[int]:
         """The words that the kernels read, for one sequence.
 
         Args:
@@ -91,9 +93,11 @@ class SplitPlan:
             capacity: tokens that the hot arrays have room for.
             stride: pages per row of the table.
             first: the first split of the launch.
+            visible: where the first visible token of the pages is: the number of its page times
+                tokens per page, and its number within. Kernels for windows read it.
         """
         words = [pages, hot, self.tiles_per_split, self.page_splits, capacity, self.hot_per_split]
-        words += [stride, self.splits, self.first_hot, first]
+        words += [stride, self.splits, self.first_hot, first, visible]
         return words + [0] * (PARAMS - len(words))
 
 

@@ -132,6 +132,7 @@ class AttentionSpec:
         has_sinks: whether the model has attention sinks.
         warps: SIMD groups of a threadgroup.
         fetch_ahead: whether tiles are copied to threadgroup memory while others are worked on.
+        windowed: whether the first tokens of the pages are behind a window, and not seen.
     """
 
     geometries: tuple[PageGeometry, ...]
@@ -151,6 +152,7 @@ class AttentionSpec:
     has_sinks: bool
     warps: int
     fetch_ahead: bool
+    windowed: bool = False
 
     @property
     def staging(self) -> bool:
@@ -190,6 +192,7 @@ class AttentionSpec:
             "CAUSAL": self.causal and self.query_tokens > 1,
             "FINAL": self.final,
             "FETCH_AHEAD": self.fetch_ahead,
+            "WINDOWED": self.windowed,
         }
         return {
             **{f"CONSTANT int {name}": str(value) for name, value in numbers.items()},
