@@ -37,7 +37,8 @@ class KVView:
     """The keys and values of one layer at one moment, as attention sees them; never changed.
 
     In token order: the sinks (first `sinks` tokens of the hot arrays), the pages, the rest of the
-    hot arrays.
+    hot arrays. Tokens behind a sliding window may still be there: no query sees those, and they
+    are not counted.
 
     Attributes:
         pager: the layer's pages.
@@ -45,6 +46,8 @@ class KVView:
         hot: the hot tokens.
         sinks: how many of the hot tokens come before the pages.
         paged_tokens: tokens in the pages.
+        hidden: tokens behind the window: the first ones of the pages, and fewer than those have;
+            where there are no pages, the first ones behind the sinks.
         following: the next layer's pages, to be read ahead.
     """
 
@@ -54,21 +57,45 @@ class KVView:
     sinks: int
     paged_tokens: int = 0
     following: Callable[[], Sequence[Batch]] = tuple
+    hidden: int = 0
 
     @cached_property
     def keys(self) -> mx.array:
         """Hot keys ``[1, kv_heads, hot, key_dim]``."""
-        return self.hot.keys[:, :, : self.hot.used]
+        return self._visible_hot(self.hot.keys)
 
     @cached_property
     def values(self) -> mx.array:
         """Hot values ``[1, kv_heads, hot, value_dim]``."""
-        return self.hot.values[:, :, : self.hot.used]
+        return self._visible_hot(self.hot.values)
+
+    def _visible_hot(self, x: mx.array) -> mx.array:
+        if not self.hidden or self.entries:
+            return x[:, :, : self.hot.used]
+        return without(x[:, :, : self.hot.used], self.sinks, self.hidden)
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
-        return self.paged_tokens + self.hot.used
+        """Tokens in all that a query may see."""
+        return self.paged_tokens + self.hot.used - self.hidden
+
+    @property
+    def paged_visible(self) -> int:
+        """Of them, those in pages."""
+        return self.paged_tokens - self.hidden if self.entries else 0
+
+    def hidden_in(self, entries: Sequence[TableEntry], before: int) -> list[int]:
+        """How many tokens at the beginning of each of these pages are behind the window.
+
+        Args:
+            entries: consecutive pages.
+            before: tokens of the pages before them, hidden ones included.
+        """
+        first = []
+        for entry in entries:
+            first.append(min(max(0, self.hidden - before), entry.tokens))
+            before += entry.tokens
+        return first
 
     def runs(self) -> Iterator[tuple[Run, mx.array, bool]]:
         """The page records, run by run; see `LayerPager.records`."""
@@ -89,6 +116,8 @@ class KVView:
         at = 0
         # Each update is donated, so memory is the result and one run, not twice the result.
         for part_keys, part_values, cold in self._parts(dtype):
+            if not part_keys.shape[2]:
+                continue
             start = mx.array([at])
             keys = mx.slice_update(keys, part_keys, start, [2])
             values = mx.slice_update(values, part_values, start, [2])
@@ -100,26 +129,35 @@ class KVView:
     def _parts(self, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array, bool]]:
         """Keys and values in token order, piece by piece, and whether a piece was cold."""
         yield *self._hot(0, self.sinks, dtype), False
+        before = 0
         for run, records, cold in self.runs():
-            yield *self._decode(run, records, dtype), cold
+            yield *self._decode(run, records, before, dtype), cold
+            before += run.tokens
         yield *self._hot(self.sinks, int(self.keys.shape[2]), dtype), False
 
     def _hot(self, start: int, stop: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         hot_keys, hot_values = self.keys[:, :, start:stop], self.values[:, :, start:stop]
         return hot_keys.astype(dtype), hot_values.astype(dtype)
 
-    def _decode(self, run: Run, records: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """A run's valid tokens as ``[1, kv_heads, n, dim]`` keys and values."""
+    def _decode(
+        self, run: Run, records: mx.array, before: int, dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        """A run's visible tokens as ``[1, kv_heads, n, dim]`` keys and values.
+
+        `before` counts the tokens of the pages before them, hidden ones included.
+        """
         assert self.pager is not None
         codec = self.pager.codecs[run.precision]
         keys = codec.keys(records, dtype).transpose(1, 0, 3, 2)
         values = codec.values(records, dtype).transpose(1, 0, 2, 3)
-        full = all(e.tokens == self.pager.page_tokens for e in run.entries)
+        first = self.hidden_in(run.entries, before)
+        full = not any(first) and all(e.tokens == self.pager.page_tokens for e in run.entries)
 
         def join(x: mx.array) -> mx.array:
             if full:
                 return x.reshape(1, x.shape[0], -1, x.shape[3])
-            valid = [x[:, i, : e.tokens] for i, e in enumerate(run.entries)]
+            pieces = zip(run.entries, first, strict=True)
+            valid = [x[:, i, start : e.tokens] for i, (e, start) in enumerate(pieces)]
             return mx.concatenate(valid, axis=1)[None]
 
         return join(keys), join(values)
@@ -172,6 +210,7 @@ def attend(
             sinks,
             lambda: check_view(view, q, mask, sinks),
             view.following,
+            view.hidden,
         )
         if out is not None:
             return out
@@ -196,8 +235,17 @@ def _dense(view: KVView, dtype: mx.Dtype, backend: Backend) -> tuple[mx.array, m
         assert view.pager is not None
         dense = backend.fused.expand(view.pager, view.entries, view.hot, view.sinks, dtype)
         if dense is not None:
-            return dense
+            keys, values = (without(x, view.sinks, view.hidden) for x in dense)
+            return keys, values
     return view.dense(dtype)
+
+
+def without(x: mx.array, start: int, count: int) -> mx.array:
+    """An array ``[1, kv_heads, tokens, dim]`` without `count` tokens from `start` on, lazily."""
+    if not count:
+        return x
+    rest = x[:, :, start + count :]
+    return mx.concatenate([x[:, :, :start], rest], axis=2) if start else rest
 
 
 def check_queries(
@@ -281,12 +329,12 @@ class _Tiles:
             parts = [
                 sink_partial(sinks, self._heads, stop - start, value_dim) for start, stop in tiles
             ]
-        position = self._view.sinks
+        before = 0
         behind: tuple[mx.array, ...] = ()
         for run, records, cold in self._view.runs():
             codec = self._pager.codecs[run.precision]
             for i, (start, stop) in enumerate(tiles):
-                mask = self._run_mask(run, position, start, stop)
+                mask = self._run_mask(run, before, start, stop)
                 q = self._rows(start, stop)
                 part = page_partial(self._backend, q, codec, records, mask)
                 parts[i] = merged = _merge(parts[i], part)
@@ -296,7 +344,7 @@ class _Tiles:
                     mx.async_eval(*merged)  # type: ignore[no-untyped-call]
                     mx.eval(*behind)
                     behind = merged
-            position += run.tokens
+            before += run.tokens
         done = []
         for i, (start, stop) in enumerate(tiles):
             hot = dense_partial(
@@ -323,30 +371,35 @@ class _Tiles:
         """Queries as ``[kv_heads, repeats * L, key_dim]``."""
         return self._scaled[0, :, start:stop].reshape(self._heads, -1, self._q.shape[3])
 
-    def _run_mask(self, run: Run, position: int, start: int, stop: int) -> mx.array | None:
-        """Added to the scores of a run: the caller's mask, and minus infinity past valid tokens.
+    def _run_mask(self, run: Run, before: int, start: int, stop: int) -> mx.array | None:
+        """Added to the scores of a run: the caller's mask, and minus infinity elsewhere.
 
-        Pages are older than every query, so a causal mask leaves them all visible.
+        That is past valid tokens, and behind the window. Pages are older than every query, so a
+        causal mask leaves the rest visible. `before` counts the tokens of the pages before the
+        run's, hidden ones included.
         """
         tokens = self._pager.page_tokens
-        partial = any(e.tokens < tokens for e in run.entries)
+        hidden = self._view.hidden_in(run.entries, before)
+        partial = any(hidden) or any(e.tokens < tokens for e in run.entries)
         if isinstance(self._mask, mx.array):
-            columns, at = [], position
-            for entry in run.entries:
-                column = self._mask_rows(start, stop, slice(at, at + entry.tokens))
-                gap = tokens - entry.tokens
-                columns.append(mx.pad(column, [(0, 0), (0, 0), (0, gap)], constant_values=-mx.inf))
-                at += entry.tokens
+            columns, at = [], self._view.sinks + max(0, before - self._view.hidden)
+            for entry, first in zip(run.entries, hidden, strict=True):
+                column = self._mask_rows(start, stop, slice(at, at + entry.tokens - first))
+                gap = (first, tokens - entry.tokens)
+                columns.append(mx.pad(column, [(0, 0), (0, 0), gap], constant_values=-mx.inf))
+                at += entry.tokens - first
             return mx.stack(columns)
         if partial:
-            valid = mx.array([e.tokens for e in run.entries])[:, None] > mx.arange(tokens)
+            place = mx.arange(tokens)
+            valid = mx.array([e.tokens for e in run.entries])[:, None] > place
+            valid = valid & (place >= mx.array(hidden)[:, None])
             return mx.where(valid, mx.array(0.0), mx.array(-mx.inf))[:, None, None, :]
         return None
 
     def _hot_mask(self, start: int, stop: int) -> mx.array | None:
         hot = int(self._view.keys.shape[2])
         if isinstance(self._mask, mx.array):
-            after = self._view.sinks + self._view.paged_tokens
+            after = self._view.sinks + self._view.paged_visible
             return mx.concatenate(
                 [
                     self._mask_rows(start, stop, slice(0, self._view.sinks)),

@@ -60,9 +60,10 @@ class PagedCache(list[Any]):
         """Forget the last n tokens in every layer.
 
         Returns:
-            How many that were: 0 if a layer that is not paged cannot be trimmed.
+            How many that were: 0 if a layer cannot forget so many. A layer with a window can as
+            long as it dropped nothing, or what queries see then is still there: 16 tokens always.
         """
-        if not all(cache.is_trimmable() for cache in self):
+        if not all(_can_trim(cache, n) for cache in self):
             return 0
         return max((cache.trim(n) for cache in self), default=0)
 
@@ -212,6 +213,11 @@ class PagedCache(list[Any]):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _can_trim(cache: Any, n: int) -> bool:
+    paged = isinstance(cache, PagedLayerCache)
+    return bool(cache.can_trim(n) if paged else cache.is_trimmable())
 
 
 def attention(

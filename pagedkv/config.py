@@ -15,6 +15,8 @@ from pagedkv.tiers.sequence import StoreIdentity
 
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
 DURABILITIES = ("process", "power")
+LEAST_KV_SIZE = 8
+"""The four first tokens, which are kept, and some new ones."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class TierConfig:
             ``"power"``, that the machine stops.
         write_limit: bytes written to disk per day, at most; None for no limit. Kept over
             restarts with `cold_dir`.
+        max_kv_size: tokens that a layer without a window of its own holds and its queries see: the
+            first 4 and the newest; None for all. The newest `hot_tokens` of them are in 16 bit, so
+            pages need a size well above that. There are no `sink_tokens` then.
         page_tokens: 256, 512 or 1024 tokens per page; None picks the size with little padding.
         hot_dtype: None keeps 16-bit models' own type and float16 for float32 models; ``"model"``
             keeps float32 as well; or ``"float16"`` / ``"bfloat16"``.
@@ -70,6 +75,7 @@ class TierConfig:
     cold_dir: str | None = None
     durability: str = "process"
     write_limit: int | str | None = None
+    max_kv_size: int | None = None
     page_tokens: int | None = None
     hot_dtype: str | None = None
     staging: int | str = "32MiB"
@@ -87,6 +93,13 @@ class TierConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is a number of tokens from {least} up, got {value!r}")
+        size = self.max_kv_size
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and (not whole or size < LEAST_KV_SIZE):
+            raise ConfigError(
+                f"max_kv_size is a number of tokens from {LEAST_KV_SIZE} up, or None for all of "
+                f"them; got {size!r}"
+            )
         _require_selection(self.skip_below, self.cold_pages)
         known = isinstance(self.page_tokens, int) and self.page_tokens in PAGE_TOKENS
         if self.page_tokens is not None and not known:
@@ -148,6 +161,8 @@ class TierConfig:
         """
         if self.cold_dir is None or not model or not parse_size(self.cold, "cold"):
             return None
+        if self.max_kv_size is not None:  # other tokens are in such pages
+            model = f"{model} max_kv_size={self.max_kv_size}"
         return StoreIdentity(
             model, layers, str(self.ladder), self.sink_tokens, self.page_tokens, self.hot_dtype
         )

@@ -64,8 +64,7 @@ def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
     pager = view.pager
     assert pager is not None
     shape = pager.shape
-    tokens = view.paged_tokens + view.hot.used
-    return _nothing(pager.hot_dtype, shape.kv_heads, tokens, shape.key_dim, shape.value_dim)
+    return _nothing(pager.hot_dtype, shape.kv_heads, view.tokens, shape.key_dim, shape.value_dim)
 
 
 @lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step

@@ -19,6 +19,7 @@ from pagedkv.attention import DECODE_TOKENS, KVView, attend, check_view
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.config import TierConfig
 from pagedkv.errors import (
+    CacheStateError,
     ClosedError,
     ColdStoreError,
     OutOfPagesError,
@@ -109,6 +110,8 @@ class PagedLayerCache:
         """
         self.layer = layer
         self.offset = 0
+        self.sink_tokens = context.config.sink_tokens
+        self.dropped = 0  # tokens between the sinks and the first page that a window left behind
         self._context = context
         self._pager: LayerPager | None = None
         self._table: PageTable | None = None
@@ -202,7 +205,7 @@ class PagedLayerCache:
         """The present contents, for attention."""
         table, hot = self._table, self._hot.tokens
         assert table is not None
-        sinks = min(self._context.config.sink_tokens, hot.used)
+        sinks = min(self.sink_tokens, hot.used)
         return KVView(self._pager, table.entries, hot, sinks, table.tokens, self._following_batches)
 
     def attend_tagged(
@@ -266,7 +269,7 @@ class PagedLayerCache:
         self._context.behind = weakref.ref(self)
         if self._unread > 0:
             return
-        if self._overflowing() and len(self._context.config.ladder.steps) > 1:
+        if self._overflowing() and self.frees_pages:
             self._spent = weakref.ref(view)  # pages that it names may be lowered and freed
         *_, last = self.siblings()
         if last is self:
@@ -346,18 +349,20 @@ class PagedLayerCache:
         self._table = self._pager.table()
         # The pages outlive this object in their table: let go of them when it dies.
         self._finalizer = weakref.finalize(self, self._pager.abandon, self._table)
-        window = config.sink_tokens + config.hot_tokens + self._pager.page_tokens
-        self._hot = HotBuffer(window + DECODE_TOKENS)
-        self._full = window
+        self._full = self._hot_room(self._pager.page_tokens)
+        self._hot = HotBuffer(self._full + DECODE_TOKENS)
 
     # Sealing
+
+    def _hot_room(self, page_tokens: int) -> int:
+        """Hot tokens with which there is something to do: a page to be sealed."""
+        return self.sink_tokens + self._context.config.hot_tokens + page_tokens
 
     def _pages_due(self, extra: int = 0) -> int:
         """Pages of hot tokens that are out of the window, once `extra` more are appended."""
         if self._pager is None:
             return 0
-        config = self._context.config
-        beyond = self._hot.used + extra - config.sink_tokens - config.hot_tokens
+        beyond = self._hot.used + extra - self.sink_tokens - self._context.config.hot_tokens
         return max(0, beyond // self._pager.page_tokens)
 
     def _overflowing(self) -> bool:
@@ -366,13 +371,18 @@ class PagedLayerCache:
     def _page_precisions(self, count: int, offset: int) -> list[Precision]:
         """Precision of the next `count` pages to be sealed, the current token being `offset`."""
         assert self._pager is not None and self._table is not None
-        ends = self._sealed_end() + self._pager.page_tokens
+        ends = self._first_unsealed(offset) + self._pager.page_tokens
         ladder = self._context.config.ladder
         return [ladder.at(offset - ends - i * self._pager.page_tokens) for i in range(count)]
 
+    def _first_unsealed(self, offset: int) -> int:
+        """Where the next page begins, the current token being `offset`."""
+        return self._sealed_end()
+
     def _sealed_end(self) -> int:
+        """Where the pages end."""
         assert self._table is not None
-        return self._context.config.sink_tokens + self._table.tokens
+        return self.sink_tokens + self.dropped + self._table.tokens
 
     def _admit(self, count: int) -> None:
         """Refuse tokens whose pages would not fit, before any layer has taken them."""
@@ -443,6 +453,21 @@ class PagedLayerCache:
         return self._hot.nbytes
 
     @property
+    def hot_held(self) -> int:
+        """Hot tokens held, those that a window has just left behind included."""
+        return self._hot.used
+
+    @property
+    def frees_pages(self) -> bool:
+        """Whether sealing may free pages: those that are lowered."""
+        return len(self._context.config.ladder.steps) > 1
+
+    @property
+    def kind(self) -> str:
+        """How the layer is cached, for `stats`."""
+        return "paged"
+
+    @property
     def skipped(self) -> SkipCounters | None:
         """What decode steps left out of the cold pages; None where every page is read."""
         return self._selection.counters if self._selection else None
@@ -472,15 +497,14 @@ class PagedLayerCache:
             if done < wanted:
                 break  # no room (a disk error came late): the tokens simply stay hot
         if sealed:
-            sinks = self._context.config.sink_tokens
-            self._hot.remove(sinks, sealed * self._pager.page_tokens)
+            self._hot.remove(self.sink_tokens, sealed * self._pager.page_tokens)
             # Started and not waited for: what uses them comes later in the same stream.
             mx.async_eval(*self._hot.arrays, *self._pager.slabs)  # type: ignore[no-untyped-call]
 
     def _seal(self, first: int, count: int, precision: Precision) -> int:
         """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
         assert self._pager is not None and self._table is not None
-        tokens, sinks = self._pager.page_tokens, self._context.config.sink_tokens
+        tokens, sinks = self._pager.page_tokens, self.sink_tokens
         done = 0
         per_call = max(1, self._pager.run_tokens // tokens)  # bounds the memory of encoding
         while done < count:
@@ -533,7 +557,7 @@ class PagedLayerCache:
         if self._pager is None or self._table is None or len(self._pager.precisions) == 1:
             return
         ladder = self._context.config.ladder
-        end = self._context.config.sink_tokens
+        end = self.sink_tokens + self.dropped
         for i, entry in enumerate(self._table.entries):
             end += entry.tokens
             present = self._pager.pages[entry.page].precision
@@ -611,6 +635,10 @@ class PagedLayerCache:
         """Always: pages keep their bytes, and only their valid length shrinks."""
         return True
 
+    def can_trim(self, n: int) -> bool:
+        """Whether `trim` would forget the last n tokens; always."""
+        return True
+
     def trim(self, n: int) -> int:
         """Forget the last n tokens.
 
@@ -627,11 +655,11 @@ class PagedLayerCache:
         left = self.offset - n
         sealed_end = self._sealed_end()
         if not len(self._table):
-            self._hot.truncate(left)
+            self._hot.truncate(left - self.dropped)
         elif left >= sealed_end:
-            self._hot.truncate(left - self._table.tokens)
+            self._hot.truncate(left - self._table.tokens - self.dropped)
         else:
-            sinks = self._context.config.sink_tokens
+            sinks = self.sink_tokens
             self._table.trim(sealed_end - max(left, sinks))
             self._hot.truncate(min(left, sinks))
             self._may_promote = True
@@ -647,7 +675,7 @@ class PagedLayerCache:
         """A second cache with the same tokens: shares every page, copies page numbers only."""
         if self._closed:
             raise ClosedError(f"layer {self.layer}: a closed cache cannot be forked")
-        twin = type(self)(context or self._context.fork(), self.layer)
+        twin = self._blank(context or self._context.fork())
         twin.reaches_hook, twin.readers = dict(self.reaches_hook), self.readers
         twin.take_over(self)
         return twin
@@ -658,7 +686,7 @@ class PagedLayerCache:
             if self._pager is None:
                 self.bind(other._pager.shape, other._dtype)
             self._adopt(other._table.fork(), other._hot.share())
-        self.offset = other.offset
+        self.offset, self.dropped = other.offset, other.dropped
 
     def compact(self) -> None:
         """Give back the memory of hot tokens that are not held any more."""
@@ -666,6 +694,10 @@ class PagedLayerCache:
             held = [mx.contiguous(array) for array in self._hot.view()]
             mx.eval(*held)
             self._hot.load(*held)
+
+    def _blank(self, context: SequenceContext) -> PagedLayerCache:
+        """An empty cache of the same kind."""
+        return type(self)(context, self.layer)
 
     def _adopt(self, table: PageTable, hot: HotBuffer) -> None:
         assert self._pager is not None
@@ -692,7 +724,7 @@ class PagedLayerCache:
             self._table.clear()
         self._hot = HotBuffer(0)
         self._attended = ()
-        self.offset = 0
+        self.offset = self.dropped = 0
         self._closed = True
         self._accepted = ()
         self._context.pager.users.discard(self)
@@ -700,6 +732,39 @@ class PagedLayerCache:
             self._context.pager.close()
 
     # State, for mlx-lm's save and load
+
+    def window_state(self) -> dict[str, int]:
+        """What a state must say of a window beyond the tokens; nothing without one."""
+        return {}
+
+    def start_from(self, context: SequenceContext, meta: dict[str, Any]) -> None:
+        """Become an empty cache like the one that a saved state describes."""
+        PagedLayerCache.__init__(self, context, meta["layer"])
+
+    def accept_window(self, window: dict[str, int], offset: int) -> None:
+        """Take over `window_state` of a saved cache that holds `offset` tokens.
+
+        Raises:
+            CacheStateError: if it is of another kind, or damaged.
+        """
+        if window:
+            raise CacheStateError(
+                f"layer {self.layer}: the saved cache has a window of "
+                f"{window.get('max_size', window.get('chunk_size'))} tokens and this one has none: "
+                f"load it with the same model and max_kv_size"
+            )
+
+    def accept_dropped(self, dropped: int, offset: int) -> None:
+        """Take over how many of a stored sequence's `offset` tokens a window left behind.
+
+        Raises:
+            CacheStateError: if it cannot have been so many here.
+        """
+        if dropped:
+            raise CacheStateError(
+                f"layer {self.layer}: {dropped} of {offset} tokens are gone, and this cache has no "
+                f"window that may leave tokens behind"
+            )
 
     @property
     def state(self) -> Any:

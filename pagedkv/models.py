@@ -70,7 +70,7 @@ class Wrapping:
 
     def make_cache(self) -> PagedCache:
         """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
-        from pagedkv.mlx_lm_cache import PagedKVCache, is_pageable
+        from pagedkv.mlx_lm_cache import is_pageable, paged
 
         context = SequenceContext(
             self.config,
@@ -84,7 +84,7 @@ class Wrapping:
             if not is_pageable(stock):
                 layers.append(stock)
                 continue
-            cache = PagedKVCache(context, i)
+            cache = paged(stock, context, i)
             if probe := self.probes.get(i):
                 cache.bind(probe.shape, probe.dtype)
                 cache.reaches_hook.update(probe.reaches_hook)
@@ -98,7 +98,8 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
 
     From now on `mlx_lm.generate`, `stream_generate` and everything else that asks the model for
     a cache gets a paged one; pass the returned cache as ``prompt_cache=`` to keep it in hand.
-    Layers that do not use a plain `KVCache` keep their own kind, as ``stats().layers`` says.
+    Layers with a sliding window hold what that needs. Layers that use neither a plain `KVCache` nor
+    a rotating or chunked one keep their own kind, as ``stats().layers`` says.
     Wrapping again replaces the settings for caches made from then on.
 
     Args:

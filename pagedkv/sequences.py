@@ -120,6 +120,7 @@ def _describe(layer: PagedLayerCache) -> LayerState:
         page_tokens=layer._pager.page_tokens,
         hot_tokens=layer._hot.used,
         pages=len(layer._table),
+        dropped=layer.dropped,
     )
 
 
@@ -242,6 +243,10 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
             f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
             f"{_tell(*here)}: resume with the settings that it was flushed with"
         )
+    try:
+        layer.accept_dropped(state.dropped, checkpoint.state.tokens)
+    except CacheStateError as e:
+        raise StoreMismatchError(f"{checkpoint.path} was made with other settings: {e}") from e
     entries = checkpoint.entries
     mine = entries[entries["layer"] == state.layer]
     for precision in precisions(mine):
@@ -277,7 +282,8 @@ def empty(cache: PagedCache) -> None:
         if layer._table is not None:
             layer._table.clear()
         layer._hot.truncate(0)
-        layer.offset, layer._may_promote = 0, False
+        layer.offset = layer.dropped = 0
+        layer._may_promote = False
     cache.context.prefix = []
 
 

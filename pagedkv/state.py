@@ -80,9 +80,11 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
         "fingerprint": context.fingerprint,
         "max_tokens": context.max_tokens,
         "sequence": context.sequence_id,
-        "sink_tokens": context.config.sink_tokens,
+        "sink_tokens": cache.sink_tokens,
         "config": {**context.config.to_dict(), "cold_dir": None},
     }
+    if window := cache.window_state():
+        meta["window"] = window
     if cache._pager is not None and cache._table is not None:
         shape = cache._pager.shape
         meta["shape"] = [shape.kv_heads, shape.key_dim, shape.value_dim]
@@ -136,7 +138,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     Raises:
         CacheStateError: if the state is damaged or not ours.
     """
-    from pagedkv.layer import PagedLayerCache, SequenceContext
+    from pagedkv.layer import SequenceContext
 
     if isinstance(value, CacheState):
         value = dict(value.items())
@@ -148,7 +150,10 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
         context = SequenceContext(config, Pager(config.budget(), meta["layers"]))
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
         _loading[key] = context
-    PagedLayerCache.__init__(cache, context, meta["layer"])
+    try:
+        cache.start_from(context, meta)
+    except (KeyError, TypeError) as e:
+        raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
     restore(cache, meta, value)
 
 
@@ -172,10 +177,11 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                 f"saved pages hold {meta['page_tokens']} tokens and this cache's hold "
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
             )
-        if cache._context.config.sink_tokens != meta["sink_tokens"]:
+        cache.accept_window(meta.get("window", {}), int(meta["offset"]))
+        if cache.sink_tokens != meta["sink_tokens"]:
             raise CacheStateError(
                 f"the cache was saved with {meta['sink_tokens']} sink tokens and this one has "
-                f"{cache._context.config.sink_tokens}: load it with the same sink_tokens"
+                f"{cache.sink_tokens}: load it with the same sink_tokens"
             )
         for i, (name, position, tokens) in enumerate(meta["pages"]):
             precision = Precision.parse(name)
@@ -198,10 +204,10 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
         raise CacheStateError(
             f"the saved state of layer {meta.get('layer')} is damaged: {e}"
         ) from e
-    if cache.offset != cache._hot.used + cache._table.tokens:
+    if cache.offset != cache._hot.used + cache._table.tokens + cache.dropped:
         raise CacheStateError(
-            f"layer {cache.layer}: {cache._hot.used} hot and {cache._table.tokens} paged tokens "
-            f"are not the {cache.offset} that were saved"
+            f"layer {cache.layer}: {cache._hot.used} hot, {cache._table.tokens} paged and "
+            f"{cache.dropped} dropped tokens are not the {cache.offset} that were saved"
         )
 
 

@@ -206,8 +206,8 @@ class _Places:
         self.tokens = {"warm": 0, "cold": 0}
         self.precisions: dict[str, int] = {}
         self.hot_tokens = self.hot_bytes = self.hot_allocated = self.fp16_bytes = 0
-        elements = 0
-        for i, layer in enumerate(cache.paged_layers):
+        elements = most = 0
+        for layer in cache.paged_layers:
             layer_tokens = {"warm": 0, "cold": 0}
             for page, tokens in layer.located_pages():
                 tier = "warm" if page.slot is not None else "cold"
@@ -220,15 +220,12 @@ class _Places:
                 )
             self.hot_allocated += layer.hot_bytes
             if layer.shape is not None:
-                hot = layer.offset - sum(layer_tokens.values())
-                self.hot_bytes += hot * layer.shape.token_bytes(layer.hot_bits)
-                self.fp16_bytes += layer.offset * layer.shape.token_bytes()
-                elements += layer.offset * _elements(layer.shape)
-            if i == 0:  # layers move together; the first speaks for all
-                self.tokens, self.hot_tokens = (
-                    layer_tokens,
-                    layer.offset - sum(layer_tokens.values()),
-                )
+                self.hot_bytes += layer.hot_held * layer.shape.token_bytes(layer.hot_bits)
+                self.fp16_bytes += layer.size() * layer.shape.token_bytes()
+                elements += (layer.offset - layer.dropped) * _elements(layer.shape)
+            if layer.offset - layer.dropped > most:  # the first that holds the most speaks for all
+                most = layer.offset - layer.dropped
+                self.tokens, self.hot_tokens = layer_tokens, layer.hot_held
         stored = self.hot_bytes + sum(self.bytes.values())
         self.bits_per_element = 8 * stored / elements if elements else 0.0
 
@@ -256,4 +253,4 @@ def _kind(layer: Any) -> str:
 
     if not isinstance(layer, PagedLayerCache):
         return type(layer).__name__
-    return "paged (dense)" if False in layer.reaches_hook.values() else "paged"
+    return f"{layer.kind} (dense)" if False in layer.reaches_hook.values() else layer.kind
