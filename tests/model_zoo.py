@@ -1,0 +1,109 @@
+"""A tiny model of every mlx-lm model type, with random weights, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.bitlinear_layers import BitLinear
+
+from tests.zoo_configs import COMMON, EVEN_IF_NONE, NESTED, OVERRIDES
+
+GAIN = 1.6
+"""Weights are this times 1 / sqrt(inputs): attention has peaks then, and logits differ."""
+
+
+def model_types() -> list[str]:
+    """Every module of mlx-lm that defines a model."""
+    names = [m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)]
+    return [name for name in names if hasattr(_module(name), "Model")]
+
+
+UNBUILDABLE: dict[str, str] = {
+    "muse_spark": "its layers are Metal kernels: it runs on a Mac only",
+    "olmo": "mlx-lm's own code fails: it adds its mask, the word 'causal', to the scores",
+}
+"""Types that cannot run here, and why."""
+
+WITHOUT_PAGES: dict[str, str] = {
+    "deepseek_v41": "its layers have a cache of their own, made of windows and compressed groups",
+    "mamba": "it is recurrent",
+    "mamba2": "it is recurrent",
+    "recurrent_gemma": "it has recurrent layers and sliding windows only",
+    "rwkv7": "it is recurrent",
+}
+"""Types that `wrap` refuses, for none of their layers has a cache that could be paged."""
+
+
+def build(model_type: str, seed: int = 7) -> Any:
+    """A model of this type, evaluated."""
+    module = _module(model_type)
+    model = module.Model(module.ModelArgs.from_dict(settings(model_type)))
+    _stand_in(model_type, model)
+    model.set_dtype(mx.float32)
+    _randomize(model, seed)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def settings(model_type: str) -> dict[str, Any]:
+    """The type's configuration, as a config.json would have it."""
+    config = _fill(_module(model_type).ModelArgs, model_type)
+    if model_type in NESTED:
+        name, kind = NESTED[model_type]
+        text = _fill(getattr(_module(name), kind), name)
+        config["text_config"] = {**text, **OVERRIDES.get(model_type, {}), "model_type": name}
+    return {**config, "model_type": model_type}
+
+
+def _module(name: str) -> ModuleType:
+    # Only asked whether it is there; the model's code is mlx-lm's own.
+    sys.modules.setdefault("hf_olmo", ModuleType("hf_olmo"))
+    return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def _fill(kind: Any, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        optional = field.default is None and field.name not in EVEN_IF_NONE
+        if field.name in COMMON and not optional:
+            config[field.name] = COMMON[field.name]
+    return {**config, **OVERRIDES.get(name, {})}
+
+
+def _stand_in(model_type: str, model: Any) -> None:
+    """Replace what cannot run without a Metal device, or with a vocabulary as small as ours."""
+    if model_type == "bitnet":  # packed ternary weights, multiplied by a Metal kernel
+        plain = [
+            (name, nn.Linear(m.in_features, m.out_features, bias=False))
+            for name, m in model.named_modules()
+            if isinstance(m, BitLinear)
+        ]
+        model.update_modules(tree_unflatten(plain))
+    if model_type == "phi3small":  # token numbers beyond 128: writing there corrupts memory
+        model._dummy_tokenizer_ids = mx.array([126, 127])
+
+
+def _randomize(model: Any, seed: int) -> None:
+    """Seeded weights whose size does not depend on how the module was initialized."""
+    mx.random.seed(seed)
+    changed = []
+    for name, array in tree_flatten(model.parameters()):
+        if array.dtype == mx.uint32:  # packed
+            changed.append((name, mx.random.randint(0, 2**31, array.shape).astype(mx.uint32)))
+        elif name.endswith("scales"):
+            changed.append((name, mx.full(array.shape, 0.1)))
+        elif array.ndim >= 2 and array.dtype == mx.float32:
+            fan_in = array.shape[-1] * (array.shape[1] if "conv" in name else 1)
+            scale = 1.0 if "embed" in name or "wte" in name else GAIN * fan_in**-0.5
+            changed.append((name, scale * mx.random.normal(array.shape)))
+    model.update(tree_unflatten(changed))
