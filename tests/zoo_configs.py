@@ -54,7 +54,8 @@ COMMON: dict[str, Any] = dict(
     sliding_window_pattern=2,
     # Recurrent layers.
     state_size=8, ssm_state_size=8, mamba_d_state=8, conv_kernel=3, mamba_d_conv=3,
-    time_step_rank=4, n_groups=1, mamba_n_groups=1, mamba_num_heads=4, mamba_n_heads=4, mamba_head_dim=16,
+    time_step_rank=4, n_groups=1, mamba_n_groups=1, mamba_num_heads=4, mamba_n_heads=4,
+    mamba_head_dim=16,
     mamba_d_head=16, mamba_d_ssm=64, mamba_proj_bias=False, mamba_conv_bias=True, mamba_expand=2,
     mamba_chunk_size=32, time_step_limit=(0.001, 100.0), conv_L_cache=3, conv1d_width=3,
     short_conv_kernel_size=3, linear_num_key_heads=2, linear_num_value_heads=4,
