@@ -13,13 +13,15 @@ from pagedkv.attention import check_queries
 from pagedkv.config import TierConfig
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.stats import CacheStats, collect
+from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
 
 
 class PagedCache(list[Any]):
     """What `pagedkv.wrap` returns and mlx-lm takes as ``prompt_cache=``: one cache per layer.
 
-    Layers whose kind is not paged hold mlx-lm's own caches. Use it as a context manager, or call
+    Layers whose kind is not paged hold mlx-lm's own caches, and layers with several caches a
+    `CacheList` of mlx-lm's with ours inside. Use it as a context manager, or call
     `close`, to give memory, threads and files back at once.
     """
 
@@ -48,8 +50,13 @@ class PagedCache(list[Any]):
 
     @property
     def paged_layers(self) -> list[PagedLayerCache]:
-        """The layers that are paged."""
-        return [cache for cache in self if isinstance(cache, PagedLayerCache)]
+        """The paged streams in order: one per paged layer, or several where layers nest them."""
+        return [cache for cache in streams(self) if isinstance(cache, PagedLayerCache)]
+
+    @property
+    def is_fully_paged(self) -> bool:
+        """Whether every stream of every layer is paged."""
+        return all(isinstance(cache, PagedLayerCache) for cache in streams(self))
 
     @property
     def offset(self) -> int:

@@ -155,7 +155,14 @@ class PagedLayerCache:
             ShapeError: if they do not fit the cache.
             ClosedError: after `close`.
         """
-        view = self.append(keys, values)
+        return self._handed_out(self.append(keys, values))
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What `update_and_fetch` returned last; for layers that share keys (gemma3n, afm7)."""
+        return self._handed_out(self.view())
+
+    def _handed_out(self, view: KVView) -> tuple[mx.array, mx.array]:
+        """A view as the model gets it: plain arrays while all is hot, else tagged ones."""
         known = self.reaches_hook[self._appended == 1]
         if not view.entries:
             # Nothing to learn and nothing to seal afterwards: the stock path.
@@ -292,14 +299,13 @@ class PagedLayerCache:
 
     @contextmanager
     def _taken_back_to(self, length: int) -> Iterator[None]:
-        """If the disk fails inside, take back what came after `length`, in earlier layers too."""
+        """If the disk fails inside, take back what came after `length`, in other layers too."""
         try:
             yield
         except (ColdStoreError, OutOfPagesError):  # the second from a disk that failed just now
+            # A stream may come before others of its layer and be called after them.
             for cache in self.siblings():
                 cache.trim(max(0, cache.offset - length))
-                if cache is self:
-                    break
             raise
 
     def _accept(self, keys: mx.array, values: mx.array) -> None:
@@ -613,9 +619,27 @@ class PagedLayerCache:
             mask = mask & (rows < columns + window_size)
         return mask
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values, dense: expensive, and as large as it sounds."""
-        return self.view().dense(self._dtype)
+    @property
+    def keys(self) -> mx.array | None:
+        """The array behind the hot keys; None before the first token.
+
+        It is no place to read keys from: models only make it depend on other arrays
+        (`mx.depends`), so that those are evaluated with it, and set it.
+        """
+        return self._hot.arrays[0] if self._hot.arrays else None
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self._hot.exchange(array, self.values)
+
+    @property
+    def values(self) -> mx.array | None:
+        """The array behind the hot values, likewise; a model that needs none sets zeros."""
+        return self._hot.arrays[1] if self._hot.arrays else None
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        self._hot.exchange(self.keys, array)
 
     def empty(self) -> bool:
         """Whether no token is held."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from pagedkv.layer import PagedLayerCache, SequenceContext
@@ -12,9 +14,24 @@ from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 KEEP = 4
 """First tokens that a bounded cache keeps for ever, as in mlx-lm."""
 
+Maker = Callable[[SequenceContext, int], PagedLayerCache]
+"""Makes the paged cache of a stream: what its sequence's layers share, and its number."""
+
 
 class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]
     """`PagedLayerCache` for mlx-lm: found by name when a saved cache is loaded."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """See `PagedLayerCache.update_and_fetch`.
+
+        An index of keys (minimax_m3_vl) has values without channels. Pages have values, so one
+        channel of zeros is kept in their place.
+        """
+        if values.shape[-1]:
+            return super().update_and_fetch(keys, values)
+        nothing = mx.zeros((*values.shape[:-1], 1), values.dtype)
+        keys, nothing = super().update_and_fetch(keys, nothing)
+        return keys, nothing[..., :0]
 
 
 class PagedRotatingKVCache(WindowedLayerCache, stock._BaseCache):  # type: ignore[misc]
@@ -25,20 +42,31 @@ class PagedChunkedKVCache(ChunkedLayerCache, stock._BaseCache):  # type: ignore[
     """`ChunkedLayerCache` for mlx-lm."""
 
 
-def is_pageable(cache: Any) -> bool:
-    """Whether a layer's stock cache is of a kind that pages replace."""
-    return type(cache) in (stock.KVCache, stock.RotatingKVCache, stock.ChunkedKVCache)
+def paged_kind(cache: Any) -> Maker | None:
+    """What makes the cache that takes the place of a stock one; None if it has to stay.
 
+    A kind of stock cache that can be paged has a line here. Lists of caches are taken apart
+    before (`pagedkv.streams`).
 
-def paged(cache: Any, context: SequenceContext, layer: int) -> PagedLayerCache:
-    """An empty paged cache in place of a stock one that `is_pageable`."""
+    Args:
+        cache: a layer's stock cache, still empty.
+    """
+    if type(cache) is stock.KVCache:
+        return _plain
     if type(cache) is stock.RotatingKVCache:
-        return PagedRotatingKVCache(context, layer, cache.max_size, cache.keep)
+        return lambda context, number: PagedRotatingKVCache(
+            context, number, cache.max_size, cache.keep
+        )
     if type(cache) is stock.ChunkedKVCache:
-        return PagedChunkedKVCache(context, layer, cache.chunk_size)
-    if context.config.max_kv_size is not None:
-        return PagedRotatingKVCache(context, layer, context.config.max_kv_size, KEEP)
-    return PagedKVCache(context, layer)
+        return lambda context, number: PagedChunkedKVCache(context, number, cache.chunk_size)
+    return None
+
+
+def _plain(context: SequenceContext, number: int) -> PagedLayerCache:
+    """In place of a cache without a window: one with, if the user wants it bounded."""
+    if (limit := context.config.max_kv_size) is not None:
+        return PagedRotatingKVCache(context, number, limit, KEEP)
+    return PagedKVCache(context, number)
 
 
 def register() -> None:

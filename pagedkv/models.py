@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +23,7 @@ from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.prefixes import Prefixes
+from pagedkv.streams import replaced, streams
 from pagedkv.tiers import HotTokens, Pager
 
 _WRAPPED = "_pagedkv_wrapping"
@@ -56,7 +57,7 @@ class Wrapping:
         stock: makes the caches the model would have had.
         fingerprint: of the model.
         max_tokens: the model's context limit, if it states one.
-        probes: per layer index, for the layers that were seen to cache keys and values.
+        probes: per stream's number, for the streams that were seen to cache keys and values.
         prefixes: what its caches remember.
     """
 
@@ -70,7 +71,7 @@ class Wrapping:
 
     def make_cache(self) -> PagedCache:
         """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
-        from pagedkv.mlx_lm_cache import is_pageable, paged
+        from pagedkv.mlx_lm_cache import paged_kind
 
         context = SequenceContext(
             self.config,
@@ -79,18 +80,19 @@ class Wrapping:
             max_tokens=self.max_tokens,
             prefixes=self.prefixes,
         )
-        layers: list[Any] = []
-        for i, stock in enumerate(self.stock()):
-            if not is_pageable(stock):
-                layers.append(stock)
-                continue
-            cache = paged(stock, context, i)
-            if probe := self.probes.get(i):
+
+        def paged(number: int, stock: Any) -> Any:
+            kind = paged_kind(stock)
+            if kind is None:
+                return stock
+            cache = kind(context, number)
+            if probe := self.probes.get(number):
                 cache.bind(probe.shape, probe.dtype)
                 cache.reaches_hook.update(probe.reaches_hook)
                 cache.readers = probe.readers
-            layers.append(cache)
-        return PagedCache(layers, context)
+            return cache
+
+        return PagedCache(replaced(self.stock(), paged), context)
 
 
 def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
@@ -98,8 +100,8 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
 
     From now on `mlx_lm.generate`, `stream_generate` and everything else that asks the model for
     a cache gets a paged one; pass the returned cache as ``prompt_cache=`` to keep it in hand.
-    Layers with a sliding window hold what that needs. Layers that use neither a plain `KVCache` nor
-    a rotating or chunked one keep their own kind, as ``stats().layers`` says.
+    Layers with a sliding window hold what that needs. Those whose cache is of a kind that cannot be
+    paged (docs/models.md) keep it, as ``stats().layers`` says.
     Wrapping again replaces the settings for caches made from then on.
 
     Args:
@@ -118,16 +120,16 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     if (earlier := wrapping_of(model)) and (cache := _wrapped_already(earlier, config)):
         return cache
     stock = _stock_maker(model)
-    from pagedkv.mlx_lm_cache import is_pageable, register
+    from pagedkv.mlx_lm_cache import paged_kind, register
 
     register()
     kinds = stock()
-    pageable = [i for i, cache in enumerate(kinds) if is_pageable(cache)]
+    pageable = {i for i, cache in enumerate(streams(kinds)) if paged_kind(cache)}
     if not pageable:
-        names = ", ".join(sorted({type(c).__name__ for c in kinds}))
+        names = ", ".join(sorted({type(c).__name__ for c in streams(kinds)}))
         raise ConfigError(
             f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
-            f"a KVCache (they use {names}): there is nothing to page"
+            f"a way that can be paged (they use {names}): there is nothing to page"
         )
     name = fingerprint(model)
     identity = config.store_identity(name, len(pageable))
@@ -214,7 +216,7 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     else:
         cache = wrapping.make_cache()
     try:
-        for layer, meta, saved in zip(cache, metas, states, strict=True):
+        for layer, meta, saved in zip(cache.paged_layers, metas, states, strict=True):
             state.restore(layer, meta, saved)
     except BaseException:
         cache.close()
@@ -330,9 +332,28 @@ class _ProbeCache(PagedLayerCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.seen = (
-            KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])),
+            KVShape(int(keys.shape[1]), int(keys.shape[3]), max(1, int(values.shape[3]))),
             keys.dtype,
         )
+        self._fetched = keys, values
+        return self.keys_and_values()
+
+    @property
+    def keys(self) -> mx.array | None:
+        return self._fetched[0]
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None: ...
+
+    @property
+    def values(self) -> mx.array | None:
+        return self._fetched[1]
+
+    @values.setter
+    def values(self, array: mx.array) -> None: ...
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        keys, values = self._fetched
         view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2]), int(keys.shape[2])), 0)
         return hook.tag_pair(self, view, keys, values, placeholder=False)
 
@@ -355,7 +376,7 @@ PROBE_TOKENS = (1, 2, 64)
 """Prompt lengths at which a model's graph is looked at; models may treat short ones apart."""
 
 
-def _probe(model: Any, kinds: list[Any], pageable: list[int]) -> dict[int, LayerProbe]:
+def _probe(model: Any, kinds: list[Any], pageable: set[int]) -> dict[int, LayerProbe]:
     """Build the model's graph for a few prompt lengths and note what each layer does.
 
     MLX is lazy: nothing is computed. A model that cannot be called this way is not an error; its
@@ -363,22 +384,19 @@ def _probe(model: Any, kinds: list[Any], pageable: list[int]) -> dict[int, Layer
     """
     probes: dict[int, LayerProbe] = {}
     for tokens in PROBE_TOKENS:
-        caches = [_ProbeCache(c) if i in pageable else c for i, c in enumerate(_fresh(kinds))]
+        caches = replaced(copy.deepcopy(kinds), lambda i, c: _ProbeCache(c) if i in pageable else c)
         try:
             model(mx.zeros((1, tokens), mx.int32), cache=caches)
         except Exception:
             return {}
+        probed = list(streams(caches))
         for i in pageable:
-            seen = caches[i].seen
+            seen = probed[i].seen
             if seen is None:
                 continue
             shape, dtype = seen
             known = probes.get(i) or LayerProbe(shape, dtype, {}, 1)
-            single, reached = tokens == 1, caches[i].reached
+            single, reached = tokens == 1, probed[i].reached
             known.reaches_hook[single] = known.reaches_hook.get(single, True) and reached > 0
             probes[i] = LayerProbe(shape, dtype, known.reaches_hook, max(known.readers, reached))
     return probes
-
-
-def _fresh(kinds: list[Any]) -> Iterator[Any]:
-    return (copy.deepcopy(kind) for kind in kinds)

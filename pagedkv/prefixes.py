@@ -18,6 +18,7 @@ import mlx.core as mx
 from pagedkv import sequences
 from pagedkv.allocator import PrefixIndex, prefix_digests, prefix_key
 from pagedkv.errors import CacheStateError, ColdStoreError
+from pagedkv.streams import streams
 from pagedkv.tiers import StoredSequence
 
 if TYPE_CHECKING:
@@ -96,11 +97,12 @@ class Prefixes:
 
 def obstacle(cache: PagedCache) -> str:
     """Why prefixes of a cache cannot be reused; empty if they can."""
-    for i, layer in enumerate(cache):
-        if layer not in cache.paged_layers:
-            return f"layer {i} is a {type(layer).__name__}, which holds no pages"
-        if not layer.keeps_all:
-            return f"layer {i} is a {type(layer).__name__}, which forgets tokens"
+    paged = set(map(id, cache.paged_layers))
+    for i, stream in enumerate(streams(cache)):
+        if id(stream) not in paged:
+            return f"cache {i} is a {type(stream).__name__}, which holds no pages"
+        if not stream.keeps_all:
+            return f"cache {i} is a {type(stream).__name__}, which forgets tokens"
     return ""
 
 

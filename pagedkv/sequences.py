@@ -20,6 +20,7 @@ from pagedkv.errors import (
     StoreLockedError,
     StoreMismatchError,
 )
+from pagedkv.streams import streams
 from pagedkv.tiers import FileColdStore, LayerState, SequenceState, StoredSequence
 from pagedkv.tiers.checkpoint import Checkpoint, Entries, damaged, precisions, read_hot
 from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
@@ -90,8 +91,9 @@ def _layers(cache: PagedCache) -> list[PagedLayerCache]:
     Raises:
         CacheStateError: if a layer is not paged, or is ahead of another.
     """
-    if len(cache.paged_layers) != len(cache):
-        names = ", ".join(sorted({type(c).__name__ for c in cache if c not in cache.paged_layers}))
+    if not cache.is_fully_paged:
+        others = (c for c in streams(cache) if c not in cache.paged_layers)
+        names = ", ".join(sorted({type(c).__name__ for c in others}))
         raise CacheStateError(
             f"not all layers of this cache are paged (some are {names}): it can be saved with "
             f"mlx_lm.models.cache.save_prompt_cache, but not flushed"

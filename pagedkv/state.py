@@ -23,6 +23,7 @@ import numpy as np
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, PagedKVError
+from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run
 
 if TYPE_CHECKING:
@@ -267,40 +268,58 @@ def _entries(cache: PagedCache) -> tuple[list[Entry], dict[str, str]]:
     Names and metadata are those of mlx-lm's `save_prompt_cache`: per layer a class name, and for
     each leaf that is not an array its place and kind.
     """
-    from pagedkv.layer import PagedLayerCache
-
     entries: list[Entry] = []
-    metadata: dict[str, str] = {"2.0": ""}
+    texts: list[str] = []
+    metadata: dict[str, str] = {}
     for i, layer in enumerate(cache):
         metadata[f"1.{i}"] = type(layer).__name__
-        if not isinstance(layer, PagedLayerCache):
-            raise CacheStateError(
-                f"layer {i} is a {type(layer).__name__}, which is not paged: save this model's "
-                f"cache with mlx_lm.models.cache.save_prompt_cache"
-            )
-        meta = mx.array([ord(c) for c in json.dumps(describe(layer))])
-        entries.append(_entry(f"{i}.meta", meta))
-        metadata[f"2.{i + 1}.0"], metadata[f"2.{i + 1}.1"] = f"{i}.meta", "string"
-        if layer.empty():
-            continue
-        for name, array in zip(("hot_keys", "hot_values"), layer._hot.view(), strict=True):
-            entries.append(_entry(f"{i}.{name}", array))
-        entries += _page_entries(i, layer)
+        entries += _layer_entries(f"{i}", layer, texts)
+    metadata["2.0"] = ""
+    for n, name in enumerate(texts, 1):
+        metadata[f"2.{n}.0"], metadata[f"2.{n}.1"] = name, "string"
     return entries, metadata
+
+
+def _layer_entries(place: str, layer: Any, texts: list[str]) -> Iterator[Entry]:
+    """The arrays of a layer's cache; names of those that are texts are added to `texts`."""
+    from pagedkv.layer import PagedLayerCache
+
+    inner = inner_caches(layer)
+    if inner is not None:  # as CacheList does it: each cache's state and the name of its class
+        for i, cache in enumerate(inner):
+            yield from _layer_entries(f"{place}.{i}.0", cache, texts)
+            yield _text_entry(f"{place}.{i}.1", type(cache).__name__, texts)
+        return
+    if not isinstance(layer, PagedLayerCache):
+        raise CacheStateError(
+            f"the cache at {place} is a {type(layer).__name__}, which is not paged: save this "
+            f"model's cache with mlx_lm.models.cache.save_prompt_cache"
+        )
+    yield _text_entry(f"{place}.meta", json.dumps(describe(layer)), texts)
+    if layer.empty():
+        return
+    for name, array in zip(("hot_keys", "hot_values"), layer._hot.view(), strict=True):
+        yield _entry(f"{place}.{name}", array)
+    yield from _page_entries(place, layer)
+
+
+def _text_entry(name: str, text: str, texts: list[str]) -> Entry:
+    texts.append(name)
+    return _entry(name, mx.array([ord(c) for c in text]))
 
 
 def _entry(name: str, array: mx.array) -> Entry:
     return name, array.dtype, tuple(array.shape), lambda: array
 
 
-def _page_entries(i: int, layer: PagedLayerCache) -> Iterator[Entry]:
+def _page_entries(place: str, layer: PagedLayerCache) -> Iterator[Entry]:
     assert layer._pager is not None and layer._table is not None
     produce = page_records(layer)
     for number, entry in enumerate(layer._table):
         precision = layer._pager.pages[entry.page].precision
         words = layer._pager.codecs[precision].geometry.page_bytes // 4
         # The pages are written in this order, so one generator serves all of them.
-        yield f"{i}.pages.p{number}", mx.uint32, (words,), lambda: next(produce)
+        yield f"{place}.pages.p{number}", mx.uint32, (words,), lambda: next(produce)
 
 
 def _bytes(array: mx.array) -> bytes:
@@ -311,7 +330,7 @@ def _bytes(array: mx.array) -> bytes:
 
 
 def load_states(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The layer states in a file written by `save` (or by mlx-lm, for paged caches).
+    """The states of the streams in a file written by `save` (or by mlx-lm, for paged caches).
 
     Arrays are lazy: each is read when it is used.
 
@@ -328,9 +347,20 @@ def load_states(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         states = tree_unflatten(list(arrays.items()))
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
         raise CacheStateError(f"{str(path)!r} is not a saved cache: {e}") from e
-    if not isinstance(states, list) or not all(isinstance(s, dict) for s in states):
+    flat = list(_stream_states(states)) if isinstance(states, list) else []
+    if not flat or not all(isinstance(s, dict) for s in flat):
         raise CacheStateError(f"{str(path)!r} holds no paged cache")
-    return states
+    return flat
+
+
+def _stream_states(states: list[Any]) -> Iterator[Any]:
+    """Of lists of caches the states inside, without the names of their classes."""
+    for layer in states:
+        pairs = layer if isinstance(layer, list) else []
+        if pairs and all(isinstance(p, list) and len(p) == 2 for p in pairs):
+            yield from _stream_states([inner for inner, _ in pairs])
+        else:
+            yield layer
 
 
 def _text_leaves(metadata: dict[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ import psutil
 from pagedkv.allocator import KVShape
 from pagedkv.prefixes import obstacle
 from pagedkv.selection import SkipCounters
+from pagedkv.streams import inner_caches
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -68,7 +69,8 @@ class CacheStats:
         prefixes_remembered: sequences kept in memory for that.
         prefix_reuse: ``"on"``, or why this model's prefixes cannot be reused.
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
-            the hook, or the class name of a cache that was left as it is.
+            the hook, or the class name of a cache that was left as it is; of several in a layer,
+            ``"CacheList(paged, ArraysCache)"``.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
         process_bytes: resident memory of the process.
     """
@@ -251,6 +253,9 @@ def _elements(shape: KVShape) -> int:
 def _kind(layer: Any) -> str:
     from pagedkv.layer import PagedLayerCache
 
+    inner = inner_caches(layer)
+    if inner is not None:
+        return f"{type(layer).__name__}({', '.join(map(_kind, inner))})"
     if not isinstance(layer, PagedLayerCache):
         return type(layer).__name__
     return f"{layer.kind} (dense)" if False in layer.reaches_hook.values() else layer.kind

@@ -288,7 +288,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for i, layer in enumerate(cache):
             try:
-                dense = [np.asarray(a)[0, 0] for a in layer.keys_and_values()]
+                dense = [np.asarray(a)[0, 0] for a in layer.view().dense(layer._dtype)]
             except pagedkv.ColdStoreError as e:
                 self.excuse(e)
                 self.drop(cache)  # as a user would: the text is read again

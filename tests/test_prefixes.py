@@ -206,7 +206,7 @@ def test_layers_that_are_not_paged_say_so() -> None:
     with pagedkv.wrap(model, config()) as cache:
         model(mx.array([ids(600)]), cache=cache)
         assert cache.remember(ids(600)) == 0
-        assert "layer 0" in cache.stats().prefix_reuse
+        assert "cache 0" in cache.stats().prefix_reuse
         with model.make_cache() as other:
             assert other.reuse(ids(600)) == 0
     pagedkv.unwrap(model)

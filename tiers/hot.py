@@ -62,6 +62,22 @@ class HotBuffer:
         """The backing arrays, for evaluation; empty before the first token."""
         return () if self._keys is None or self._values is None else (self._keys, self._values)
 
+    def exchange(self, keys: mx.array | None, values: mx.array | None) -> None:
+        """Put other arrays in the place of the backing ones.
+
+        Raises:
+            ValueError: if there are none yet, or a shape or type differs.
+        """
+        for mine, other in zip(self.arrays or (None, None), (keys, values), strict=True):
+            if (
+                mine is None
+                or other is None
+                or (mine.shape, mine.dtype) != (other.shape, other.dtype)
+            ):
+                here, given = _tell(mine), _tell(other)
+                raise ValueError(f"{given} cannot take the place of a hot tier's {here}")
+        self._keys, self._values = keys, values
+
     def append(self, keys: mx.array, values: mx.array, count: int) -> None:
         """Add tokens at the end.
 
@@ -155,3 +171,7 @@ class HotBuffer:
         room = mx.zeros((batch, heads, self.capacity - (self.used - count), dim), old.dtype)
         kept = [old[:, :, :start], old[:, :, start + count : self.used], room]
         return mx.concatenate(kept, axis=2)
+
+
+def _tell(array: mx.array | None) -> str:
+    return "nothing" if array is None else f"{array.dtype} {array.shape}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -91,13 +92,20 @@ def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
     for kind in dict.fromkeys(kinds):
         layers = [i for i, other in enumerate(kinds) if other == kind]
         value = f"{len(layers)} of {len(kinds)} layers: {_ranges(layers)}"
-        if kind == "paged":
-            yield Row(kind, OK, value)
-        elif kind.startswith("paged"):
-            hint = "this model computes attention by itself here: right, but slower"
-            yield Row(kind, WARN, value, hint)
-        else:
-            yield Row(kind, WARN, value, "not paged: the layer keeps its own cache in memory")
+        yield Row(kind, *_verdict(kind, value))
+
+
+def _verdict(kind: str, value: str) -> tuple[str, str, str]:
+    """Status, value and hint of a kind of layer; a kind is as in `CacheStats.layers`."""
+    if "paged (dense)" in kind:
+        return WARN, value, "this model computes attention by itself here: right, but slower"
+    if kind == "paged":
+        return OK, value, ""
+    if set(re.findall(r"\w+", kind)) <= {"CacheList", "paged"}:
+        return OK, value, ""
+    if "paged" in kind:
+        return WARN, value, "partly paged: the layer keeps the rest in memory"
+    return WARN, value, "not paged: the layer keeps its own cache in memory"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -281,7 +281,7 @@ def _flush(cache: PagedCache, say: Notes) -> PagedKVError | None:
     config = cache.context.config
     if config.cold_dir is None or not cache.context.pager.has_cold:
         return None
-    if len(cache.paged_layers) < len(cache):
+    if not cache.is_fully_paged:
         say("nothing stays in the cold directory: not all layers of this model are paged")
         return None
     try:

@@ -138,7 +138,7 @@ class ModelStress:
     def _left_out(self, cache: PagedCache) -> None:
         """Leave out what this model's caches cannot do."""
         wanted = {name for name, count in self._options.ops.items() if count}
-        if len(cache.paged_layers) < len(cache):
+        if not cache.is_fully_paged:
             more = wanted & {"trim", "fork", "save", "kill"}
             if more:
                 self._notes.append(f"not all layers are paged: {', '.join(sorted(more))} left out")
