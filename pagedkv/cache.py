@@ -28,6 +28,7 @@ class PagedCache(list[Any]):
     def __init__(self, layers: Sequence[Any], context: SequenceContext) -> None:
         super().__init__(layers)
         self.context = context
+        context.others = tuple(c for c in streams(self) if not isinstance(c, PagedLayerCache))
 
     @classmethod
     def standalone(

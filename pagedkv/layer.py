@@ -51,6 +51,9 @@ class SequenceContext:
         pace: of prompts and decode steps.
         prefixes: what is remembered of sequences of this model; shared with all its caches.
         prefix: digests of the tokens in this sequence's pages, as far as they are known.
+        others: streams of the same model that are not paged.
+        torn: whether some of those have taken tokens of a call that failed, and cannot give
+            them back.
     """
 
     config: TierConfig
@@ -65,6 +68,8 @@ class SequenceContext:
     pace: Pace = field(default_factory=Pace)
     prefixes: Prefixes = field(default_factory=Prefixes)
     prefix: list[bytes] = field(default_factory=list)
+    others: tuple[Any, ...] = ()
+    torn: bool = False
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -76,6 +81,7 @@ class SequenceContext:
             max_tokens=self.max_tokens,
             prefixes=self.prefixes,
             prefix=list(self.prefix),
+            torn=self.torn,
         )
 
     def forget_prefix_beyond(self, tokens: int) -> None:
@@ -83,6 +89,20 @@ class SequenceContext:
         if self.prefix:
             unit = max(cache.page_tokens for cache in self.alive())
             del self.prefix[max(0, tokens - self.config.sink_tokens) // unit :]
+
+    def take_back_to(self, length: int) -> None:
+        """Forget what came after the first `length` tokens, everywhere, after a call that failed.
+
+        A recurrent state cannot forget: a sequence with one cannot go on.
+        """
+        for cache in self.alive():
+            cache.trim(max(0, cache.offset - length))
+        for other in self.others:
+            beyond = getattr(other, "offset", length) - length
+            if beyond > 0 and other.is_trimmable():
+                other.trim(beyond)
+            elif beyond > 0 or not (hasattr(other, "offset") or other.empty()):
+                self.torn = True
 
     def alive(self) -> Iterator[PagedLayerCache]:
         """The paged layers that still exist, in model order."""
@@ -153,6 +173,7 @@ class PagedLayerCache:
             OutOfPagesError: if no tier has room for the pages that these tokens push out of the
                 hot window; nothing has changed then.
             ShapeError: if they do not fit the cache.
+            CacheStateError: if an earlier call failed and its recurrent layers are ahead now.
             ClosedError: after `close`.
         """
         return self._handed_out(self.append(keys, values))
@@ -188,6 +209,11 @@ class PagedLayerCache:
             self._accept(keys, values)
             self._accepted = shapes
         context, hot, count = self._context, self._hot, shapes[0][2]
+        if context.torn:
+            raise CacheStateError(
+                "a call of the model failed, and its layers that are not paged cannot give back "
+                "the tokens of that call: go on from a copy made before, or from a saved cache"
+            )
         context.pager.use(context.lineage)
         if self._leads:
             context.pace.step() if count <= DECODE_TOKENS else context.pace.prompt(count)
@@ -303,9 +329,7 @@ class PagedLayerCache:
         try:
             yield
         except (ColdStoreError, OutOfPagesError):  # the second from a disk that failed just now
-            # A stream may come before others of its layer and be called after them.
-            for cache in self.siblings():
-                cache.trim(max(0, cache.offset - length))
+            self._context.take_back_to(length)
             raise
 
     def _accept(self, keys: mx.array, values: mx.array) -> None:

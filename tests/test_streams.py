@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,25 @@ def test_a_refused_call_takes_nothing_whatever_the_order_of_a_layers_streams() -
         extra = tokens(20, seed=9)
         assert mx.array_equal(model(extra, cache=cache), model(extra, cache=whole)).item()
     whole.close()
+    pagedkv.unwrap(model)
+
+
+def test_a_recurrent_model_does_not_go_on_after_a_call_that_failed() -> None:
+    """Its states have taken the tokens of that call, and nothing can take them back."""
+    model = build("falcon_h1")
+    with pagedkv.wrap(model, budgets(model, cold=0)) as cache:
+        mx.eval(model(tokens(300, seed=1), cache=cache))
+        whole, step = cache.fork(), tokens(1, seed=4)
+        expected = model(step, cache=cache.fork())
+        with pytest.raises(pagedkv.OutOfPagesError):
+            for i in range(40):
+                mx.eval(model(tokens(100, seed=2 + i), cache=cache))
+        for again in (cache, copy.deepcopy(cache)):
+            with pytest.raises(pagedkv.CacheStateError, match="go on from a copy"):
+                model(tokens(1, seed=3), cache=again)
+        assert mx.array_equal(model(step, cache=whole), expected).item()
+        for other in (whole, again):
+            other.close()
     pagedkv.unwrap(model)
 
 
