@@ -10,11 +10,12 @@ import mlx.core as mx
 
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
-from pagedkv.config import TierConfig
+from pagedkv.config import KEPT_TOKENS, TierConfig
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.stats import CacheStats, collect
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
+from pagedkv.window import WindowedLayerCache
 
 
 class PagedCache(list[Any]):
@@ -47,7 +48,7 @@ class PagedCache(list[Any]):
         context = SequenceContext(config, pager, fingerprint=model)
         if pager.has_cold:
             pager.cold  # noqa: B018  # a bad directory shows here and not in the middle of a text
-        return cls([PagedLayerCache(context, i) for i in range(layers)], context)
+        return cls([_bounded_or_not(context, i) for i in range(layers)], context)
 
     @property
     def paged_layers(self) -> list[PagedLayerCache]:
@@ -223,6 +224,13 @@ class PagedCache(list[Any]):
         self.close()
 
 
+def _bounded_or_not(context: SequenceContext, layer: int) -> PagedLayerCache:
+    size = context.config.max_kv_size
+    if size is None:
+        return PagedLayerCache(context, layer)
+    return WindowedLayerCache(context, layer, size, KEPT_TOKENS)
+
+
 def _can_trim(cache: Any, n: int) -> bool:
     paged = isinstance(cache, PagedLayerCache)
     return bool(cache.can_trim(n) if paged else cache.is_trimmable())
@@ -248,8 +256,9 @@ def attention(
         v: ``[1, kv_heads, n, value_dim]``.
         cache: of this layer.
         scale: multiplies the products of queries and keys, usually ``key_dim ** -0.5``.
-        mask: ``"causal"``, None, or an array that broadcasts to ``[1, query_heads, L, tokens]``:
-            bool (True attends) or added to the scores.
+        mask: ``"causal"`` (within the window, if the cache has one), None, or an array that
+            broadcasts to ``[1, query_heads, L, tokens]``: bool (True attends) or added to the
+            scores.
         sinks: learned attention sinks, ``[query_heads]``.
 
     Returns:
@@ -262,4 +271,6 @@ def attention(
     """
     if k.ndim == 4:
         check_queries(q, int(k.shape[1]), int(k.shape[3]), int(k.shape[2]), mask, sinks)
+        if isinstance(mask, str):
+            mask = cache.causal_mask(int(k.shape[2]), int(q.shape[2]))
     return cache.attend_tagged(cache.append(k, v), q, scale, mask, sinks)

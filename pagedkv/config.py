@@ -15,8 +15,10 @@ from pagedkv.tiers.sequence import StoreIdentity
 
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
 DURABILITIES = ("process", "power")
+KEPT_TOKENS = 4
+"""First tokens that a cache of `max_kv_size` keeps for ever, as in mlx-lm."""
 LEAST_KV_SIZE = 8
-"""The four first tokens, which are kept, and some new ones."""
+"""Those, and some new ones."""
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,7 @@ class PagedLayerCache:
         """
         config = self._context.config
         self._dtype = _hot_dtype(config.hot_dtype, dtype)
-        self._pager = self._context.pager.layer(self.layer, shape, self._dtype)
+        self._pager = self._context.pager.layer(self.layer, shape, self._dtype, self._span)
         if self._pager.shape != shape:
             raise ShapeError(
                 f"layer {self.layer}: keys of {shape} do not fit this model's {self._pager.shape}"
@@ -383,6 +383,11 @@ class PagedLayerCache:
         self._hot = HotBuffer(self._full + DECODE_TOKENS)
 
     # Sealing
+
+    @property
+    def _span(self) -> int | None:
+        """Tokens of a sequence that are ever in pages; None for any number."""
+        return None
 
     def _hot_room(self, page_tokens: int) -> int:
         """Hot tokens with which there is something to do: a page to be sealed."""
@@ -664,6 +669,10 @@ class PagedLayerCache:
     @values.setter
     def values(self, array: mx.array) -> None:
         self._hot.exchange(self.keys, array)
+
+    def causal_mask(self, new: int, queries: int) -> mx.array | str | None:
+        """The mask for the last `queries` of `new` tokens that come next."""
+        return "causal"
 
     def empty(self) -> bool:
         """Whether no token is held."""

@@ -8,11 +8,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
+from pagedkv.config import KEPT_TOKENS
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
-
-KEEP = 4
-"""First tokens that a bounded cache keeps for ever, as in mlx-lm."""
 
 Maker = Callable[[SequenceContext, int], PagedLayerCache]
 """Makes the paged cache of a stream: what its sequence's layers share, and its number."""
@@ -65,7 +63,7 @@ def paged_kind(cache: Any) -> Maker | None:
 def _plain(context: SequenceContext, number: int) -> PagedLayerCache:
     """In place of a cache without a window: one with, if the user wants it bounded."""
     if (limit := context.config.max_kv_size) is not None:
-        return PagedRotatingKVCache(context, number, limit, KEEP)
+        return PagedRotatingKVCache(context, number, limit, KEPT_TOKENS)
     return PagedKVCache(context, number)
 
 

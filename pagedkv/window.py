@@ -191,6 +191,10 @@ class PartialLayerCache(PagedLayerCache):
 
     # Sealing what remains
 
+    @property
+    def _span(self) -> int | None:
+        return self.reach - self.keep
+
     def _hot_room(self, page_tokens: int) -> int:
         if self.reach - self.keep > self._context.config.hot_tokens + page_tokens:
             return super()._hot_room(page_tokens)
@@ -396,6 +400,11 @@ class WindowedLayerCache(PartialLayerCache):
             return None
         seen = min(self.offset + 1, self.max_size)
         return mx.arange(seen) >= seen - window_size
+
+    def causal_mask(self, new: int, queries: int) -> mx.array | str | None:
+        """The mask for the last `queries` of `new` tokens that come next."""
+        mask = self.make_mask(new)
+        return mask[new - queries :] if isinstance(mask, mx.array) else "causal"
 
     def window_state(self) -> dict[str, int]:
         """What a state says of the window."""

@@ -45,11 +45,14 @@ def page_arrays(record: np.ndarray, geometry: PageGeometry, bfloat16: bool = Fal
 
 
 def stored(cache: PagedLayerCache) -> tuple[np.ndarray, np.ndarray]:
-    """All keys and values of a layer as they are stored, float64 ``[kv_heads, tokens, dim]``."""
+    """All keys and values of a layer as they are stored, float64 ``[kv_heads, tokens, dim]``.
+
+    Of a layer with a window: those it still holds, also where no query sees them any more.
+    """
     hot_keys, hot_values = (
         np.asarray(x[0].astype(mx.float32)).astype(np.float64) for x in cache._hot.view()
     )
-    sinks = min(cache._context.config.sink_tokens, hot_keys.shape[1])
+    sinks = min(cache.sink_tokens, hot_keys.shape[1])
     keys, values = [hot_keys[:, :sinks]], [hot_values[:, :sinks]]
     bfloat16 = cache._dtype == mx.bfloat16
     for entry, record in zip(cache._table, page_records(cache), strict=True):

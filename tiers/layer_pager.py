@@ -23,6 +23,7 @@ from pagedkv.allocator import (
     Precision,
     TableEntry,
 )
+from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
 from pagedkv.tiers.demotion import DemotionOrder
 from pagedkv.tiers.kept_pages import KeptPages
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 RUN_TOKENS = 4096
 """Tokens attended together, at most; a run of cold pages is also one read from disk."""
 
+FEW_PAGES = 8
+"""A window that holds fewer pages gets the smallest ones."""
+
 LEAST_SLOTS = 2
 """A slab keeps so many slots however short memory is."""
 
@@ -45,6 +49,22 @@ RELIEF_PAGES = 4
 
 RUN_BYTES = 8 * 2**20
 """Bytes of a run, at most, unless a single page is larger."""
+
+
+def choose_page_tokens(
+    shape: KVShape, precisions: Sequence[Precision], span: int | None = None
+) -> int:
+    """Tokens per page: what the geometry prefers, but small pages where few of them fit.
+
+    Args:
+        shape: what the layer caches per token.
+        precisions: of its pages.
+        span: tokens of a sequence that are ever in pages, if that is bounded.
+    """
+    preferred = PageGeometry.choose_tokens(shape, precisions)
+    if span is not None and span < FEW_PAGES * preferred:
+        return PAGE_TOKENS[0]  # padding costs less than what whole large pages leave in 16 bit
+    return preferred
 
 
 @dataclass(eq=False)
@@ -99,14 +119,21 @@ class Run:
 class LayerPager:
     """The sealed pages of one layer, of all sequences."""
 
-    def __init__(self, pager: Pager, layer: int, shape: KVShape, hot_dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        pager: Pager,
+        layer: int,
+        shape: KVShape,
+        hot_dtype: mx.Dtype,
+        span: int | None = None,
+    ) -> None:
         budget = pager.budget
         self._pager = pager
         self.layer = layer
         self.shape = shape
         self.hot_dtype = hot_dtype
         self.precisions = budget.ladder.beyond(budget.hot_tokens)
-        self.page_tokens = budget.page_tokens or PageGeometry.choose_tokens(shape, self.precisions)
+        self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
             p: codec_for(shape, self.page_tokens, p, hot_dtype) for p in self.precisions
         }

@@ -68,14 +68,22 @@ class Pager:
         self._reader: ColdReader | None = None
         self._tick = 0
 
-    def layer(self, layer: int, shape: KVShape, hot_dtype: mx.Dtype) -> LayerPager:
+    def layer(
+        self, layer: int, shape: KVShape, hot_dtype: mx.Dtype, span: int | None = None
+    ) -> LayerPager:
         """The pages of one layer; made at the first call, which fixes its shape.
+
+        Args:
+            layer: index among the model's layers.
+            shape: what it caches per token.
+            hot_dtype: type of its hot tokens.
+            span: tokens of a sequence that are ever in pages, if that is bounded.
 
         Raises:
             ConfigError: if the warm budget holds no page of this shape.
         """
         if layer not in self._layer_pagers:
-            self._layer_pagers[layer] = LayerPager(self, layer, shape, hot_dtype)
+            self._layer_pagers[layer] = LayerPager(self, layer, shape, hot_dtype, span)
             if self._cold:
                 self._cold.budget.reserve = self._checkpoint_reserve()
         return self._layer_pagers[layer]
