@@ -19,7 +19,13 @@ Each is also the built-in that fits, so code that knows nothing of pagedkv still
 
 
 class PagedKVError(Exception):
-    """Base of everything that pagedkv raises on purpose."""
+    """Base of everything that pagedkv raises on purpose.
+
+    Attributes:
+        rows: where several sequences are served together, the numbers of those it concerns.
+    """
+
+    rows: tuple[int, ...] = ()
 
 
 class ConfigError(PagedKVError, ValueError):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from pagedkv.attention import KVView, stock_attention
+from pagedkv.batch_layout import BatchView
 from pagedkv.errors import PagedKVError
 
 KEYS, VALUES = "keys", "values"
@@ -23,7 +24,7 @@ class Attends(Protocol):
 
     def attend_tagged(
         self,
-        view: KVView,
+        view: Any,
         q: mx.array,
         scale: float,
         mask: mx.array | str | None,
@@ -38,19 +39,19 @@ class TaggedArray(mx.array):
 
     Attributes:
         owner: the cache.
-        kv: what it stands for.
+        kv: what it stands for: a `KVView`, or a `BatchView` of several sequences.
         role: ``"keys"`` or ``"values"``.
         placeholder: True if the array itself holds NaN and only its shape is real.
     """
 
     owner: Attends
-    kv: KVView
+    kv: KVView | BatchView
     role: str
     placeholder: bool
 
 
 def tag_pair(
-    owner: Attends, view: KVView, keys: mx.array, values: mx.array, placeholder: bool
+    owner: Attends, view: KVView | BatchView, keys: mx.array, values: mx.array, placeholder: bool
 ) -> tuple[TaggedArray, TaggedArray]:
     """Tag keys and values as standing for `view`."""
     first, second = TaggedArray(keys), TaggedArray(values)

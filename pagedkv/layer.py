@@ -54,6 +54,7 @@ class SequenceContext:
         others: streams of the same model that are not paged.
         torn: whether some of those have taken tokens of a call that failed, and cannot give
             them back.
+        forks: of it that may still lack layers, see `fork_for`.
     """
 
     config: TierConfig
@@ -70,6 +71,7 @@ class SequenceContext:
     prefix: list[bytes] = field(default_factory=list)
     others: tuple[Any, ...] = ()
     torn: bool = False
+    forks: list[weakref.ref[SequenceContext]] = field(default_factory=list)
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -103,6 +105,26 @@ class SequenceContext:
                 other.trim(beyond)
             elif beyond > 0 or not (hasattr(other, "offset") or other.empty()):
                 self.torn = True
+
+    def fork_for(self, layer: PagedLayerCache) -> SequenceContext:
+        """The context for a fork of one layer, where nobody says which layers belong together.
+
+        Batches are made layer by layer: the n-th fork of each layer goes with the n-th of others.
+        """
+        twins = [twin for ref in self.forks if (twin := ref()) is not None]
+        whole = sum(1 for _ in self.alive())
+        twins = [twin for twin in twins if len([*twin.alive()]) < whole]
+        mine = next((twin for twin in twins if twin.lacks(layer)), None)
+        if mine is None:
+            mine = self.fork()
+            twins.append(mine)
+        self.forks = [weakref.ref(twin) for twin in twins]
+        return mine
+
+    def lacks(self, layer: PagedLayerCache) -> bool:
+        """Whether a fork of `layer` fits beside those that are here."""
+        others = [*self.alive()]
+        return all(c.layer != layer.layer and c.offset == layer.offset for c in others)
 
     def alive(self) -> Iterator[PagedLayerCache]:
         """The paged layers that still exist, in model order."""
@@ -151,6 +173,7 @@ class PagedLayerCache:
         self._rows = 0  # query rows per KV head of the last decode step, for reading ahead
         self._selection = _selection(context.config)
         self._leads = not context.layers  # the first layer counts the steps for all
+        self.batch: weakref.ref[Any] | None = None  # of the batch that this is a row of
         context.pager.users.add(self)
         context.layers.append(weakref.ref(self))
 
@@ -254,13 +277,24 @@ class PagedLayerCache:
         See `pagedkv.attention.attend`. If a cold page cannot be read, the tokens of this call are
         taken back from every layer that has them, so that the call can be made again.
         """
+        self.reaches_hook[q.shape[2] == 1] = True
+        return self.attend_view(view, q, scale, mask, sinks)
+
+    def attend_view(
+        self,
+        view: KVView,
+        q: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """What `attend_tagged` does, without learning from it how the model calls."""
         if self._spent and view is self._spent():
             raise PagedKVError(
                 f"layer {self.layer}: its keys were attended more often than when the model was "
                 f"wrapped ({self.readers} times a call); please report this model"
             )
         _, query_heads, length, _ = q.shape
-        self.reaches_hook[length == 1] = True
         few = length <= DECODE_TOKENS
         heads = self._pager.shape.kv_heads if self._pager else view.hot.keys.shape[1]
         self._rows = query_heads * length // heads if few else 0
@@ -429,10 +463,10 @@ class PagedLayerCache:
         for cache in layers:
             if cache._pager is None or not cache._pages_due(count):
                 continue
-            more = cache._pages_to_come(count)
-            while problem := cache._pager.shortage(more):
-                if not self._context.prefixes.give_up_one():
-                    break
+            wanted = cache._pages_to_come(count)
+            problem = cache._pager.shortage(wanted)
+            while problem and self._context.pager.relieve():
+                problem = cache._pager.shortage(wanted)
             if problem is None and cache is self and self._overflowing():
                 problem = "the disk failed while pages were being stored"
             if problem:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
+from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.config import KEPT_TOKENS
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
@@ -18,6 +19,11 @@ Maker = Callable[[SequenceContext, int], PagedLayerCache]
 
 class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]
     """`PagedLayerCache` for mlx-lm: found by name when a saved cache is loaded."""
+
+    @classmethod
+    def merge(cls, caches: Sequence[PagedLayerCache]) -> BatchPagedKVCache:
+        """A batch of these caches, for mlx-lm's batch generator and server."""
+        return BatchPagedKVCache.merge(caches)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """See `PagedLayerCache.update_and_fetch`.
@@ -35,9 +41,33 @@ class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]
 class PagedRotatingKVCache(WindowedLayerCache, stock._BaseCache):  # type: ignore[misc]
     """`WindowedLayerCache` for mlx-lm."""
 
+    @classmethod
+    def merge(cls, caches: Sequence[PagedLayerCache]) -> BatchPagedKVCache:
+        """See `PagedKVCache.merge`."""
+        return BatchPagedKVCache.merge(caches)
+
 
 class PagedChunkedKVCache(ChunkedLayerCache, stock._BaseCache):  # type: ignore[misc]
-    """`ChunkedLayerCache` for mlx-lm."""
+    """`ChunkedLayerCache` for mlx-lm; like mlx-lm's it makes no batches."""
+
+
+class BatchPagedKVCache(BatchPagedLayerCache, stock._BaseCache):  # type: ignore[misc]
+    """`BatchPagedLayerCache` for mlx-lm."""
+
+    @property
+    def state(self) -> Any:
+        """The rows' states and kinds; evaluating it touches the hot arrays only."""
+        return [(row.state, type(row).__name__) for row in self.rows]
+
+    @classmethod
+    def from_state(cls, state: Any) -> BatchPagedKVCache:
+        """A batch from its rows' saved states, each row with its own tiers."""
+        return cls(_ROWS[kind].from_state(row) for row, kind in state)
+
+
+_ROWS: dict[str, type[PagedLayerCache]] = {
+    kind.__name__: kind for kind in (PagedKVCache, PagedRotatingKVCache, PagedChunkedKVCache)
+}
 
 
 def paged_kind(cache: Any) -> Maker | None:
@@ -69,5 +99,5 @@ def _plain(context: SequenceContext, number: int) -> PagedLayerCache:
 
 def register() -> None:
     """Let mlx-lm's `load_prompt_cache` find the classes; it looks names up in its own module."""
-    for kind in (PagedKVCache, PagedRotatingKVCache, PagedChunkedKVCache):
+    for kind in (*_ROWS.values(), BatchPagedKVCache):
         setattr(stock, kind.__name__, kind)

@@ -64,6 +64,9 @@ class Prefixes:
             layer.compact()
         name = next(self._names)
         self._kept[name] = fork
+        relief = cache.context.pager.relief
+        if self.give_up_one not in relief:
+            relief.append(self.give_up_one)
         self._index.add(name, digests)
         for other in covered:
             self._drop(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,8 @@ class Pager:
         identity: of a cold store that lasts; None for one that goes with `close`.
         workers: who moves bytes in the background.
         pressure: says whether memory is short.
+        relief: asked in turn when there is no room for pages: each gives up a sequence that it
+            keeps for later, and says whether it had one.
     """
 
     budget: TierBudget
@@ -60,6 +63,7 @@ class Pager:
     identity: StoreIdentity | None = None
     workers: Workers = field(default_factory=lambda: ThreadWorkers())
     pressure: Pressure = field(init=False)
+    relief: list[Callable[[], bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pressure = Pressure(self.budget.keep_free)
@@ -161,8 +165,19 @@ class Pager:
         """Mark a sequence as used now, and release what dead sequences left behind."""
         self._tick += 1
         lineage.tick = self._tick
+        self.reclaim()
+
+    def reclaim(self) -> None:
+        """Release what sequences left behind that were dropped and not closed."""
         while self.abandoned:
             self.abandoned.popleft().clear()
+
+    def relieve(self) -> bool:
+        """See that somebody gives up a sequence, if there is one to give up."""
+        if not any(give_up() for give_up in self.relief):
+            return False
+        self.reclaim()
+        return True
 
     def close(self) -> None:
         """Release everything; the pager can be used again afterwards, from empty."""
