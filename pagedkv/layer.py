@@ -33,6 +33,9 @@ from pagedkv.tiers import HotBuffer, LayerPager, Lineage, Page, Pager
 from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
 
+MOST_PARTIAL_FORKS = 1024
+"""Forks that wait for their other layers; who forks one layer alone never brings them."""
+
 
 @dataclass
 class SequenceContext:
@@ -54,7 +57,7 @@ class SequenceContext:
         others: streams of the same model that are not paged.
         torn: whether some of those have taken tokens of a call that failed, and cannot give
             them back.
-        forks: of it that may still lack layers, see `fork_for`.
+        forks: those that still lack layers, see `fork_for`.
     """
 
     config: TierConfig
@@ -71,7 +74,7 @@ class SequenceContext:
     prefix: list[bytes] = field(default_factory=list)
     others: tuple[Any, ...] = ()
     torn: bool = False
-    forks: list[weakref.ref[SequenceContext]] = field(default_factory=list)
+    forks: list[_PartialFork] = field(default_factory=list)
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""
@@ -111,24 +114,28 @@ class SequenceContext:
 
         Batches are made layer by layer: the n-th fork of each layer goes with the n-th of others.
         """
-        twins = [twin for ref in self.forks if (twin := ref()) is not None]
-        whole = sum(1 for _ in self.alive())
-        twins = [twin for twin in twins if len([*twin.alive()]) < whole]
-        mine = next((twin for twin in twins if twin.lacks(layer)), None)
-        if mine is None:
-            mine = self.fork()
-            twins.append(mine)
-        self.forks = [weakref.ref(twin) for twin in twins]
-        return mine
-
-    def lacks(self, layer: PagedLayerCache) -> bool:
-        """Whether a fork of `layer` fits beside those that are here."""
-        others = [*self.alive()]
-        return all(c.layer != layer.layer and c.offset == layer.offset for c in others)
+        wants = (f for f in self.forks if layer.layer not in f.layers and f.offset == layer.offset)
+        fork = next(wants, None)
+        if fork is None:
+            fork = _PartialFork(self.fork(), layer.offset)
+            self.forks.append(fork)
+        fork.layers.add(layer.layer)
+        incomplete = [f for f in self.forks if len(f.layers) < self.pager.layers]
+        self.forks = incomplete[-MOST_PARTIAL_FORKS:]
+        return fork.context
 
     def alive(self) -> Iterator[PagedLayerCache]:
         """The paged layers that still exist, in model order."""
         return (cache for ref in self.layers if (cache := ref()) is not None)
+
+
+@dataclass(eq=False)
+class _PartialFork:
+    """A fork that is made layer by layer: at what length, and which layers it has."""
+
+    context: SequenceContext
+    offset: int
+    layers: set[int] = field(default_factory=set)
 
 
 class PagedLayerCache:
