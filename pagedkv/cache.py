@@ -11,8 +11,9 @@ import mlx.core as mx
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
 from pagedkv.config import KEPT_TOKENS, TierConfig
+from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache, SequenceContext
-from pagedkv.stats import CacheStats, collect
+from pagedkv.stats import CacheStats, collect, rows_of
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
 from pagedkv.window import WindowedLayerCache
@@ -49,6 +50,21 @@ class PagedCache(list[Any]):
         if pager.has_cold:
             pager.cold  # noqa: B018  # a bad directory shows here and not in the middle of a text
         return cls([_bounded_or_not(context, i) for i in range(layers)], context)
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> PagedCache:
+        """The list around layer caches that mlx-lm keeps in one of its own, for `stats`.
+
+        Args:
+            layers: of one sequence, or of a batch, such as a batch generator's.
+
+        Raises:
+            ConfigError: if none of them is paged.
+        """
+        some = next(rows_of(layers), None)
+        if some is None:
+            raise ConfigError(f"none of these {len(layers)} caches is paged")
+        return cls(layers, some._context)
 
     @property
     def paged_layers(self) -> list[PagedLayerCache]:

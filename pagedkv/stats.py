@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -11,19 +12,21 @@ import psutil
 from pagedkv.allocator import KVShape
 from pagedkv.prefixes import obstacle
 from pagedkv.selection import SkipCounters
-from pagedkv.streams import inner_caches
+from pagedkv.streams import inner_caches, streams
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
+    from pagedkv.layer import PagedLayerCache
 
 
 @dataclass(frozen=True)
 class TierStats:
-    """One tier of one sequence.
+    """One tier of one sequence, or of a batch.
 
     Attributes:
         tokens: tokens of this sequence in the tier (the same in every layer).
-        pages: pages of this sequence in the tier, all layers together; 0 for hot.
+        pages: pages of this sequence in the tier, all layers together; 0 for hot. Those that the
+            rows of a batch share count once.
         bytes: bytes those pages or tokens take.
         allocated: bytes the tier has taken from the machine, for all sequences.
         budget: its limit in bytes; 0 where there is none.
@@ -41,7 +44,7 @@ class CacheStats:
     """A snapshot of one `PagedCache`; traffic counts since the tiers were opened.
 
     Attributes:
-        tokens: tokens held.
+        tokens: tokens held; of a batch, by all rows together.
         hot: sinks and newest tokens, 16 bit.
         warm: sealed pages in memory.
         cold: sealed pages on disk.
@@ -69,8 +72,8 @@ class CacheStats:
         prefixes_remembered: sequences kept in memory for that.
         prefix_reuse: ``"on"``, or why this model's prefixes cannot be reused.
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
-            the hook, or the class name of a cache that was left as it is; of several in a layer,
-            ``"CacheList(paged, ArraysCache)"``.
+            the hook, either with the number of rows of a batch, or the class name of a cache that
+            was left as it is; of several in a layer, ``"CacheList(paged, ArraysCache)"``.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
         process_bytes: resident memory of the process.
     """
@@ -148,7 +151,7 @@ def collect(cache: PagedCache) -> CacheStats:
     places = _Places(cache)
     budget = pager.budget
     return CacheStats(
-        tokens=cache.offset,
+        tokens=places.seen,
         hot=TierStats(places.hot_tokens, 0, places.hot_bytes, places.hot_allocated, 0),
         warm=TierStats(
             places.tokens["warm"],
@@ -199,24 +202,56 @@ def collect(cache: PagedCache) -> CacheStats:
     )
 
 
+def rows_of(cache: Iterable[Any]) -> Iterator[PagedLayerCache]:
+    """The paged layers of a list of caches; of a batch, each row's."""
+    from pagedkv.batch import BatchPagedLayerCache
+    from pagedkv.layer import PagedLayerCache
+
+    for layer in streams(cache):
+        if isinstance(layer, BatchPagedLayerCache):
+            yield from layer.rows
+        elif isinstance(layer, PagedLayerCache):
+            yield layer
+
+
+@dataclass
+class _LayerTokens:
+    """Tokens of a layer, of all rows: those that ever came, those held, and by tier."""
+
+    seen: int = 0
+    held: int = 0
+    hot: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: {"warm": 0, "cold": 0})
+
+    def add(self, layer: PagedLayerCache, paged: dict[str, int]) -> None:
+        self.seen += layer.offset
+        self.held += layer.offset - layer.dropped
+        self.hot += layer.hot_held
+        for tier, tokens in paged.items():
+            self.tokens[tier] += tokens
+
+
 class _Places:
     """Where the tokens of a sequence are, summed over its layers."""
 
     def __init__(self, cache: PagedCache) -> None:
         self.pages = {"warm": 0, "cold": 0}
         self.bytes = {"warm": 0, "cold": 0}
-        self.tokens = {"warm": 0, "cold": 0}
         self.precisions: dict[str, int] = {}
-        self.hot_tokens = self.hot_bytes = self.hot_allocated = self.fp16_bytes = 0
-        elements = most = 0
-        for layer in cache.paged_layers:
+        self.hot_bytes = self.hot_allocated = self.fp16_bytes = 0
+        elements = 0
+        by_layer: dict[int, _LayerTokens] = {}
+        seen = set[tuple[int, int]]()
+        for layer in rows_of(cache):
             layer_tokens = {"warm": 0, "cold": 0}
             for page, tokens in layer.located_pages():
                 tier = "warm" if page.slot is not None else "cold"
-                nbytes = layer.page_bytes(page.precision)
-                self.pages[tier] += 1
-                self.bytes[tier] += nbytes
                 layer_tokens[tier] += tokens
+                if (id(layer._pager), page.number) in seen:
+                    continue
+                seen.add((id(layer._pager), page.number))
+                self.pages[tier] += 1
+                self.bytes[tier] += layer.page_bytes(page.precision)
                 self.precisions[str(page.precision)] = (
                     self.precisions.get(str(page.precision), 0) + 1
                 )
@@ -225,16 +260,17 @@ class _Places:
                 self.hot_bytes += layer.hot_held * layer.shape.token_bytes(layer.hot_bits)
                 self.fp16_bytes += layer.size() * layer.shape.token_bytes()
                 elements += (layer.offset - layer.dropped) * _elements(layer.shape)
-            if layer.offset - layer.dropped > most:  # the first that holds the most speaks for all
-                most = layer.offset - layer.dropped
-                self.tokens, self.hot_tokens = layer_tokens, layer.hot_held
+            by_layer.setdefault(layer.layer, _LayerTokens()).add(layer, layer_tokens)
+        # Layers move together: the first that holds the most speaks for all.
+        most = max(by_layer.values(), key=lambda each: each.held, default=_LayerTokens())
+        self.seen, self.hot_tokens, self.tokens = most.seen, most.hot, most.tokens
         stored = self.hot_bytes + sum(self.bytes.values())
         self.bits_per_element = 8 * stored / elements if elements else 0.0
 
 
 def _skipped(cache: PagedCache) -> SkipCounters | None:
     """Of all layers: sums, and the largest of the bounds."""
-    layers = [c for layer in cache.paged_layers if (c := layer.skipped) is not None]
+    layers = [c for layer in rows_of(cache) if (c := layer.skipped) is not None]
     if not layers:
         return None
     bounds = {"weight_bound", "error_bound"}
@@ -251,11 +287,19 @@ def _elements(shape: KVShape) -> int:
 
 
 def _kind(layer: Any) -> str:
+    from pagedkv.batch import BatchPagedLayerCache
     from pagedkv.layer import PagedLayerCache
 
     inner = inner_caches(layer)
     if inner is not None:
         return f"{type(layer).__name__}({', '.join(map(_kind, inner))})"
-    if not isinstance(layer, PagedLayerCache):
+    if not isinstance(layer, PagedLayerCache | BatchPagedLayerCache):
         return type(layer).__name__
-    return f"{layer.kind} (dense)" if False in layer.reaches_hook.values() else layer.kind
+    more = ["dense"] if False in layer.reaches_hook.values() else []
+    kind = "paged"
+    if isinstance(layer, PagedLayerCache):
+        kind = layer.kind
+    elif layer.rows:
+        kind = layer.rows[0].kind
+        more.append(f"{len(layer.rows)} rows")
+    return f"{kind} ({', '.join(more)})" if more else kind

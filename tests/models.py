@@ -33,3 +33,18 @@ def tiny_llama(
 def random_tokens(n: int, seed: int = 0) -> mx.array:
     """Token ids, ``[1, n]``."""
     return mx.random.randint(0, 100, (1, n), key=mx.random.key(seed))
+
+
+def lively(model: Any) -> Any:
+    """The model with larger weights: what it says then depends on all that it read.
+
+    A random model repeats one token for ever, whatever its cache holds.
+    """
+    from mlx.utils import tree_map_with_path
+
+    def larger(path: str, weight: mx.array) -> mx.array:
+        return 4 * weight if weight.ndim == 2 and "layers" in path else weight
+
+    model.update(tree_map_with_path(larger, model.parameters()))
+    mx.eval(model.parameters())
+    return model
