@@ -11,57 +11,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 
 import pagedkv
 from pagedkv.cli import generate, loading
 from pagedkv.cli.main import main
 from pagedkv.stress import ModelStress
-from tests.models import tiny_llama
+from tests.models import byte_model, tiny_llama
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ("--hot-tokens", "64", "--sink-tokens", "4", "--page-tokens", "256", "--cold", "8MB")
 TIGHT = (*SMALL, "--warm", "300KB")
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of two layers with a tokenizer of bytes, as mlx-lm reads it."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
-    tokenizer.save(str(path / "tokenizer.json"))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    config["chat_template"] = TEMPLATE
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    sizes = {
-        "model_type": "llama",
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 257,
-        "max_position_embeddings": 4096,
-    }
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs(**sizes))
-    mx.save_safetensors(
-        str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
-    )
-    (path / "config.json").write_text(json.dumps({**sizes, "eos_token_id": 256}))
-    return str(path)
+    return byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -154,10 +119,10 @@ def test_a_16_bit_model_is_computed_in_float32_without_a_gpu(
     model, said = tiny_llama(), []
     model.set_dtype(mx.bfloat16)
     monkeypatch.setattr(loading, "has_gpu", lambda: True)
-    loading._cast(model, "auto", said.append)
+    loading.cast_model(model, "auto", said.append)
     assert (model.layers[0].self_attn.q_proj.weight.dtype, said) == (mx.bfloat16, [])
     monkeypatch.setattr(loading, "has_gpu", lambda: False)
-    loading._cast(model, "auto", said.append)
+    loading.cast_model(model, "auto", said.append)
     assert model.layers[0].self_attn.q_proj.weight.dtype == mx.float32
     assert "no GPU" in said[0]
 

@@ -63,27 +63,32 @@ def load_model(name: str, dtype: str, say: Say, lazy: bool = False) -> tuple[Any
         from mlx_lm import load
     except ImportError as e:
         raise ConfigError("running a model needs mlx-lm: pip install 'pagedkv[lm]'") from e
-    where = _locate(name, say)
+    where = locate(name, say)
     try:
         with redirect_stdout(sys.stderr):  # stdout is for results alone
             model, tokenizer = load(where, lazy=lazy)[:2]
     except PagedKVError:
         raise
     except Exception as e:  # whatever a damaged folder makes of mlx-lm, the user gets one line
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise ConfigError(f"cannot load the model {name!r}: {_explain(e, reason)}") from e
-    _cast(model, dtype, say)
+        raise ConfigError(f"cannot load the model {name!r}: {explain(e)}") from e
+    cast_model(model, dtype, say)
     return model, tokenizer
 
 
-def _explain(error: Exception, reason: str) -> str:
+def explain(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (KeyError, TypeError)):
         return f"its config.json is not one that mlx-lm understands ({reason})"
     return reason[:300]
 
 
-def _locate(name: str, say: Say) -> str:
-    """The folder or hub id of a model, checked as far as that is cheap."""
+def locate(name: str, say: Say) -> str:
+    """The folder or hub id of a model, checked as far as that is cheap.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
     if name == "demo":
         from pagedkv.demo_model import ensure_demo_model
 
@@ -103,7 +108,7 @@ def _locate(name: str, say: Say) -> str:
     return name
 
 
-def _cast(model: Any, dtype: str, say: Say) -> None:
+def cast_model(model: Any, dtype: str, say: Say) -> None:
     """Compute in the type asked for; on a CPU that is float32 unless the user says otherwise."""
     if dtype != "auto":
         model.set_dtype(getattr(mx, dtype))

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
-from pagedkv.cli import bench, doctor, generate, plan, stress
+from pagedkv.cli import bench, doctor, generate, plan, serve, stress
 from pagedkv.errors import PagedKVError
 
 _EPILOG = """\
 examples:
   pagedkv generate --model demo --prompt "What is a page table?"
+  pagedkv serve --model demo --warm 2GB --port 8080
   pagedkv plan --model llama3-8b --context 128K --warm 2GB
   pagedkv doctor
   pagedkv stress --model synthetic:llama3-8b --layers 2 --tokens 64K --warm 32MB
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pagedkv {pagedkv.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, plan, doctor, stress, bench):
+    for command in (generate, serve, plan, doctor, stress, bench):
         command.add_parser(commands)
     return parser
 
@@ -63,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        args, more = parser.parse_known_args(argv)
+        if hasattr(args, "passed_on"):
+            args.passed_on = more  # another program's options
+        elif more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
     except SystemExit as e:  # --help, --version, or a usage error that was already printed
         return e.code if isinstance(e.code, int) else 0
     with _one_line_warnings(), _terminable():
