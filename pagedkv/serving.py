@@ -60,7 +60,7 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
         self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in cache)
         wrapping = wrapping_of(self.model)
         assert wrapping is not None
-        wrapping.pager.relief = self._give_one_up
+        wrapping.pager.relief.append(self._give_one_up)
 
     def _give_one_up(self) -> bool:
         """Drop the prompt cache that is longest unused; see `Pager.relief`."""
