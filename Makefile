@@ -19,8 +19,10 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
+DOCUMENT ?= 6100
+
 demo: $(VENV)/lm openblas-hint  ## fetch a small model and answer a question about a long document
-	$(KEEP_MEMORY) $(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document 6100 --max-tokens 32 \
+	$(KEEP_MEMORY) $(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document $(DOCUMENT) --max-tokens 32 \
 		--hot-tokens 512 --sink-tokens 64 --kv K4V4 --warm 8MB --cold 256MB --format table
 
 test: lint unit wheel  ## everything CI runs

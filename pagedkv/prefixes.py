@@ -111,6 +111,14 @@ def obstacle(cache: PagedCache) -> str:
 
 def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Keep a cache's sealed pages for others; see `PagedCache.remember`."""
+    held = note(cache, tokens)
+    if held:
+        cache.context.prefixes.keep(cache, cache.context.prefix, held)
+    return held
+
+
+def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+    """Say which tokens a cache holds, for its next flush; see `PagedCache.remember`."""
     context = cache.context
     if obstacle(cache) or not cache.offset:
         return 0
@@ -123,11 +131,7 @@ def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     if rate := context.pace.prompt_per_second:
         context.prefixes.prompt_rate = rate
     context.prefix = digests
-    if not digests:
-        return 0
-    held = context.config.sink_tokens + len(digests) * unit
-    context.prefixes.keep(cache, digests, held)
-    return held
+    return context.config.sink_tokens + len(digests) * unit if digests else 0
 
 
 def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:

@@ -36,8 +36,8 @@ MOST_UNITS = 8000
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-def flush(cache: PagedCache, durability: str | None) -> StoredSequence:
-    """Put the cache as it is on disk; see `PagedCache.flush`."""
+def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> StoredSequence:
+    """Put the cache as it is on disk; see `PagedCache.flush`, and `SequenceState.spare`."""
     store = store_of(cache)
     durability = durability or cache.context.config.durability
     require_durability(durability)
@@ -56,6 +56,7 @@ def flush(cache: PagedCache, durability: str | None) -> StoredSequence:
         flushed_at=time.time_ns(),
         layers=tuple(map(_describe, layers)),
         prefix=tuple(digest.hex() for digest in cache.context.prefix),
+        spare=spare,
         prompt_rate=cache.context.pace.prompt_per_second or cache.context.prefixes.prompt_rate,
     )
     store.commit(state, pages, _hot(layers), durable=durability == "power")

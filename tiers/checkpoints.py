@@ -53,6 +53,7 @@ class StoredSequence:
         flushed_at: seconds since 1970.
         prefix: digests of its tokens; see `SequenceState`.
         prompt_rate: prompt tokens per second where it was computed; 0 if that is not known.
+        spare: whether it is kept for prompts that begin alike only, and may be discarded.
     """
 
     sequence: str
@@ -62,6 +63,7 @@ class StoredSequence:
     flushed_at: float
     prefix: tuple[str, ...] = field(default=(), repr=False)
     prompt_rate: float = 0.0
+    spare: bool = False
 
 
 @dataclass
@@ -315,4 +317,5 @@ def _summary(state: SequenceState) -> StoredSequence:
         state.flushed_at / 1e9,
         state.prefix,
         state.prompt_rate,
+        state.spare,
     )

@@ -111,6 +111,7 @@ class SequenceState:
         prefix: digests of its tokens, page by page, as 64 hex digits each; none if they were not
             told.
         prompt_rate: prompt tokens per second where it was computed; 0 if that is not known.
+        spare: whether it is kept for prompts that begin alike only, and may be discarded.
     """
 
     identity: StoreIdentity
@@ -120,6 +121,7 @@ class SequenceState:
     layers: tuple[LayerState, ...]
     prefix: tuple[str, ...] = ()
     prompt_rate: float = 0.0
+    spare: bool = False
 
     @property
     def pages(self) -> int:
@@ -157,9 +159,10 @@ def parse_sequence(text: bytes) -> SequenceState:
         tokens=take.number("tokens", 0),
         flushed_at=take.number("flushed_at", 0, 2**63),
         layers=tuple(_layer(_Fields(item, "layers")) for item in take.items("layers")),
-        # Those before knew neither.
+        # Those before knew none of these.
         prefix=tuple(map(_digest, take.items("prefix"))) if "prefix" in take.raw else (),
         prompt_rate=take.rate("prompt_rate") if "prompt_rate" in take.raw else 0.0,
+        spare=take.raw.get("spare") is True,
     )
     numbers = [layer.layer for layer in state.layers]
     if bool(numbers) != bool(state.tokens) or numbers != sorted(set(numbers)):

@@ -1,0 +1,96 @@
+"""The prompts that a server keeps for reuse: in memory as mlx-lm keeps them, and over restarts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mlx_lm.models.cache import LRUPromptCache
+
+from pagedkv import prefixes, sequences
+from pagedkv.cache import PagedCache
+from pagedkv.errors import PagedKVError
+from pagedkv.models import wrapping_of
+
+
+class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
+    """mlx-lm's prompt caches; with a ``cold_dir`` also what an earlier server left there.
+
+    Everything here happens on the thread that calls MLX.
+    """
+
+    def __init__(self, model: Callable[[], Any], max_size: int = 10) -> None:
+        """Make an empty one.
+
+        Args:
+            model: the model that is loaded now; None if none is.
+            max_size: sequences, in memory and on disk.
+        """
+        super().__init__(max_size)
+        self._model = model
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """A cache with the longest known beginning of a prompt, and the tokens it lacks.
+
+        See `LRUPromptCache.fetch_nearest_cache`.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        wrapping = wrapping_of(self._model())
+        if wrapping is None or wrapping.pager.identity is None:
+            return cache, rest
+        stored = wrapping.make_cache()
+        try:
+            reused = stored.reuse(tokens)
+        except PagedKVError as e:
+            logging.warning(f"Prompts kept on disk cannot be used: {e}")
+            reused = 0
+        if reused > len(tokens) - len(rest):
+            return stored, tokens[reused:]
+        stored.close()
+        return cache, rest
+
+    def flush(self) -> int:
+        """Leave what is kept in ``cold_dir``, the one used last first, as far as there is room.
+
+        It takes the place of what an earlier server left there, but for what fits beside it.
+
+        Returns:
+            How many sequences were written.
+        """
+        wrapping = wrapping_of(self._model())
+        if wrapping is None or wrapping.pager.identity is None:
+            return 0
+        written: list[PagedCache] = []
+        for tokens, layers in self._latest_first():
+            cache = PagedCache.of(layers)
+            try:
+                if prefixes.note(cache, tokens):
+                    sequences.flush(cache, None, spare=True)
+                    written.append(cache)
+            except PagedKVError as e:
+                logging.warning(f"A prompt of {len(tokens):,} tokens is not kept on disk: {e}")
+                break
+        if written:
+            self._discard_older(written)
+        return len(written)
+
+    def _latest_first(self) -> Iterator[tuple[list[int], list[Any]]]:
+        kinds = [self._lru._lrus[kind] for kind in self._lru._ordering]
+        for lru in kinds:  # each has the one used longest ago first
+            for model, tokens in reversed(lru):
+                yield tokens, self._trie.get(model, tokens).prompt_cache
+
+    def _discard_older(self, written: list[PagedCache]) -> None:
+        """Of those of earlier servers, keep what no other one has, and as many as there may be."""
+        store = sequences.store_of(written[0])
+        chains = {digest.hex() for cache in written for digest in cache.context.prefix}
+        mine = {cache.context.sequence_id for cache in written}
+        room = self.max_size - len(mine)
+        for stored in store.checkpoints.stored():
+            if not stored.spare or stored.sequence in mine:
+                continue  # a user's, for `resume`
+            if room > 0 and not chains.issuperset(stored.prefix[-1:]):
+                room -= 1
+            else:
+                written[0].discard(stored.sequence)
