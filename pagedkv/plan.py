@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.config import TierConfig
+from pagedkv.config import KEPT_TOKENS, TierConfig
 from pagedkv.errors import ConfigError
+from pagedkv.tiers.layer_pager import choose_page_tokens
+from pagedkv.window_sizes import WindowSizes
 
 
 @dataclass(frozen=True)
@@ -17,11 +22,12 @@ class Plan:
     Attributes:
         context: tokens planned for.
         page_tokens: tokens per page.
-        hot_tokens, warm_tokens, cold_tokens: tokens per tier; they add up to `context` if it fits.
+        hot_tokens, warm_tokens, cold_tokens: tokens per tier, of the layer that holds the most; of
+            a layer without a window they add up to `context` if it fits.
         hot_bytes, warm_bytes, cold_bytes: bytes per tier.
         staging_bytes: memory for pages on their way to and from disk, at most.
         scratch_bytes: memory for one layer's dequantized keys and values in prefill, at most.
-        fp16_bytes: what a 16-bit cache takes.
+        fp16_bytes: what a 16-bit cache takes, with the same windows.
         fits: whether the budgets hold the context.
         max_context: tokens that the budgets hold.
         cold_bytes_per_token: bytes read from disk for every generated token.
@@ -60,6 +66,8 @@ def plan(
     context: int,
     config: TierConfig | None = None,
     disk_bytes_per_second: float | None = None,
+    *,
+    windows: Sequence[int] = (),
 ) -> Plan:
     """Work out where the tokens of a context would lie.
 
@@ -69,6 +77,7 @@ def plan(
         context: tokens.
         config: tiers; the default if None.
         disk_bytes_per_second: read rate of the cold directory's disk, for the token rate.
+        windows: sizes of the sliding windows of those layers that have one.
 
     Raises:
         ConfigError: if the context or the warm budget is too small to mean anything.
@@ -76,30 +85,34 @@ def plan(
     config = config or TierConfig()
     if context < 1 or layers < 1:
         raise ConfigError(f"a plan needs at least one token and one layer, got {context}, {layers}")
-    counter = _Counter(shape, layers, config)
-    pages, warm = counter.place(context)
+    if len(windows) > layers or any(window < 1 for window in windows):
+        raise ConfigError(f"{len(windows)} windows of {layers} layers: {list(windows)[:8]}")
+    kinds = _kinds(shape, layers, config, windows)
+    placed = [(kind, *kind.place(context)) for kind in kinds]
     budget = config.budget()
-    tokens = counter.page_tokens
-    hot = context - sum(pages.values()) * tokens
-    cold = {p: pages[p] - warm[p] for p in pages}
-    cold_bytes = counter.bytes(cold)
-    # A page turn's worth of room: the hot buffer is allocated for its largest extent.
-    hot_capacity = config.sink_tokens + config.hot_tokens + tokens
-    scratch = min(budget.scratch_bytes, context * shape.token_bytes())
+    cold_bytes = sum(
+        kind.bytes({p: pages[p] - warm[p] for p in pages}) for kind, pages, warm in placed
+    )
+    # The layer that holds the most: one without a window if there is one.
+    most, pages, warm = max(placed, key=lambda item: item[0].reach or math.inf)
+    tokens = most.page_tokens
+    cold = sum(pages.values()) - sum(warm.values())
+    paged = any(any(pages.values()) for _, pages, _ in placed)
+    scratch = min(budget.scratch_bytes, most.held(context) * shape.token_bytes())
     return Plan(
         context=context,
         page_tokens=tokens,
-        hot_tokens=hot,
+        hot_tokens=most.hot(context),
         warm_tokens=sum(warm.values()) * tokens,
-        cold_tokens=sum(cold.values()) * tokens,
-        hot_bytes=min(hot_capacity, context) * shape.token_bytes() * layers,
-        warm_bytes=counter.bytes(warm),
+        cold_tokens=cold * tokens,
+        hot_bytes=sum(k.layers * k.hot_capacity(context) for k in kinds) * shape.token_bytes(),
+        warm_bytes=sum(kind.bytes(warm) for kind, _, warm in placed),
         cold_bytes=cold_bytes,
         staging_bytes=budget.staging_bytes + budget.write_buffer_bytes if cold_bytes else 0,
-        scratch_bytes=scratch if pages else 0,
-        fp16_bytes=context * shape.token_bytes() * layers,
-        fits=counter.fits(context),
-        max_context=counter.longest(),
+        scratch_bytes=scratch if paged else 0,
+        fp16_bytes=sum(k.layers * k.held(context) for k in kinds) * shape.token_bytes(),
+        fits=_fits(kinds, context),
+        max_context=_longest(kinds),
         cold_bytes_per_token=cold_bytes,
         tokens_per_second=disk_bytes_per_second / cold_bytes
         if disk_bytes_per_second and cold_bytes
@@ -107,23 +120,93 @@ def plan(
     )
 
 
-class _Counter:
-    """Pages per precision and tier; the same arithmetic as the pager's, per layer."""
+def _kinds(
+    shape: KVShape, layers: int, config: TierConfig, windows: Sequence[int]
+) -> list[_Counter]:
+    """Layers that are alike: those without a window, and those with windows of one size."""
+    counted: Counter[tuple[int | None, int]] = Counter((window, 0) for window in windows)
+    if plain := layers - len(windows):
+        keep = config.sink_tokens if config.max_kv_size is None else KEPT_TOKENS
+        counted[config.max_kv_size, keep] += plain
+    return [_Counter(shape, layers, config, n, reach, keep) for (reach, keep), n in counted.items()]
 
-    def __init__(self, shape: KVShape, layers: int, config: TierConfig) -> None:
-        self._config, self._layers = config, layers
+
+def _fits(kinds: Sequence[_Counter], context: int) -> bool:
+    return all(kind.fits(context) for kind in kinds)
+
+
+def _longest(kinds: Sequence[_Counter]) -> int:
+    """The longest context that fits, by bisection (more tokens never need fewer pages)."""
+    low, high = 1, 2
+    while _fits(kinds, high) and high < 2**32:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(kinds, middle) else (low, middle)
+    return low
+
+
+class _Counter:
+    """Pages per precision and tier of layers that are alike; the same arithmetic as the pager's.
+
+    Attributes:
+        layers: how many layers those are.
+        reach: tokens that a query sees, at most; None for all.
+        page_tokens: tokens per page.
+    """
+
+    def __init__(
+        self,
+        shape: KVShape,
+        all_layers: int,
+        config: TierConfig,
+        layers: int,
+        reach: int | None,
+        keep: int,
+    ) -> None:
+        self._config, self._all_layers = config, all_layers
+        self.layers, self.reach, self._keep = layers, reach, keep
         self._budget = config.budget()
         self._ladder = config.ladder
         precisions = self._ladder.beyond(config.hot_tokens)
-        self.page_tokens = config.page_tokens or PageGeometry.choose_tokens(shape, precisions)
+        span = None if reach is None else reach - keep
+        self.page_tokens = config.page_tokens or choose_page_tokens(shape, precisions, span)
         self._sizes = {p: PageGeometry(shape, self.page_tokens, p).page_bytes for p in precisions}
-        self._slots = self._budget.warm_slots(layers, self.page_tokens, self._sizes)
+        self._slots = self._budget.warm_slots(all_layers, self.page_tokens, self._sizes)
+
+    def held(self, context: int) -> int:
+        """Tokens of a context that a 16-bit cache holds."""
+        return context if self.reach is None else min(context, self.reach)
+
+    @property
+    def _window(self) -> WindowSizes | None:
+        if self.reach is None:
+            return None
+        return WindowSizes(self.reach, self._keep, self._config.hot_tokens, self.page_tokens)
+
+    def hot(self, context: int) -> int:
+        """Hot tokens of one layer, if the context came token by token."""
+        if self._window and not self._window.seals:
+            return min(context, self._window.hot_room)
+        return context - self._count(context) * self.page_tokens
+
+    def hot_capacity(self, context: int) -> int:
+        """The same, at most: the hot buffer is allocated for its largest extent."""
+        config = self._config
+        # A page turn's worth of room.
+        room = self._keep + config.hot_tokens + self.page_tokens
+        return min(context, self._window.hot_room if self._window else room)
+
+    def _count(self, context: int) -> int:
+        """Pages of one layer that were ever sealed."""
+        return max(0, context - self._keep - self._config.hot_tokens) // self.page_tokens
 
     def pages(self, context: int) -> dict[Precision, int]:
-        """Sealed pages of one layer by precision."""
-        config, reach = self._config, self._ladder.reach
-        first_end = config.sink_tokens + self.page_tokens
-        count = max(0, context - config.sink_tokens - config.hot_tokens) // self.page_tokens
+        """Sealed pages of one layer by precision; of a window as many as there may be."""
+        reach = self._ladder.reach
+        first_end = self._keep + self.page_tokens
+        count = self._count(context)
+        most = self._window.most_pages if self._window else count
         pages = dict.fromkeys(self._sizes, 0)
         nearer = 0
         for precision, end in zip(self._ladder.steps, (*reach, None), strict=True):
@@ -131,6 +214,7 @@ class _Counter:
             within = count
             if end is not None:
                 within -= min(count, max(0, (context - first_end - end) // self.page_tokens + 1))
+            within = min(within, most)
             if within > nearer:
                 pages[precision] += within - nearer
                 nearer = within
@@ -142,33 +226,25 @@ class _Counter:
         return pages, {p: min(pages[p], self._slots[p]) for p in pages}
 
     def bytes(self, pages: dict[Precision, int]) -> int:
-        """Bytes of these pages, all layers together."""
-        return self._layers * sum(n * self._sizes[p] for p, n in pages.items())
+        """Bytes of these pages, all layers of this kind together."""
+        return self.layers * sum(n * self._sizes[p] for p, n in pages.items())
 
     def fits(self, context: int) -> bool:
         """Whether warm and cold hold all sealed pages of the context."""
         pages, warm = self.place(context)
         cold = {p: pages[p] - warm[p] for p in pages}
-        return self.bytes(cold) // self._layers <= self._budget.cold_bytes // self._layers
-
-    def longest(self) -> int:
-        """The longest context that fits, by bisection (more tokens never need fewer pages)."""
-        low, high = 1, 2
-        while self.fits(high) and high < 2**32:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle) else (low, middle)
-        return low
+        return self.bytes(cold) // self.layers <= self._budget.cold_bytes // self._all_layers
 
 
-def require_room(shape: KVShape, layers: int, tokens: int, config: TierConfig) -> None:
+def require_room(
+    shape: KVShape, layers: int, tokens: int, config: TierConfig, windows: Sequence[int] = ()
+) -> None:
     """Refuse what must end in `OutOfPagesError`, before time is spent on it.
 
     Raises:
         ConfigError: with the largest context that fits.
     """
-    result = plan(shape, layers, tokens, config)
+    result = plan(shape, layers, tokens, config, windows=windows)
     if not result.fits:
         raise ConfigError(
             f"{tokens:,} tokens in {layers} layers do not fit warm={config.warm} and "

@@ -21,12 +21,7 @@ from pagedkv.attention import KVView
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.tiers import HotBuffer, Page
-
-SLACK = 16
-"""Tokens behind the window that are held: so many can be taken back at any time."""
-
-LEAST_STEP, MOST_STEP = 64, 256
-"""Where nothing is sealed, hot tokens are dropped so many at a time: each time moves the others."""
+from pagedkv.window_sizes import SLACK, WindowSizes
 
 
 @dataclass(eq=False)
@@ -92,9 +87,10 @@ class PartialLayerCache(PagedLayerCache):
     @property
     def seals(self) -> bool:
         """Whether there are ever pages: a window that the hot tokens fill has none."""
-        if self._pager is None:
-            return False
-        return self.reach - self.keep > self._context.config.hot_tokens + self._pager.page_tokens
+        return self._pager is not None and self._sizes(self._pager.page_tokens).seals
+
+    def _sizes(self, page_tokens: int) -> WindowSizes:
+        return WindowSizes(self.reach, self.keep, self._context.config.hot_tokens, page_tokens)
 
     @property
     def kind(self) -> str:
@@ -196,10 +192,7 @@ class PartialLayerCache(PagedLayerCache):
         return self.reach - self.keep
 
     def _hot_room(self, page_tokens: int) -> int:
-        if self.reach - self.keep > self._context.config.hot_tokens + page_tokens:
-            return super()._hot_room(page_tokens)
-        step = min(MOST_STEP, max(LEAST_STEP, self.reach // 2))
-        return self.reach + SLACK + step
+        return self._sizes(page_tokens).hot_room
 
     def _pages_due(self, extra: int = 0) -> int:
         if self._pager is None or not self.seals:

@@ -258,7 +258,10 @@ def test_kv_bits_of_mlx_lm(bits: str, kv: str) -> None:
         (("--kv-bits", "8,4,2"), "give one number"),
         (("--kv-bits", "4", "--kv", "K8V4"), "both set the precision"),
         (("--kv-group-size", "32"), "groups of 64"),
-        (("--max-kv-size", "4096"), "--warm and the disk with --cold"),
+        (("--kv-group-size", "64,32"), "groups of 64"),
+        (("--kv-group-size", "64,64,64"), "groups of 64"),
+        (("--max-kv-size", "7"), "max_kv_size is a number of tokens from 8 up"),
+        (("--max-kv-size", "many"), "max_kv_size='many' is not a number of tokens"),
     ],
 )
 def test_what_mlx_lm_has_and_pages_have_not(argv: tuple[str, ...], says: str) -> None:

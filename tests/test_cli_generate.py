@@ -276,7 +276,7 @@ def test_another_models_cache_is_refused(capsys: Capture, tmp_path: Path, folder
         (("--prompt", "x", "--temp", "-1"), "--temp is from 0 up"),
         (("--prompt", "x", "--top-p", "0"), "--top-p above 0"),
         (("--prompt", "x", "--prefill-step-size", "0"), "from 1 up"),
-        (("--prompt", "x", "--max-kv-size", "9"), "--max-kv-size 9 drops old tokens"),
+        (("--prompt", "x", "--max-kv-size", "3"), "max_kv_size is a number of tokens"),
         (("--prompt", "x", "--warm", "9KB"), "warm budget 9,000 bytes is smaller than one page"),
         (("--demo-document", "0"), "--demo-document is a number from 1 up"),
     ],

@@ -236,9 +236,9 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "stablelm": (dict(rope_theta=1e4, partial_rotary_factor=0.25, layer_norm_eps=1e-5,
                       use_qkv_bias=True), {"paged (dense)"}),
     "gemma3_text": (dict(head_dim=32, sliding_window=64, sliding_window_pattern=2),
-                    {"paged", "RotatingKVCache"}),
+                    {"paged", "16-bit window 64"}),
     "gpt_oss": (dict(num_local_experts=2, num_experts_per_tok=1, sliding_window=64, head_dim=64),
-                {"paged", "RotatingKVCache"}),
+                {"paged", "16-bit window 64"}),
     "starcoder2": (dict(norm_epsilon=1e-5, rope_theta=1e4), {"paged"}),
 }  # fmt: skip
 

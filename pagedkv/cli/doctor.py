@@ -97,13 +97,15 @@ def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
 
 def _verdict(kind: str, value: str) -> tuple[str, str, str]:
     """Status, value and hint of a kind of layer; a kind is as in `CacheStats.layers`."""
-    if "paged (dense)" in kind:
+    if "(dense)" in kind:
         return WARN, value, "this model computes attention by itself here: right, but slower"
-    if kind == "paged":
+    inner = re.sub(r"CacheList\(|\)$", "", kind).split(", ")
+    ours = [part.startswith(("paged", "16-bit")) for part in inner]
+    if all(ours) and any(part.startswith("16-bit") for part in inner):
+        return OK, value, "fewer tokens than hot_tokens and a page: nothing to quantize"
+    if all(ours):
         return OK, value, ""
-    if set(re.findall(r"\w+", kind)) <= {"CacheList", "paged"}:
-        return OK, value, ""
-    if "paged" in kind:
+    if any(ours):
         return WARN, value, "partly paged: the layer keeps the rest in memory"
     return WARN, value, "not paged: the layer keeps its own cache in memory"
 

@@ -37,6 +37,7 @@ from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import load, resume, unwrap
 from pagedkv.plan import require_room
+from pagedkv.window import PartialLayerCache
 
 _EPILOG = """\
 examples:
@@ -259,8 +260,12 @@ def _require_room(cache: PagedCache, prompt: int) -> None:
     shapes = {layer.shape for layer in cache.paged_layers}
     shape = shapes.pop() if len(shapes) == 1 else None
     if shape is not None:  # else its layers differ, and the cache says so when it is full
-        layers = len(cache.paged_layers)
-        require_room(shape, layers, cache.offset + prompt, cache.context.config)
+        layers = cache.paged_layers
+        config, tokens = cache.context.config, cache.offset + prompt
+        windows = [layer.reach for layer in layers if isinstance(layer, PartialLayerCache)]
+        if config.max_kv_size is not None:
+            windows = [n for n in windows if n != config.max_kv_size]  # known from the config
+        require_room(shape, len(layers), tokens, config, windows)
 
 
 def _unknown(cache: PagedCache, prompt: list[int], say: Notes) -> list[int]:

@@ -29,6 +29,11 @@ _TIER_OPTIONS = (
     ("--cold-dir", "DIR", "directory to keep the cold files in, on an internal NVMe disk"),
     ("--durability", "NAME", f"what flushed tokens survive: {' or '.join(DURABILITIES)} failure"),
     ("--write-limit", "SIZE", "bytes written to disk per day, at most"),
+    (
+        "--max-kv-size",
+        "N",
+        "tokens a layer without a window of its own holds: the first 4 and the newest",
+    ),
     ("--page-tokens", "N", "tokens per page: 256, 512 or 1024"),
     ("--hot-dtype", "TYPE", "type of the hot tokens: model, float16 or bfloat16"),
     ("--staging", "SIZE", "memory for pages on their way in from disk"),
@@ -50,8 +55,9 @@ _SHOWN = {
     "prefix_salt": "none",
     "write_limit": "none",
     "cold_pages": "all",
+    "max_kv_size": "all",
 }
-_COUNTS = ("hot_tokens", "sink_tokens", "page_tokens", "cold_pages")
+_COUNTS = ("hot_tokens", "sink_tokens", "max_kv_size", "page_tokens", "cold_pages")
 
 
 def add_tier_options(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +81,6 @@ def add_mlx_lm_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-group-size", metavar="N", help=f"only {KV_GROUP_SIZE}, the page codec's group"
-    )
-    group.add_argument(
-        "--max-kv-size", metavar="N", help="not for paged layers: use --warm and --cold"
     )
 
 
@@ -117,14 +120,9 @@ def _field(flag: str) -> str:
 
 def _kv_from_mlx_lm(args: argparse.Namespace) -> str | None:
     """The precision that mlx-lm's options ask for, or None."""
-    size = getattr(args, "max_kv_size", None)
-    if size is not None:
-        raise ConfigError(
-            f"--max-kv-size {size} drops old tokens, paged layers keep them all: "
-            f"bound the memory with --warm and the disk with --cold instead"
-        )
     group = getattr(args, "kv_group_size", None)
-    if group is not None and group != str(KV_GROUP_SIZE):
+    sizes = [] if group is None else [part.strip() for part in group.split(",")]
+    if len(sizes) > 2 or any(size != str(KV_GROUP_SIZE) for size in sizes):
         raise ConfigError(
             f"--kv-group-size {group}: the page codec uses groups of {KV_GROUP_SIZE}; "
             f"leave the option out"

@@ -76,8 +76,12 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args)
     disk = _disk_rate(args, config, say)
     kv = KVShape(shape.kv_heads, shape.head_dim, shape.head_dim)
-    result = plan(kv, shape.layers, context, config, disk)
-    contexts = [plan(kv, shape.layers, c, config, disk) for c in _contexts(context)]
+    windows = shape.windows
+
+    def planned(tokens: int) -> Plan:
+        return plan(kv, shape.layers, tokens, config, disk, windows=windows)
+
+    result, contexts = planned(context), [planned(c) for c in _contexts(context)]
     if shape.max_tokens and context > shape.max_tokens:
         say(
             f"pagedkv: warning: {context:,} tokens are more than the model's limit of "
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         "layers": shape.layers,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
+        "windows": list(windows),
         "disk_bytes_per_second": disk,
         **result.to_dict(),
         "contexts": [_ceiling(each) for each in contexts],
@@ -140,7 +145,10 @@ def _shape(args: argparse.Namespace) -> ModelShape:
         if len(given) < 3:
             raise ConfigError("name the model (--model), or give --layers, --kv-heads, --head-dim")
         return ModelShape(given["layers"], given["kv_heads"], given["kv_heads"], given["head_dim"])
-    return replace(shape_of(args.model), **given) if given else shape_of(args.model)
+    known = shape_of(args.model)
+    if "layers" in given:  # which of them have windows is not known
+        given["windows"] = known.windows if given["layers"] == known.layers else ()
+    return replace(known, **given)
 
 
 def _disk_rate(args: argparse.Namespace, config: TierConfig, say: Notes) -> float | None:

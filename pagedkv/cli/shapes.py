@@ -15,12 +15,13 @@ class ModelShape:
     """The numbers of a model that its KV cache depends on.
 
     Attributes:
-        layers: layers that keep every token.
+        layers: layers that keep keys and values.
         query_heads: attention heads.
         kv_heads: key/value heads.
         head_dim: channels per head.
         max_tokens: the model's context limit, if it is known.
         note: what a reader must know, such as layers left out.
+        windows: sizes of the sliding windows of those layers that have one.
     """
 
     layers: int
@@ -29,6 +30,7 @@ class ModelShape:
     head_dim: int
     max_tokens: int | None = None
     note: str = ""
+    windows: tuple[int, ...] = ()
 
 
 KNOWN = {
@@ -97,18 +99,25 @@ def _from_config(name: str, config: dict[str, Any]) -> ModelShape:
             f"give --layers, --kv-heads and --head-dim"
         ) from e
     limit = config.get("max_position_embeddings")
-    paged, note = _full_layers(config, layers)
+    paged, windows, note = _paged_layers(config, layers)
     return ModelShape(
-        paged, heads, kv_heads, head_dim, limit if isinstance(limit, int) else None, note
+        paged, heads, kv_heads, head_dim, limit if isinstance(limit, int) else None, note, windows
     )
 
 
-def _full_layers(config: dict[str, Any], layers: int) -> tuple[int, str]:
-    """Layers with full attention; the others keep a window or a state of fixed size."""
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""By kind of layer: the entry of the config that says how far it sees."""
+
+
+def _paged_layers(config: dict[str, Any], layers: int) -> tuple[int, tuple[int, ...], str]:
+    """Layers with keys and values, and their windows; others keep a state of fixed size."""
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or "full_attention" not in kinds:
-        return layers, ""
-    full = sum(kind == "full_attention" for kind in kinds)
-    if full == layers:
-        return layers, ""
-    return full, f"{layers - full} of {layers} layers keep no full context and are left out"
+        return layers, (), ""
+    sizes = (config.get(_WINDOWS.get(kind, "")) for kind in kinds)
+    windows = tuple(size for size in sizes if isinstance(size, int) and size > 0)
+    paged = sum(kind == "full_attention" for kind in kinds) + len(windows)
+    parts = [f"{len(windows)} of {layers} layers have a window"] if windows else []
+    if layers > paged:
+        parts.append(f"{layers - paged} of {layers} layers keep no context and are left out")
+    return paged, windows, "; ".join(parts)
