@@ -238,7 +238,7 @@ def _check_layer(state: SequenceState, layer: LayerState, pages: Entries) -> Non
     where = f"layer {layer.layer}"
     held = int(pages["tokens"].sum(dtype=np.uint64)) + layer.hot_tokens + layer.dropped
     if held != state.tokens:
-        raise MalformedError(f"{where} accounts for {held:,} of {state.tokens:,} tokens")
+        raise MalformedError(f"{where} holds {held:,} of {state.tokens:,} tokens")
     if not ((pages["layer"] == layer.layer) & (pages["page_tokens"] == layer.page_tokens)).all():
         raise MalformedError(f"{where} has pages of another layer or size")
     if not ((pages["tokens"] > 0) & (pages["tokens"] <= layer.page_tokens)).all():
