@@ -48,11 +48,15 @@ def test_pauses_and_prompts_are_no_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         now += seconds
         pace.step()
     assert (pace.steps, pace.per_second) == (6, 0.5)
+    assert pace.prompt_per_second == 0
     for _ in range(100):  # a short answer to every long prompt
-        pace.rest()
-        now += 70
+        pace.prompt(512)
+        now += 30
+        pace.prompt(600)
+        now += 40
         pace.step()
     assert (pace.steps, pace.per_second) == (106, 0.5)
+    assert pace.prompt_per_second == pytest.approx((512 / 30 + 600 / 40) / 2)
 
 
 def test_plan_tells_the_ceiling_by_length(capsys: pytest.CaptureFixture[str]) -> None:
