@@ -465,12 +465,15 @@ class PagedLayerCache:
         first = next(self._context.alive(), self)
         layers: Sequence[PagedLayerCache] = [self] if first is not self else [*first.siblings()]
         if first is self:
-            left = (c._full - c._hot.used for c in layers if c._pager is not None)
-            self._context.admitted = self.offset + min(left, default=0) - 1
+            bound = [c for c in layers if c._pager is not None]
+            room = (c._full - c._hot.used + max(self.offset, c.offset) for c in bound)
+            self._context.admitted = min(room, default=self.offset) - 1
         for cache in layers:
-            if cache._pager is None or not cache._pages_due(count):
+            # A layer's second stream may be called before its first, and have the tokens already.
+            coming = max(0, count - max(0, cache.offset - self.offset))
+            if cache._pager is None or not cache._pages_due(coming):
                 continue
-            wanted = cache._pages_to_come(count)
+            wanted = cache._pages_to_come(coming)
             problem = cache._pager.shortage(wanted)
             while problem and self._context.pager.relieve():
                 problem = cache._pager.shortage(wanted)

@@ -119,7 +119,8 @@ def test_a_refused_call_takes_nothing_whatever_the_order_of_a_layers_streams() -
     """minimax_m3_vl calls the second stream of a layer, its index, before the first."""
     model = build("minimax_m3_vl")
     with pagedkv.wrap(model, budgets(model, cold=0)) as cache:
-        mx.eval(model(tokens(499, seed=1), cache=cache))
+        # One page per stream, and place for three of the index: nobody counts its tokens twice.
+        mx.eval(model(tokens(525, seed=1), cache=cache))
         mx.eval(model(tokens(1, seed=1), cache=cache))  # now streams without a hook are sealed too
         whole = cache.fork()
         with pytest.raises(pagedkv.OutOfPagesError):
@@ -128,7 +129,7 @@ def test_a_refused_call_takes_nothing_whatever_the_order_of_a_layers_streams() -
                 mx.eval(model(tokens(100, seed=2 + i), cache=cache))
         assert {layer.offset for layer in cache.paged_layers} == {before}
         assert cache.trim(before - 400) == before - 400
-        assert whole.trim(100) == 100
+        assert whole.trim(126) == 126
         extra = tokens(20, seed=9)
         assert mx.array_equal(model(extra, cache=cache), model(extra, cache=whole)).item()
     whole.close()
@@ -160,7 +161,7 @@ def test_a_recurrent_model_does_not_go_on_after_a_call_that_failed() -> None:
 def test_keys_without_values_are_cached() -> None:
     model = build("minimax_m3_vl")
     with pagedkv.wrap(model, budgets(model)) as cache:
-        index = cache[1][1]
+        index = cache[0][1]
         keys, values = index.update_and_fetch(mx.ones((1, 1, 5, 16)), mx.zeros((1, 1, 5, 0)))
         assert (keys.shape, values.shape) == ((1, 1, 5, 16), (1, 1, 5, 0))
         assert mx.array_equal(keys, mx.ones((1, 1, 5, 16))).item()

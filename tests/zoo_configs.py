@@ -128,7 +128,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone_moe": dict(layer_types=MIXED, is_moe_layer=[False, True, True, True]),
     "gear": dict(
         layer_types=["conv_mixer", "sliding_attention", "full_attention", "full_attention"],
-        attn_logit_softcapping=50.0,
     ),
     "gemma3n": dict(
         layer_types=MIXED, num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * LAYERS,
@@ -181,7 +180,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     ),
     "minimax_m3_vl": dict(
         index_n_heads=2, index_head_dim=16, index_block_size=32, index_topk_blocks=12,
-        layer_types=["full_attention", "sparse", "full_attention", "sparse"],
+        layer_types=["sparse", "full_attention"] * 2,
         mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
     ),
     "ministral3": dict(rope_parameters=LLAMA4_ROPE, layer_types=MIXED, sliding_window=WINDOW),
