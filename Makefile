@@ -14,7 +14,8 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults fuzz kills machine benchmark format clean
+.PHONY: demo test check lint unit wheel placement faults fuzz kills machine models benchmark \
+	format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -55,6 +56,9 @@ kills: $(VENV)/test  ## 1,000 processes killed while they use a store
 machine: $(VENV)/test openblas-hint  ## 1,000,000 random steps of the store and the cache
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.machine_campaign --steps 1000000 \
 		--seed $(SEED) --processes 2
+
+models: $(VENV)/test openblas-hint  ## try every model type of mlx-lm and write docs/models.md
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table
 
 benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
 	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table

@@ -1,0 +1,125 @@
+"""Every model type of mlx-lm with a paged cache, beside its own: `docs/models.md` has the results.
+
+One test per type, so that the model and the logits of mlx-lm's cache are made once. Numbers are
+compared with two things: with everything hot, with mlx-lm's caches, bit for bit; with pages,
+with mlx-lm's caches whose tokens are rounded where a page was sealed, within `TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import cache as stock
+
+import pagedkv
+from tests import model_table
+from tests.model_matrix import (
+    PAGES,
+    Run,
+    broken,
+    error,
+    everything_hot,
+    exercise,
+    rounded_caches,
+    tiny_budgets,
+    tokens,
+)
+from tests.model_zoo import UNBUILDABLE, WITHOUT_PAGES, build, model_types
+
+TOLERANCE = 1e-4
+"""Distance between logits, as a share of how far they spread. Seen: at most 1.1e-5."""
+
+NOTICED = 100 * TOLERANCE
+"""What one page of values that is off by a token changes, at least. Seen: 0.014 to 1.2."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    """Compiling small functions with g++ takes seconds per model."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+PAGED = [t for t in model_types() if t not in UNBUILDABLE and t not in WITHOUT_PAGES]
+
+
+@pytest.mark.parametrize("model_type", PAGED)
+def test_a_model_type(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type)
+    plain = stock.make_prompt_cache(model)
+    expected = exercise(model, plain, None)
+    changed = broken(model, plain)
+    if changed is not None:
+        right = model(tokens(1, seed=30), cache=copy.deepcopy(plain))
+        assert error(changed, right) > NOTICED
+
+    with _wrapped(model, everything_hot()) as cache:
+        assert model_table.facts_of(model_type, model, cache).row() in model_table.committed_rows()
+        config = tiny_budgets(cache)
+        hot = exercise(model, cache, None)
+        assert cache.stats().hot.tokens == cache.offset
+    assert hot.trimmable == expected.trimmable
+    for name, logits in expected.logits.items():
+        assert mx.array_equal(hot.logits[name], logits, equal_nan=True).item(), name
+
+    rounded = exercise(model, rounded_caches(model, config), None)
+    with _wrapped(model, config) as cache:
+        paged = exercise(model, cache, tmp_path)
+        used = [layer for layer in cache.paged_layers if not layer.empty()]
+        assert {len(list(layer.located_pages())) for layer in used} == {PAGES}
+        assert cache.stats().cold.pages >= 1
+    assert paged.trimmable == expected.trimmable
+    for name, logits in rounded.logits.items():
+        assert error(paged.logits[name], logits) < TOLERANCE, name
+    _require_reloaded(paged)
+
+
+def _require_reloaded(run: Run) -> None:
+    """Saved caches go on bit for bit."""
+    assert run.reloaded
+    for before, after in run.reloaded:
+        assert mx.array_equal(before, after, equal_nan=True).item()
+
+
+class _wrapped:
+    """A wrapped model for the time of a block, its caches closed afterwards."""
+
+    def __init__(self, model: Any, config: pagedkv.TierConfig) -> None:
+        self.model, self.cache = model, pagedkv.wrap(model, config)
+
+    def __enter__(self) -> pagedkv.PagedCache:
+        return self.cache
+
+    def __exit__(self, *exc: object) -> None:
+        for user in list(self.cache.context.pager.users):
+            user.close()
+        pagedkv.unwrap(self.model)
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_PAGES)
+def test_a_model_type_without_anything_to_page_is_refused(model_type: str) -> None:
+    model = build(model_type)
+    with pytest.raises(pagedkv.ConfigError, match="there is nothing to page"):
+        pagedkv.wrap(model)
+    assert stock.make_prompt_cache(model)
+
+
+def test_the_document_lists_every_model_type() -> None:
+    assert [row.model_type for row in model_table.read()] == model_types()
+
+
+@pytest.mark.parametrize("model_type", UNBUILDABLE)
+def test_what_cannot_run_here_still_cannot(model_type: str) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        mx.eval(build(model_type)(tokens(2, seed=0)))
+
+
+def test_the_document_is_what_the_generator_writes() -> None:
+    """But for the measured column, which the test of each type leaves out too."""
+    assert model_table.document(model_table.read()) == model_table.DOCUMENT.read_text()
