@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import sys
 from typing import Any, NoReturn
 
 from pagedkv.cli.loading import add_model_options, cast_model, explain, locate
 from pagedkv.cli.options import add_mlx_lm_options, add_tier_options, tier_config
 from pagedkv.cli.output import Notes
-from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.errors import ConfigError
 
 _EPILOG = """\
 examples:
@@ -68,10 +71,22 @@ def run(args: argparse.Namespace) -> int:
     options.model = locate(args.model, say)
     provider = PagedModelProvider(options, config, lambda model: cast_model(model, args.dtype, say))
     where = f"http://{options.host}:{options.port}/v1"
+    provider.add_name(args.model, options.model)
+    code = 0
     try:
-        serve(provider, lambda: say(f"serving {args.model} at {where} (stop with Ctrl-C)"))
-    except (PagedKVError, OSError):
-        raise
-    except Exception as e:
-        raise ConfigError(f"cannot serve the model {args.model!r}: {explain(e)}") from e
-    return 0
+        serve(provider, lambda: say(f"serving {args.model} at {where} (stop with Ctrl-C)"), explain)
+    except SystemExit as e:  # told to stop
+        code = int(e.code or 0)
+    return _leave(code)
+
+
+def _leave(code: int) -> int:
+    """End the process, everything being closed.
+
+    On Linux the ordinary way aborts where a thread has used MLX (0.32.4) and the server was
+    interrupted; mlx_lm.server by itself does the same.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
