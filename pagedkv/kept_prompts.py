@@ -18,17 +18,28 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
     """mlx-lm's prompt caches; with a ``cold_dir`` also what an earlier server left there.
 
     Everything here happens on the thread that calls MLX.
+
+    Attributes:
+        model: gives the model that is loaded now; None if none is.
     """
 
-    def __init__(self, model: Callable[[], Any], max_size: int = 10) -> None:
+    def __init__(self, max_size: int = 10) -> None:
         """Make an empty one.
 
         Args:
-            model: the model that is loaded now; None if none is.
             max_size: sequences, in memory and on disk.
         """
         super().__init__(max_size)
-        self._model = model
+        self.model: Callable[[], Any] = lambda: None
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
+    ) -> None:
+        """Keep a sequence's caches, in a list that nobody else holds.
+
+        See `LRUPromptCache.insert_cache`.
+        """
+        super().insert_cache(model, tokens, list(prompt_cache), **options)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """A cache with the longest known beginning of a prompt, and the tokens it lacks.
@@ -36,7 +47,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         See `LRUPromptCache.fetch_nearest_cache`.
         """
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        wrapping = wrapping_of(self._model())
+        wrapping = wrapping_of(self.model())
         if wrapping is None or wrapping.pager.identity is None:
             return cache, rest
         stored = wrapping.make_cache()
@@ -46,7 +57,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
             logging.warning(f"Prompts kept on disk cannot be used: {e}")
             reused = 0
         if reused > len(tokens) - len(rest):
-            return stored, tokens[reused:]
+            return list(stored), tokens[reused:]
         stored.close()
         return cache, rest
 
@@ -58,7 +69,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         Returns:
             How many sequences were written.
         """
-        wrapping = wrapping_of(self._model())
+        wrapping = wrapping_of(self.model())
         if wrapping is None or wrapping.pager.identity is None:
             return 0
         written: list[PagedCache] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,9 @@ from mlx_lm import server
 
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, OutOfPagesError, PagedKVError
+from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import unwrap, wrap, wrapping_of
-from pagedkv.serving_requests import KeptPrompts, PagedResponseGenerator, in_place
+from pagedkv.serving_requests import PagedResponseGenerator, in_place
 
 
 class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
@@ -63,9 +65,11 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
         return True
 
     def reset(self) -> None:
-        """Let go of the model, and of everything that was kept of it."""
+        """Let go of the model, and of everything that was kept of it but in ``cold_dir``."""
         wrapping = wrapping_of(self.model)
         if self.kept:
+            if written := self.kept.flush():
+                logging.info(f"{written} prompts stay in {self._config.cold_dir}")
             self.kept.trim_to(n_sequences=0)
         if wrapping is not None:
             unwrap(self.model)

@@ -16,24 +16,15 @@ from typing import Any
 
 from mlx_lm import server
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
-from mlx_lm.models.cache import CacheList, LRUPromptCache
+from mlx_lm.models.cache import CacheList
 
 from pagedkv.admission import Wish, refused
 from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.errors import OutOfPagesError, PagedKVError
+from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import wrapping_of
 from pagedkv.sizes import format_size
 from pagedkv.stats import rows_of
-
-
-class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
-    """mlx-lm's prompt caches for reuse, in lists that nobody else holds."""
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
-    ) -> None:
-        """Keep a sequence's caches; see `LRUPromptCache.insert_cache`."""
-        super().insert_cache(model, tokens, list(prompt_cache), **options)
 
 
 class _Answers:
@@ -83,6 +74,7 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
             kept: prompt caches for reuse; the first thing to go when pages are short.
         """
         provider.kept = kept
+        kept.model = lambda: provider.model
         self.answers: _Answers | None = None
         self.given: list[list[Any]] = []
         self._loaded = threading.Event()

@@ -23,9 +23,10 @@ from typing import Any
 import mlx_lm
 
 import pagedkv
+from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import wrapping_of
 from pagedkv.serving import PagedAPIHandler, PagedModelProvider, server_options
-from pagedkv.serving_requests import KeptPrompts, PagedResponseGenerator
+from pagedkv.serving_requests import PagedResponseGenerator
 from pagedkv.tiers import Pager
 from tests.models import byte_model
 

@@ -75,6 +75,29 @@ def test_a_prompt_that_begins_like_an_earlier_one_shares_its_pages(folder: str) 
         server.check()
 
 
+def test_the_next_server_finds_the_prompts_of_the_one_before(folder: str, tmp_path: Path) -> None:
+    config = pagedkv.TierConfig(**{**CONFIG.to_dict(), "cold": "8MB", "cold_dir": str(tmp_path)})
+    with running(folder, config) as server:
+        first = [server.ask(Request(text(n, n), 2)) for n in (700, 1000)]
+        assert [answer.cached for answer in first] == [0, 0]
+    for _ in range(2):  # a server keeps what those before it left
+        with running(folder, config) as server:
+            longer = server.ask(Request(text(700, 700) + text(200), 3))
+            other = server.ask(Request(text(1000, 1000), 2))
+            alone = server.ask(Request(text(300, 5), 2))
+            assert longer.cached >= 256 and other.cached >= 512 and alone.cached == 0
+            assert other.text == first[1].text
+            server.wait_idle()
+            server.check()
+            store = server.pager.cold.sequences
+            assert store is not None and all(s.spare for s in store.checkpoints.stored())
+    with running(folder, config, "--prompt-cache-size", "1") as server:
+        server.ask(Request(text(400), 1))
+    with running(folder, config) as server:
+        store = server.pager.cold.sequences
+        assert store is not None and len(store.checkpoints.stored()) == 1
+
+
 def test_a_prompt_without_room_gets_an_error_and_the_others_their_answers(folder: str) -> None:
     with running(folder, SCARCE) as server:
         small = [Request(text(100, i), 5) for i in range(2)]
