@@ -29,7 +29,7 @@ REASONS = {
     "ChunkedKVCache": "chunked attention",
     "ArraysCache": "recurrent state",
 }
-"""Why a kind of cache is left as it is."""
+"""What another kind of cache than a plain one holds; why it is left as it is if it is."""
 
 COLUMNS = ("model type", "each layer caches", "paged", "one token", "many", "K8V8")
 

@@ -34,6 +34,9 @@ from tests.model_zoo import UNBUILDABLE, WITHOUT_PAGES, build, model_types
 TOLERANCE = 1e-4
 """Distance between logits, as a share of how far they spread. Seen: at most 1.1e-5."""
 
+WINDOW_TOLERANCE = 1e-5
+"""The same for layers with a window while everything is 16 bit."""
+
 NOTICED = 100 * TOLERANCE
 """What one page of values that is off by a token changes, at least. Seen: 0.014 to 1.2."""
 
@@ -66,14 +69,18 @@ def test_a_model_type(model_type: str, tmp_path: Path) -> None:
         assert cache.stats().hot.tokens == cache.offset
     assert hot.trimmable == expected.trimmable
     for name, logits in expected.logits.items():
-        assert mx.array_equal(hot.logits[name], logits, equal_nan=True).item(), name
+        if all(layer.keeps_all for layer in cache.paged_layers):
+            assert mx.array_equal(hot.logits[name], logits, equal_nan=True).item(), name
+        else:  # mlx-lm's ring has the tokens of a window in another order
+            assert error(hot.logits[name], logits) < WINDOW_TOLERANCE, name
 
     rounded = exercise(model, rounded_caches(model, config), None)
     with _wrapped(model, config) as cache:
         paged = exercise(model, cache, tmp_path)
         used = [layer for layer in cache.paged_layers if not layer.empty()]
-        assert {len(list(layer.located_pages())) for layer in used} == {PAGES}
-        assert cache.stats().cold.pages >= 1
+        pages = [len(list(layer.located_pages())) for layer in used if layer.keeps_all]
+        assert set(pages) <= {PAGES}
+        assert cache.stats().cold.pages >= (1 if pages else 0)
     assert paged.trimmable == expected.trimmable
     for name, logits in rounded.logits.items():
         assert error(paged.logits[name], logits) < TOLERANCE, name
