@@ -317,8 +317,13 @@ def _stock_maker(model: Any) -> Callable[[], list[Any]]:
 
 def _context_limit(model: Any) -> int | None:
     args = getattr(model, "args", None)
-    limit = getattr(args, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    text = getattr(args, "text_config", None)  # of a multimodal model: a dict, or made from one
+    for part in (args, text):
+        name = "max_position_embeddings"
+        limit = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 class _ProbeCache(PagedLayerCache):

@@ -15,7 +15,9 @@ from mlx_lm.models import cache as stock
 
 import pagedkv
 from pagedkv import hook
+from tests.model_zoo import build
 from tests.models import random_tokens, tiny_llama
+from tests.zoo_configs import COMMON
 
 EXACT = pagedkv.TierConfig(  # pages in 16 bit and a 16-bit model: same numbers as stock
     hot_tokens=64, sink_tokens=4, kv="fp16", page_tokens=256, warm="64MB", cold="64MB"
@@ -300,6 +302,12 @@ def test_a_context_past_the_models_limit_is_a_warning_once() -> None:
         with pytest.warns(UserWarning, match=r"301 tokens .* made for 300"):
             mx.eval(model(random_tokens(1), cache=cache))
         mx.eval(model(random_tokens(1), cache=cache))  # and no second time
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "kimi_vl"])  # a dict, and an object
+def test_a_multimodal_models_limit_is_found(kind: str) -> None:
+    with pagedkv.wrap(build(kind)) as cache:
+        assert cache.context.max_tokens == COMMON["max_position_embeddings"]
 
 
 @pytest.mark.parametrize("thing", ["llama", None, object(), 3])
