@@ -10,11 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.bitlinear_layers import BitLinear
 
+from tests import zoo_stand_ins
 from tests.zoo_configs import COMMON, EVEN_IF_NONE, NESTED, OVERRIDES
 
 GAIN = 1.6
@@ -28,7 +27,6 @@ def model_types() -> list[str]:
 
 
 UNBUILDABLE: dict[str, str] = {
-    "muse_spark": "its layers are Metal kernels: it runs on a Mac only",
     "olmo": "mlx-lm's own code fails: it adds its mask, the word 'causal', to the scores",
 }
 """Types that cannot run here, and why."""
@@ -37,7 +35,6 @@ WITHOUT_PAGES: dict[str, str] = {
     "deepseek_v41": "its layers have a cache of their own, made of windows and compressed groups",
     "mamba": "it is recurrent",
     "mamba2": "it is recurrent",
-    "recurrent_gemma": "it has recurrent layers and sliding windows only",
     "rwkv7": "it is recurrent",
 }
 """Types that `wrap` refuses, for none of their layers has a cache that could be paged."""
@@ -82,13 +79,10 @@ def _fill(kind: Any, name: str) -> dict[str, Any]:
 
 def _stand_in(model_type: str, model: Any) -> None:
     """Replace what cannot run without a Metal device, or with a vocabulary as small as ours."""
-    if model_type == "bitnet":  # packed ternary weights, multiplied by a Metal kernel
-        plain = [
-            (name, nn.Linear(m.in_features, m.out_features, bias=False))
-            for name, m in model.named_modules()
-            if isinstance(m, BitLinear)
-        ]
-        model.update_modules(tree_unflatten(plain))
+    if model_type == "bitnet":
+        zoo_stand_ins.without_packed_weights(model)
+    if model_type == "muse_spark":
+        zoo_stand_ins.without_kernels()
     if model_type == "phi3small":  # token numbers beyond 128: writing there corrupts memory
         model._dummy_tokenizer_ids = mx.array([126, 127])
 

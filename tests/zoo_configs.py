@@ -188,7 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_glimmer": dict(output_multiplier=1.0, layer_types=MIXED),
     "muse_spark": dict(
         rope_parameters=ROPE, layer_types=MIXED, layer_rope_theta=[10_000.0, 0.0] * 2,
-        output_multiplier=1.0, num_shared_experts=0,
+        output_multiplier=1.0, num_shared_experts=0, qk_scale_factor=1.5,
     ),
     "nanbeige": dict(num_loops=2),
     "nemotron": dict(hidden_act="relu2"),
