@@ -866,6 +866,7 @@ class PagedLayerCache:
                 f"layer {self.layer}: {dropped} of {offset} tokens are gone, and this cache has no "
                 f"window that may leave tokens behind"
             )
+        self.dropped = 0
 
     @property
     def state(self) -> Any:

@@ -158,6 +158,8 @@ def resume(cache: PagedCache, sequence: str | None) -> None:
     layers = {layer.layer: layer for layer in cache.paged_layers}
     _bind_all(layers, checkpoint)
     try:
+        for state in checkpoint.state.layers:
+            _accept_dropped(layers[state.layer], state, checkpoint)
         for state, keys, values in read_hot(cache.context.pager.disk, checkpoint):
             _load_hot(layers[state.layer], state, keys, values)
         _load_pages(layers, store, checkpoint, checkpoint.entries)
@@ -246,10 +248,6 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
             f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
             f"{_tell(*here)}: resume with the settings that it was flushed with"
         )
-    try:
-        layer.accept_dropped(state.dropped, checkpoint.state.tokens)
-    except CacheStateError as e:
-        raise StoreMismatchError(f"{checkpoint.path} was made with other settings: {e}") from e
     entries = checkpoint.entries
     mine = entries[entries["layer"] == state.layer]
     for precision in precisions(mine):
@@ -266,6 +264,13 @@ def _tell(shape: KVShape, dtype: str, page_tokens: int) -> str:
         f"{shape.kv_heads} KV heads of {shape.key_dim}/{shape.value_dim} channels in {dtype} and "
         f"pages of {page_tokens} tokens"
     )
+
+
+def _accept_dropped(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> None:
+    try:
+        layer.accept_dropped(state.dropped, checkpoint.state.tokens)
+    except CacheStateError as e:
+        raise StoreMismatchError(f"{checkpoint.path} was made with other settings: {e}") from e
 
 
 def _load_hot(layer: PagedLayerCache, state: LayerState, keys: Bytes, values: Bytes) -> None:
@@ -285,8 +290,8 @@ def empty(cache: PagedCache) -> None:
         if layer._table is not None:
             layer._table.clear()
         layer._hot.truncate(0)
-        layer.offset = layer.dropped = 0
-        layer._may_promote = False
+        layer.offset, layer._may_promote = 0, False
+        layer.accept_dropped(0, 0)
     cache.context.prefix = []
 
 

@@ -103,6 +103,11 @@ class PartialLayerCache(PagedLayerCache):
         return f"window {self.reach}"
 
     @property
+    def hot_bytes(self) -> int:
+        """Bytes allocated for hot tokens, those that are held to go back to included."""
+        return super().hot_bytes + (self._earlier.hot.nbytes if self._earlier else 0)
+
+    @property
     def frees_pages(self) -> bool:
         """Always: those behind the window."""
         return True

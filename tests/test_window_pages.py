@@ -397,3 +397,43 @@ def test_a_plan_counts_what_a_window_holds(hot: int, kv: str) -> None:
     assert mixed.hot_tokens + mixed.warm_tokens + mixed.cold_tokens == 50_000
     with pytest.raises(pagedkv.ConfigError, match="2 windows of 1 layers"):
         pagedkv.plan(shape, 1, 10, windows=[5, 5])
+
+
+def test_placement_does_not_change_a_bit_for_the_kernels() -> None:
+    """Stretches of staged pages know of the window as well; a query with sinks and without."""
+    outputs = []
+    for warm in ("64MB", "180KB"):
+        cache = window(
+            1500, kv="K8V4:600,K4V4", hot_tokens=64, hot_dtype="float16", warm=warm, cold="64MB"
+        )
+        cache._backend = KernelBackend(HostLauncher())
+        mx.eval(step(cache, 1600, 0), step(cache, 200, 1))
+        cache._settle()
+        sinks = mx.array(np.linspace(-1, 1, HEADS * REPEATS).astype(np.float16))
+        outputs.append([step(cache, 1, i, sinks if i % 2 else None) for i in range(4)])
+        mx.eval(outputs[-1])
+        assert cache.view().hidden > 0
+        cold = [p for p, _ in cache.located_pages() if p.slot is None]
+        assert bool(cold) == (warm != "64MB")
+        cache.close()
+    for a, b in zip(*outputs, strict=True):
+        assert mx.array_equal(a, b).item()
+
+
+def test_a_resume_that_fails_leaves_an_empty_cache(tmp_path: Path) -> None:
+    model = windowed("gemma3_text", 800)
+    config = replace(PAGES, kv="K4V4", warm="64MB", cold="64MB", cold_dir=str(tmp_path))
+    with pagedkv.wrap(model, config) as cache:
+        mx.eval(model(random_tokens(2000), cache=cache))
+        cache.flush()
+        expected = model(random_tokens(900, seed=1), cache=model.make_cache())
+        mx.eval(expected)
+    store = next(tmp_path.glob("*/*.checkpoint"), None) or next(tmp_path.rglob("*.checkpoint"))
+    content = store.read_bytes()
+    store.write_bytes(content[:-5] + b"wrong")  # of the hot tokens, which come last
+    cache = model.make_cache()
+    with pytest.raises(pagedkv.CorruptStoreError):
+        cache.resume()
+    assert [(c.offset, c.dropped) for c in cache] == [(0, 0)] * 2
+    assert mx.array_equal(model(random_tokens(900, seed=1), cache=cache), expected).item()
+    pagedkv.unwrap(model)
