@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import pagedkv
+from pagedkv import state
 from pagedkv.backends import KernelBackend
 from pagedkv.mlx_lm_cache import PagedKVCache, PagedRotatingKVCache
 from pagedkv.window import SLACK
@@ -297,17 +298,17 @@ def test_flushed_windows_go_on_where_they_were(tmp_path: Path, kv: str) -> None:
 def test_a_state_that_cannot_be_is_refused() -> None:
     cache = window(700, kv="K4V4", hot_tokens=64, hot_dtype="float16")
     mx.eval(step(cache, 1000, 0))
-    state = dict(cache.state.items())
+    saved = dict(cache.state.items())
     for old, new in (
         ('"dropped": ', '"dropped": 1'),
         ('"max_size": 700', '"max_size": 800'),
         ('"keep": 0', '"keep": 701'),
     ):
-        assert old in state["meta"]
+        assert old in saved["meta"]
         with pytest.raises((pagedkv.CacheStateError, pagedkv.ConfigError)):
-            type(cache).from_state({**state, "meta": state["meta"].replace(old, new)})
+            type(cache).from_state({**saved, "meta": saved["meta"].replace(old, new)})
     with pytest.raises(pagedkv.CacheStateError, match="this one has none"):
-        PagedKVCache.from_state(state)
+        PagedKVCache.from_state(saved)
     full = PagedKVCache(cache._context.fork(), 0)
     mx.eval(step(full, 100, 0))
     with pytest.raises(pagedkv.CacheStateError, match="not that of a PagedRotatingKVCache"):
@@ -437,3 +438,20 @@ def test_a_resume_that_fails_leaves_an_empty_cache(tmp_path: Path) -> None:
     assert [(c.offset, c.dropped) for c in cache] == [(0, 0)] * 2
     assert mx.array_equal(model(random_tokens(900, seed=1), cache=cache), expected).item()
     pagedkv.unwrap(model)
+
+
+def test_pages_of_a_window_that_seals_no_more_fall_behind() -> None:
+    """Loaded with more hot tokens than the window has: its last page is seen in part, then gone."""
+    saved = window(700, 4, kv="K4V4", hot_tokens=64, hot_dtype="float16")
+    mx.eval(step(saved, 1000, 0), step(saved, 1, 1))
+    cache = window(700, 4, kv="K4V4", hot_tokens=2000, hot_dtype="float16")
+    value = dict(saved.state.items())
+    state.restore(cache, state.parse_meta(value), value)
+    assert len(cache._table) == 2 and not cache.seals
+    for i in range(750):
+        if i % 5:
+            mx.eval(step(cache, 1, i))
+        else:
+            checked_step(cache, 1, i)
+    assert cache.dropped > 900 and not len(cache._table)
+    cache._pager.check([cache._table])
