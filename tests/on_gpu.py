@@ -26,9 +26,9 @@ import numpy as np
 from pagedkv.kernels.launch import DeviceLauncher
 from pagedkv.kernels.source import KernelText
 from tests.kernel_cases import TOLERANCE, Case, error
-from tests.test_kernels import BORDER, BORDERS, LONG, RUNS, SPLIT, WHOLE
+from tests.test_kernels import BORDER, BORDERS, LONG, RUNS, SPLIT, WHOLE, WINDOW_RUNS, WINDOWED
 
-CASES = [case for _, case in (*SPLIT, *WHOLE, LONG, BORDER)]
+CASES = [case for _, case in (*SPLIT, *WHOLE, LONG, BORDER, *WINDOWED)]
 SANITIZED = [CASES[i] for i in (0, 2, 4, 7, 8, 11, 13, 15)]
 PROGRAMS = Path(os.environ.get("PAGEDKV_GPU_PROGRAMS", tempfile.gettempdir())) / "kernel_programs"
 WORKERS = 12
@@ -139,7 +139,7 @@ def words(x: mx.array) -> np.ndarray:
 def numbers(case: Case) -> str:
     """Largest error of a case over all runs, on the GPU through MLX."""
     launcher, started = DeviceLauncher(), time.perf_counter()
-    runs = BORDERS if case is BORDER[1] else RUNS
+    runs = BORDERS if case is BORDER[1] else WINDOW_RUNS if case.windowed else RUNS
     worst = max(error(launcher, case, run) for run in runs)
     verdict = "ok" if worst < TOLERANCE[case.dtype] else "WRONG"
     return f"{verdict} {worst:.1e} {case} {time.perf_counter() - started:.0f} s"

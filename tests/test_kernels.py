@@ -16,7 +16,7 @@ import pytest
 from pagedkv.kernels import source
 from pagedkv.kernels.decode import SplitPlan
 from tests.emulator import EmulatorError, HostLauncher
-from tests.kernel_cases import TOLERANCE, Case, Run, error, outputs
+from tests.kernel_cases import KINDS, TOLERANCE, Case, Run, error, outputs
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux and g++")
 pytestmark = LINUX
@@ -144,20 +144,24 @@ WINDOWED = [
 ]
 
 
+_PLACES = (0, 1, 63, 64, 65, 127, 255, 256, 257, 300, 511, 512, 600)
+_SHORT = (200, 130, 0)  # a window may begin in a page's part that has no valid tokens
+WINDOW_RUNS = [
+    *(
+        Run(pages=(3, 4), hot=(70, 5), hidden=(place, 10 + place), tiles=4, kind=KINDS[i % 3])
+        for i, place in enumerate(_PLACES)
+    ),
+    *(Run(pages=(3,), hidden=(p,), valid=_SHORT, tiles=2) for p in (199, 200, 250, 385, 386)),
+    # Nothing of the pages is visible: for the kernels this is possible, too.
+    Run(pages=(2,), hot=(9,), hidden=(512,)),
+    Run(pages=(2,), hidden=(511,), launches=2),
+]
+
+
 @pytest.mark.parametrize(("ahead", "case"), WINDOWED, ids=name)
 def test_pages_that_lie_partly_behind_a_window(ahead: bool, case: Case) -> None:
     """The first visible token at borders of tiles and pages, and behind the last valid one."""
-    places = [0, 1, 63, 64, 65, 127, 255, 256, 257, 300, 511, 512, 600]
-    kinds = ("plain", "sharp", "ramp")
-    runs = [
-        Run(pages=(3, 4), hot=(70, 5), hidden=(place, 10 + place), tiles=4, kind=kinds[i % 3])
-        for i, place in enumerate(places)
-    ]
-    short = (200, 130, 0)  # the window begins in a page's part that has no valid tokens
-    runs += [Run(pages=(3,), hidden=(p,), valid=short, tiles=2) for p in (199, 200, 250, 385, 386)]
-    # Nothing of the pages is visible: for the kernels this is possible, too.
-    runs += [Run(pages=(2,), hot=(9,), hidden=(512,)), Run(pages=(2,), hidden=(511,), launches=2)]
-    check(HostLauncher(ahead), case, runs)
+    check(HostLauncher(ahead), case, WINDOW_RUNS)
 
 
 @pytest.mark.parametrize("tiles", [8, 1])

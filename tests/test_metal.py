@@ -62,6 +62,7 @@ def complaints(text: KernelText) -> list[str]:
 
 CASES = [
     Case(("K4V4",), heads=8),
+    Case(("K4V4",), heads=8, windowed=True),
     Case(SQUARES[0], key_dim=80, repeats=3, length=5, sinks=True, batch=2, **BF16),
     Case(SQUARES[1], key_dim=256, repeats=2, final=True),
     Case(EIGHT, key_dim=192, value_dim=128, repeats=16, length=8, page_tokens=1024),
