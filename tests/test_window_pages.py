@@ -455,3 +455,21 @@ def test_pages_of_a_window_that_seals_no_more_fall_behind() -> None:
             checked_step(cache, 1, i)
     assert cache.dropped > 900 and not len(cache._table)
     cache._pager.check([cache._table])
+
+
+def test_a_page_that_is_held_though_nobody_sees_it() -> None:
+    """For the tokens that may be taken back: kernels and composed backends pass it by."""
+    cache = window(1000, kv="K4V4", hot_tokens=64, hot_dtype="float16")
+    mx.eval(step(cache, 1100, 0), step(cache, 1, 1))
+    while cache.view().hidden < 255:
+        mx.eval(step(cache, 1, cache.offset))
+    composed, kernels = cache._backend, KernelBackend(HostLauncher())
+    for i in range(3):
+        cache._backend = kernels if i % 2 else composed
+        checked_step(cache, 1, i)
+        first = cache.view().entries[0]
+        assert cache.view().hidden >= first.tokens
+        checked_step(cache, 3, i)
+    for _ in range(12):
+        mx.eval(step(cache, 1, 0))
+    assert cache._table.entries[0] is not first
