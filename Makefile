@@ -14,7 +14,7 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults fuzz kills machine models benchmark \
+.PHONY: demo test check lint unit wheel placement faults fuzz kills machine clients models benchmark \
 	format clean
 
 help:  ## this list
@@ -59,6 +59,9 @@ machine: $(VENV)/test openblas-hint  ## 1,000,000 random steps of the store and 
 
 models: $(VENV)/test openblas-hint  ## try every model type of mlx-lm and write docs/models.md
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table
+
+clients: $(VENV)/test openblas-hint  ## 2,000 requests to the server, each answer checked
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.server_campaign --requests 2000 --seed $(SEED)
 
 benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
 	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table

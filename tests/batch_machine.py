@@ -133,6 +133,8 @@ class BatchMachine:
         for mine, more in zip((*self.ours, *self.theirs), (*ours, *theirs), strict=True):
             mine.extend(more)
         self.alone += alone
+        for c in ours:
+            c.trim(1)  # it stays a batch of its own
 
     def extract(self) -> None:
         """One row leaves, goes on by itself, and comes back; the batch keeps what it had."""

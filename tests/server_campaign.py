@@ -86,8 +86,8 @@ class Running:
         assert wrapping is not None
         return wrapping.pager
 
-    def ask(self, request: Request) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
+    def ask(self, request: Request, seconds: float = 100) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         body: dict[str, Any] = {
             "prompt": request.prompt,
             "max_tokens": request.max_tokens,

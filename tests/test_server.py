@@ -109,6 +109,9 @@ def test_a_prompt_without_room_gets_an_error_and_the_others_their_answers(folder
             assert "raise the warm or cold budget" in large.error["message"]
             assert large.status == (200 if stream else 503)  # a stream has begun by then
             assert [answer.text for answer in others] == alone
+        # The batch has forgotten it: a request that must wait for the batch's end gets its turn.
+        seeded = Request(small[0].prompt, 5, seeded=True)
+        assert server.ask(seeded, seconds=20).text == alone[0]
         assert server.generator.is_healthy
         server.wait_idle()
         server.check()
