@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from pagedkv import sequences
 from pagedkv.allocator import PrefixIndex, prefix_digests, prefix_key
-from pagedkv.errors import CacheStateError, ColdStoreError
+from pagedkv.errors import CacheStateError, ColdStoreError, StoreMismatchError
 from pagedkv.streams import streams
 from pagedkv.tiers import StoredSequence
 
@@ -227,7 +227,7 @@ def _load(cache: PagedCache, stored: StoredSequence, units: int, unit: int) -> i
         sequences.adopt_prefix(cache, stored.sequence, tokens)
         if _pays(cache, tokens, cache.context.prefixes.prompt_rate or stored.prompt_rate):
             return units
-    except ColdStoreError as e:  # or damaged, which is one of them
+    except (ColdStoreError, StoreMismatchError) as e:  # damaged is one of the former
         warnings.warn(f"{e}: its tokens are computed again", stacklevel=4)
     sequences.empty(cache)
     return 0
