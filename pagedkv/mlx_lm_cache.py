@@ -13,6 +13,9 @@ from pagedkv.config import KEPT_TOKENS
 from pagedkv.layer import PagedLayerCache, SequenceContext
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
+_STOCK = (stock.__name__, "mlx_vlm.models.cache")
+"""mlx-vlm has caches of its own, under the same names and with the same protocol."""
+
 Maker = Callable[[SequenceContext, int], PagedLayerCache]
 """Makes the paged cache of a stream: what its sequence's layers share, and its number."""
 
@@ -79,13 +82,14 @@ def paged_kind(cache: Any) -> Maker | None:
     Args:
         cache: a layer's stock cache, still empty.
     """
-    if type(cache) is stock.KVCache:
+    kind = type(cache).__name__ if type(cache).__module__ in _STOCK else ""
+    if kind == "KVCache":
         return _plain
-    if type(cache) is stock.RotatingKVCache:
+    if kind == "RotatingKVCache":
         return lambda context, number: PagedRotatingKVCache(
             context, number, cache.max_size, cache.keep
         )
-    if type(cache) is stock.ChunkedKVCache:
+    if kind == "ChunkedKVCache":
         return lambda context, number: PagedChunkedKVCache(context, number, cache.chunk_size)
     return None
 

@@ -77,6 +77,20 @@ def test_a_model_without_a_make_cache_of_its_own_gives_any_number_of_caches() ->
     assert isinstance(stock.make_prompt_cache(model)[0], stock.KVCache)
 
 
+def test_caches_of_mlx_vlm_are_paged_too() -> None:
+    """They have the names and the protocol of mlx-lm's, but are classes of their own."""
+    names = {"__module__": "mlx_vlm.models.cache"}
+    kind, other = (type(name, (stock.KVCache,), names) for name in ("KVCache", "PoolingCache"))
+    model = tiny_llama()
+    own = {"make_cache": lambda self: [kind(), other()]}
+    model.__class__ = type("LanguageModel", (type(model),), own)
+    with pagedkv.wrap(model, EXACT) as cache:
+        mx.eval(model(random_tokens(600), cache=cache))
+        assert cache.stats().layers == ("paged", "PoolingCache")
+        assert cache.stats().warm.tokens > 0
+    pagedkv.unwrap(model)
+
+
 def test_generate_finds_the_cache_by_itself_and_unwrap_takes_it_away() -> None:
     model = tiny_llama()
     assert "make_cache" not in model.__dict__
