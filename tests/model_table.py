@@ -27,7 +27,7 @@ INTRODUCTION = Path(__file__).with_name("model_table.md")
 REASONS = {
     "RotatingKVCache": "sliding window",
     "ChunkedKVCache": "chunked attention",
-    "ArraysCache": "recurrent state",
+    "ArraysCache": "state of fixed size",
 }
 """What another kind of cache than a plain one holds; why it is left as it is if it is."""
 
@@ -102,11 +102,12 @@ def _stock_caches(model: Any) -> list[Any]:
     return wrapping.stock() if wrapping else stock.make_prompt_cache(model)
 
 
-def _described(mine: Any, theirs: Any) -> str:
+def _described(mine: Any, theirs: Any, nested: bool = False) -> str:
     """What a layer caches, in words; *italic* what is not paged."""
     inner = inner_caches(mine)
     if inner is not None:
-        return " + ".join(map(_described, inner, inner_caches(theirs) or ()))
+        pairs = zip(inner, inner_caches(theirs) or (), strict=True)
+        return " + ".join(_described(*pair, nested=True) for pair in pairs)
     if not isinstance(mine, PagedLayerCache):
         kind = type(mine).__name__
         return f"*{REASONS.get(kind, kind)}*"
@@ -118,7 +119,7 @@ def _described(mine: Any, theirs: Any) -> str:
     if (shape.kv_heads, shape.key_dim) == (1, COMMON["kv_lora_rank"]):
         return "latents, rotary keys"
     reached = any(mine.reaches_hook.values())
-    return words if reached or shape.kv_heads > 1 else "keys of an index"
+    return "keys of an index" if nested and not reached else words
 
 
 def _share(count: int, of: int) -> str:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from pagedkv.allocator.errors import ShapeError
+
 ALL = slice(None)
 
 STEP = 256
@@ -66,7 +68,7 @@ class HotBuffer:
         """Put other arrays in the place of the backing ones.
 
         Raises:
-            ValueError: if there are none yet, or a shape or type differs.
+            ShapeError: if there are none yet, or a shape or type differs.
         """
         for mine, other in zip(self.arrays or (None, None), (keys, values), strict=True):
             if (
@@ -75,7 +77,7 @@ class HotBuffer:
                 or (mine.shape, mine.dtype) != (other.shape, other.dtype)
             ):
                 here, given = _tell(mine), _tell(other)
-                raise ValueError(f"{given} cannot take the place of a hot tier's {here}")
+                raise ShapeError(f"{given} cannot take the place of a hot tier's {here}")
         self._keys, self._values = keys, values
 
     def append(self, keys: mx.array, values: mx.array, count: int) -> None:
