@@ -473,3 +473,23 @@ def test_a_page_that_is_held_though_nobody_sees_it() -> None:
     for _ in range(12):
         mx.eval(step(cache, 1, 0))
     assert cache._table.entries[0] is not first
+
+
+def test_precision_goes_by_distance_in_windows_too() -> None:
+    cache = window(1500, 4, kv="K8V8:500,K4V2", hot_tokens=64, hot_dtype="float16")
+    for i, n in enumerate((1600, 700, *[1] * 400)):
+        mx.eval(step(cache, n, i))
+    pages = list(cache.located_pages())
+    assert [p.position for p, _ in pages] == [
+        4 + cache.dropped + 256 * i for i in range(len(pages))
+    ]
+    kinds = set()
+    for page, tokens in pages:
+        distance = cache.offset - page.position - tokens
+        kinds.add(str(page.precision))
+        if distance <= 500:
+            assert str(page.precision) == "K8V8"
+        if distance > 500 + 256:  # pages are lowered when others are sealed
+            assert str(page.precision) == "K4V2"
+    assert kinds == {"K8V8", "K4V2"}
+    assert cache.dropped > 500
