@@ -85,7 +85,7 @@ def test_all_in_16_bit_is_the_stock_model(kind: str) -> None:
     pagedkv.unwrap(model)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "llama", "plamo3"])
 def test_pages_inside_the_window_change_nothing(kind: str) -> None:
     """Pages in 16 bit, some of them partly behind the window, beside caches of float16 numbers."""
     model = windowed(kind, 700)
