@@ -17,7 +17,13 @@ import mlx.core as mx
 
 from pagedkv import sequences
 from pagedkv.allocator import PrefixIndex, prefix_digests, prefix_key
-from pagedkv.errors import CacheStateError, ColdStoreError
+from pagedkv.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    ConfigError,
+    SequenceNotFoundError,
+)
 from pagedkv.streams import streams
 from pagedkv.tiers import StoredSequence
 
@@ -59,8 +65,9 @@ class Prefixes:
             return
         covered = self._index.covered(digests)
         fork = cache.fork()
-        fork.trim(cache.offset - tokens)
         for layer in fork.paged_layers:
+            # Each to that length: after a call that was broken off some are longer than others.
+            layer.trim(layer.offset - tokens)
             layer.compact()
         name = next(self._names)
         self._kept[name] = fork
@@ -106,11 +113,16 @@ def obstacle(cache: PagedCache) -> str:
             return f"cache {i} is a {type(stream).__name__}, which holds no pages"
         if not stream.keeps_all:
             return f"cache {i} is a {type(stream).__name__}, which forgets tokens"
+    if any(layer._context is not cache.context for layer in cache.paged_layers):
+        return "its layers are of several models or sequences"
+    if len(paged) != cache.context.pager.layers:
+        return f"it has {len(paged)} of the {cache.context.pager.layers} layers that are paged"
     return ""
 
 
 def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Keep a cache's sealed pages for others; see `PagedCache.remember`."""
+    _require_open(cache)
     context = cache.context
     if obstacle(cache) or not cache.offset:
         return 0
@@ -132,6 +144,7 @@ def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
 
 def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Fill an empty cache with what is known of these tokens; see `PagedCache.reuse`."""
+    _require_open(cache)
     if cache.offset:
         raise CacheStateError(
             f"this cache holds {cache.offset:,} tokens: only an empty one can begin with a prefix"
@@ -157,9 +170,17 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     return reused
 
 
+def _require_open(cache: PagedCache) -> None:
+    if any(layer._closed for layer in cache.paged_layers):
+        raise ClosedError("the cache is closed; make a new one")
+
+
 def _ids(tokens: Sequence[int] | mx.array) -> list[int]:
-    given: Any = tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
-    if given and isinstance(given[0], list):
+    try:
+        given: Any = list(tokens.tolist() if isinstance(tokens, mx.array) else tokens)
+    except TypeError as e:
+        raise ConfigError(f"tokens are a list of ids, or an array [n]: {e}") from e
+    if given and hasattr(given[0], "__len__") and not isinstance(given[0], str):
         raise CacheStateError("tokens are of one sequence: a list of ids, or an array [n]")
     return list(given)
 
@@ -183,7 +204,9 @@ def _full_tokens(layer: PagedLayerCache) -> int:
 def _key(context: SequenceContext, unit: int) -> bytes:
     config = context.config
     settings = (str(config.ladder), config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
-    return prefix_key(context.fingerprint, *settings)
+    # What a step leaves out is missing in the pages of all later layers too.
+    left_out = (config.skip_below, config.cold_pages)
+    return prefix_key(context.fingerprint, *settings, *left_out)
 
 
 def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:
@@ -216,14 +239,15 @@ def _load(cache: PagedCache, stored: StoredSequence, units: int, unit: int) -> i
     """Begin with pages of a flushed sequence, if that is quicker than computing them.
 
     Returns:
-        The units loaded: all or none. A damaged sequence is none, with a warning.
+        The units loaded: all or none. A sequence that is damaged, or was made with a window whose
+        precisions do not occur here, is none, with a warning.
     """
     tokens = cache.context.config.sink_tokens + units * unit
     try:
         sequences.adopt_prefix(cache, stored.sequence, tokens)
         if _pays(cache, tokens, cache.context.prefixes.prompt_rate or stored.prompt_rate):
             return units
-    except ColdStoreError as e:  # or damaged, which is one of them
+    except (ColdStoreError, CacheStateError, SequenceNotFoundError) as e:
         warnings.warn(f"{e}: its tokens are computed again", stacklevel=4)
     sequences.empty(cache)
     return 0
@@ -237,9 +261,9 @@ def _pays(cache: PagedCache, tokens: int, prompt_rate: float) -> bool:
     if not prompt_rate:
         return True  # nobody knows; a disk is quicker than a model
     counters = cache.context.pager.cold.counters
-    if not counters.read_seconds:
+    if not counters.bytes_read:
         _read_some(cache)
-    if not counters.read_seconds:
+    if not counters.bytes_read:
         return True  # they were in memory
     nbytes = sum(
         layer.page_bytes(page.precision)
@@ -247,7 +271,7 @@ def _pays(cache: PagedCache, tokens: int, prompt_rate: float) -> bool:
         for page, _ in layer.located_pages()
         if page.slot is None
     )
-    return nbytes / (counters.bytes_read / counters.read_seconds) < tokens / prompt_rate
+    return nbytes * counters.read_seconds / counters.bytes_read < tokens / prompt_rate
 
 
 def _read_some(cache: PagedCache) -> None:
