@@ -146,7 +146,8 @@ class HotBuffer:
 
     def load(self, keys: mx.array, values: mx.array) -> None:
         """Hold these tokens and nothing else."""
-        self._keys = self._values = None
+        # Empty ones are kept too: who saves the tokens wants to know the heads and channels.
+        self._keys, self._values = (keys, values) if not keys.shape[2] else (None, None)
         self.used = self.capacity = 0
         if keys.shape[2]:
             self.append(keys, values, int(keys.shape[2]))
