@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ from pagedkv.errors import (
     SequenceNotFoundError,
 )
 from pagedkv.streams import streams
-from pagedkv.tiers import StoredSequence
+from pagedkv.tiers import Pager, StoredSequence
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -43,11 +43,15 @@ class Prefixes:
     when pages are wanted for others.
 
     Attributes:
+        lasting: whether they stay when the last cache is closed, as while a model is wrapped: it
+            can make another one.
+        weights: names the model's weights as they are now.
         reused: tokens that were not computed again.
         prompt_rate: prompt tokens computed per second, as last measured; 0 if nothing was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Callable[[], str] = str, *, lasting: bool = False) -> None:
+        self.weights, self.lasting = weights, lasting
         self._index: PrefixIndex[int] = PrefixIndex()
         self._kept: dict[int, PagedCache] = {}
         self._names = itertools.count()
@@ -97,8 +101,14 @@ class Prefixes:
 
     def clear(self) -> None:
         """Give up all of them."""
-        while self.give_up_one():
-            pass
+        kept, self._kept = self._kept, {}
+        self._index = PrefixIndex()
+        for cache in kept.values():
+            cache.close()
+
+    def alone(self, pager: Pager) -> bool:
+        """Whether nobody but what is remembered uses the tiers."""
+        return bool(self._kept) and len(pager.users) <= len(self._kept) * pager.layers
 
     def _drop(self, name: int) -> None:
         self._index.remove(name)
@@ -176,13 +186,14 @@ def _require_open(cache: PagedCache) -> None:
 
 
 def _ids(tokens: Sequence[int] | mx.array) -> list[int]:
+    plain: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
     try:
-        given: Any = list(tokens.tolist() if isinstance(tokens, mx.array) else tokens)
+        given: list[Any] = list(plain)
     except TypeError as e:
         raise ConfigError(f"tokens are a list of ids, or an array [n]: {e}") from e
     if given and hasattr(given[0], "__len__") and not isinstance(given[0], str):
         raise CacheStateError("tokens are of one sequence: a list of ids, or an array [n]")
-    return list(given)
+    return given
 
 
 def _holding(cache: PagedCache) -> list[PagedLayerCache]:
@@ -206,7 +217,7 @@ def _key(context: SequenceContext, unit: int) -> bytes:
     settings = (str(config.ladder), config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
     # What a step leaves out is missing in the pages of all later layers too.
     left_out = (config.skip_below, config.cold_pages)
-    return prefix_key(context.fingerprint, *settings, *left_out)
+    return prefix_key(context.fingerprint, context.prefixes.weights(), *settings, *left_out)
 
 
 def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:
