@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from pagedkv.layer import PagedLayerCache, SequenceContext
 
 
+HOT_SHARE = 1 / 8
+"""Of the warm budget: as much memory may the 16-bit sinks of remembered sequences take beside it."""
+
 _TRIAL_SECONDS = 0.02
 """Reading goes on for so long to learn the disk's rate, a few requests at least."""
 
@@ -81,6 +84,14 @@ class Prefixes:
         self._index.add(name, digests)
         for other in covered:
             self._drop(other)
+        most = HOT_SHARE * cache.context.pager.budget.warm_bytes
+        while len(self._kept) > 1 and self.hot_bytes > most:
+            self.give_up_one()
+
+    @property
+    def hot_bytes(self) -> int:
+        """Memory of the 16-bit tokens that are remembered."""
+        return sum(c.hot_bytes for cache in self._kept.values() for c in cache.paged_layers)
 
     def longest(self, digests: Sequence[bytes]) -> tuple[PagedCache, int] | None:
         """The remembered cache that shares most with a chain, and the units that it shares."""
@@ -160,7 +171,7 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
             f"this cache holds {cache.offset:,} tokens: only an empty one can begin with a prefix"
         )
     context, config = cache.context, cache.context.config
-    if obstacle(cache) or not all(layer.shape for layer in cache.paged_layers):
+    if obstacle(cache) or not any(layer.shape for layer in cache.paged_layers):
         return 0
     ids, unit = _ids(tokens), _unit(cache)
     # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
