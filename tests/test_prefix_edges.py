@@ -59,6 +59,17 @@ def test_after_a_call_that_was_broken_off_layers_are_cut_to_the_same_length() ->
     pagedkv.unwrap(model)
 
 
+def test_a_layer_that_is_never_used_is_no_obstacle() -> None:
+    k = mx.random.normal((1, 2, 900, 16))
+    with PagedCache.standalone(2, config()) as cache:
+        pagedkv.attention(k, k, k, cache=cache[1], scale=1.0)
+        assert cache.remember(ids(900)) == SINKS + 3 * UNIT
+        cache.trim(900)
+        assert cache.reuse(ids(900)) == SINKS + 3 * UNIT
+        assert [layer.offset for layer in cache] == [0, SINKS + 3 * UNIT]
+        check(cache)
+
+
 def test_a_closed_cache_says_so() -> None:
     model, prompt = tiny_llama(layers=1), ids(900)
     with pagedkv.wrap(model, config()) as cache:
@@ -190,6 +201,21 @@ def test_they_give_way_to_pages_that_are_flushed(tmp_path: Path) -> None:
     pagedkv.unwrap(model)
 
 
+def test_pages_in_use_again_stay_in_memory_before_those_of_an_idle_cache() -> None:
+    model, prompt = tiny_llama(layers=1), ids(900)
+    with pagedkv.wrap(model, config(warm="150KB")) as idle, model.make_cache() as first:
+        room = idle[0]._pager._slabs[idle[0]._pager.precisions[0]].max_slots
+        read(model, first, prompt)
+        first.remember(prompt)
+        read(model, idle, ids(SINKS + HOT + (room - 3) * UNIT, 1))  # used after them
+        with model.make_cache() as second:
+            assert second.reuse([*prompt, *ids(600, 2)]) == SINKS + 3 * UNIT
+            read(model, second, [*prompt, *ids(600, 2)])  # two pages more than there is room
+            assert all(page.slot is not None for page, _ in second[0].located_pages())
+            assert sum(page.slot is None for page, _ in idle[0].located_pages()) == 2
+    pagedkv.unwrap(model)
+
+
 def test_pages_that_are_lowered_are_counted_again_when_one_gave_way() -> None:
     model = tiny_llama(layers=1)
     tiers = config(kv="K8V4:512,K4V4", warm="400KB", cold=0)
@@ -208,6 +234,23 @@ def test_pages_that_are_lowered_are_counted_again_when_one_gave_way() -> None:
             read(model, cache, ids(6000)[:n])
             cache.remember(ids(6000)[:n])
         assert cache.offset == most
+        check(cache)
+    pagedkv.unwrap(model)
+
+
+def test_the_sinks_of_many_take_a_share_of_the_budget_and_no_more() -> None:
+    model = tiny_llama(layers=1)
+    tiers = config(sink_tokens=64, warm="300KB")
+    sinks = 64 * 2 * 16 * 2 * 2  # tokens, heads, channels, keys and values, bytes
+    with pagedkv.wrap(model, tiers) as cache:
+        for i in range(6):
+            read(model, cache, ids(400, i))
+            assert cache.remember(ids(400, i)) == 64 + UNIT
+            cache.trim(400)
+            remembered = cache.context.prefixes
+            assert remembered.hot_bytes == sinks * len(remembered) <= 300_000 / 8
+        assert len(remembered) == 4
+        assert [cache.reuse(ids(400, i)) for i in (0, 1, 5)] == [0, 0, 64 + UNIT]
         check(cache)
     pagedkv.unwrap(model)
 
