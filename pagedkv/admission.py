@@ -72,6 +72,7 @@ def refused(wishes: Iterable[Wish]) -> dict[int, str]:
         more = needs.with_more(wish)
         problem = more.shortage()
         while problem and wish.pager.relieve():
+            more = needs.with_more(wish)  # pages that were shared count once more
             problem = more.shortage()
         if problem:
             out[i] = problem

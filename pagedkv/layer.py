@@ -473,10 +473,10 @@ class PagedLayerCache:
             coming = max(0, count - max(0, cache.offset - self.offset))
             if cache._pager is None or not cache._pages_due(coming):
                 continue
-            wanted = cache._pages_to_come(coming)
-            problem = cache._pager.shortage(wanted)
+            problem = cache._pager.shortage(cache._pages_to_come(coming))
             while problem and self._context.pager.relieve():
-                problem = cache._pager.shortage(wanted)
+                # Counted again: a page that was shared frees its slot now when it is lowered.
+                problem = cache._pager.shortage(cache._pages_to_come(coming))
             if problem is None and cache is self and self._overflowing():
                 problem = "the disk failed while pages were being stored"
             if problem:
@@ -828,9 +828,12 @@ class PagedLayerCache:
         self.offset = self.dropped = 0
         self._closed = True
         self._accepted = ()
-        self._context.pager.users.discard(self)
-        if not self._context.pager.users:
-            self._context.pager.close()
+        pager, prefixes = self._context.pager, self._context.prefixes
+        pager.users.discard(self)
+        if not prefixes.lasting and prefixes.alone(pager):
+            prefixes.clear()  # nobody can ask for them any more
+        if not pager.users:
+            pager.close()
 
     # State, for mlx-lm's save and load
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 
 from pagedkv import hook, state
@@ -139,6 +140,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         stock,
         name,
         _context_limit(model),
+        prefixes=Prefixes(_weights_of(model), lasting=True),
     )
     hook.install()
     try:
@@ -164,6 +166,8 @@ def _wrapped_already(earlier: Wrapping, config: TierConfig) -> PagedCache | None
         earlier.pager.close()
     elif earlier.config == config:
         return earlier.make_cache()
+    elif earlier.prefixes.alone(earlier.pager):
+        earlier.prefixes.clear()  # the last of them closes the store
     return None
 
 
@@ -175,6 +179,7 @@ def unwrap(model: Any) -> None:
     wrapping = wrapping_of(model)
     if wrapping is None:
         return
+    wrapping.prefixes.lasting = False
     wrapping.prefixes.clear()
     object.__delattr__(model, "make_cache")
     object.__delattr__(model, _WRAPPED)
@@ -273,6 +278,45 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name}{weight.shape}{[float(x) for x in sample.tolist()]}".encode())
     kind = type(model).__module__.rpartition(".")[2]
     return f"{kind}-{digest.hexdigest()[:16]}"
+
+
+SAMPLED = 64
+"""Numbers of each weight that tell a model from one that was tuned further."""
+
+
+def weights_digest(model: Any) -> str:
+    """Names a model's weights by some numbers of each of them, as 32 hex digits.
+
+    `fingerprint` looks at a few weights only, which is enough where a user names a file. What is
+    found without being named must not be of a model that shares those.
+    """
+    from mlx.utils import tree_flatten
+
+    digest = hashlib.sha256()
+    named: Any = tree_flatten(model.parameters())
+    samples = [_sample(weight) for _, weight in named]
+    mx.eval(samples)
+    for (name, weight), sample in zip(named, samples, strict=True):
+        digest.update(f"{name} {weight.shape} {weight.dtype} {sample.tolist()}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _sample(weight: mx.array) -> mx.array:
+    """Numbers from all over a weight, `SAMPLED` or all there are."""
+    if weight.size <= SAMPLED:
+        return weight
+    places = np.unravel_index(np.linspace(0, weight.size - 1, SAMPLED).astype(int), weight.shape)
+    return weight[tuple(mx.array(p) for p in places)]
+
+
+def _weights_of(model: Any) -> Callable[[], str]:
+    reference = weakref.ref(model)  # as in `_stock_maker`
+
+    def weights() -> str:
+        mine = reference()
+        return "" if mine is None else weights_digest(mine)
+
+    return weights
 
 
 # Looking at a model

@@ -10,21 +10,30 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from pagedkv import sequences
 from pagedkv.allocator import PrefixIndex, prefix_digests, prefix_key
-from pagedkv.errors import CacheStateError, ColdStoreError, StoreMismatchError
+from pagedkv.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    ConfigError,
+    SequenceNotFoundError,
+)
 from pagedkv.streams import streams
-from pagedkv.tiers import StoredSequence
+from pagedkv.tiers import Pager, StoredSequence
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
     from pagedkv.layer import PagedLayerCache, SequenceContext
 
+
+HOT_SHARE = 1 / 8
+"""Of the warm budget: what the 16-bit sinks of remembered sequences may take beside it."""
 
 _TRIAL_SECONDS = 0.02
 """Reading goes on for so long to learn the disk's rate, a few requests at least."""
@@ -37,11 +46,15 @@ class Prefixes:
     when pages are wanted for others.
 
     Attributes:
+        lasting: whether they stay when the last cache is closed, as while a model is wrapped: it
+            can make another one.
+        weights: names the model's weights as they are now.
         reused: tokens that were not computed again.
         prompt_rate: prompt tokens computed per second, as last measured; 0 if nothing was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Callable[[], str] = str, *, lasting: bool = False) -> None:
+        self.weights, self.lasting = weights, lasting
         self._index: PrefixIndex[int] = PrefixIndex()
         self._kept: dict[int, PagedCache] = {}
         self._names = itertools.count()
@@ -59,8 +72,9 @@ class Prefixes:
             return
         covered = self._index.covered(digests)
         fork = cache.fork()
-        fork.trim(cache.offset - tokens)
         for layer in fork.paged_layers:
+            # Each to that length: after a call that was broken off some are longer than others.
+            layer.trim(layer.offset - tokens)
             layer.compact()
         name = next(self._names)
         self._kept[name] = fork
@@ -70,6 +84,14 @@ class Prefixes:
         self._index.add(name, digests)
         for other in covered:
             self._drop(other)
+        most = HOT_SHARE * cache.context.pager.budget.warm_bytes
+        while len(self._kept) > 1 and self.hot_bytes > most:
+            self.give_up_one()
+
+    @property
+    def hot_bytes(self) -> int:
+        """Memory of the 16-bit tokens that are remembered."""
+        return sum(c.hot_bytes for cache in self._kept.values() for c in cache.paged_layers)
 
     def longest(self, digests: Sequence[bytes]) -> tuple[PagedCache, int] | None:
         """The remembered cache that shares most with a chain, and the units that it shares."""
@@ -90,8 +112,14 @@ class Prefixes:
 
     def clear(self) -> None:
         """Give up all of them."""
-        while self.give_up_one():
-            pass
+        kept, self._kept = self._kept, {}
+        self._index = PrefixIndex()
+        for cache in kept.values():
+            cache.close()
+
+    def alone(self, pager: Pager) -> bool:
+        """Whether nobody but what is remembered uses the tiers."""
+        return bool(self._kept) and len(pager.users) <= len(self._kept) * pager.layers
 
     def _drop(self, name: int) -> None:
         self._index.remove(name)
@@ -106,6 +134,10 @@ def obstacle(cache: PagedCache) -> str:
             return f"cache {i} is a {type(stream).__name__}, which holds no pages"
         if not stream.keeps_all:
             return f"cache {i} is a {type(stream).__name__}, which forgets tokens"
+    if any(layer._context is not cache.context for layer in cache.paged_layers):
+        return "its layers are of several models or sequences"
+    if len(paged) != cache.context.pager.layers:
+        return f"it has {len(paged)} of the {cache.context.pager.layers} layers that are paged"
     return ""
 
 
@@ -119,6 +151,7 @@ def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
 
 def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Say which tokens a cache holds, for its next flush; see `PagedCache.remember`."""
+    _require_open(cache)
     context = cache.context
     if obstacle(cache) or not cache.offset:
         return 0
@@ -136,12 +169,13 @@ def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
 
 def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Fill an empty cache with what is known of these tokens; see `PagedCache.reuse`."""
+    _require_open(cache)
     if cache.offset:
         raise CacheStateError(
             f"this cache holds {cache.offset:,} tokens: only an empty one can begin with a prefix"
         )
     context, config = cache.context, cache.context.config
-    if obstacle(cache) or not all(layer.shape for layer in cache.paged_layers):
+    if obstacle(cache) or not any(layer.shape for layer in cache.paged_layers):
         return 0
     ids, unit = _ids(tokens), _unit(cache)
     # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
@@ -161,11 +195,20 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     return reused
 
 
+def _require_open(cache: PagedCache) -> None:
+    if any(layer._closed for layer in cache.paged_layers):
+        raise ClosedError("the cache is closed; make a new one")
+
+
 def _ids(tokens: Sequence[int] | mx.array) -> list[int]:
-    given: Any = tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
-    if given and isinstance(given[0], list):
+    plain: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
+    try:
+        given: list[Any] = list(plain)
+    except TypeError as e:
+        raise ConfigError(f"tokens are a list of ids, or an array [n]: {e}") from e
+    if given and hasattr(given[0], "__len__") and not isinstance(given[0], str):
         raise CacheStateError("tokens are of one sequence: a list of ids, or an array [n]")
-    return list(given)
+    return given
 
 
 def _holding(cache: PagedCache) -> list[PagedLayerCache]:
@@ -187,7 +230,9 @@ def _full_tokens(layer: PagedLayerCache) -> int:
 def _key(context: SequenceContext, unit: int) -> bytes:
     config = context.config
     settings = (str(config.ladder), config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
-    return prefix_key(context.fingerprint, *settings)
+    # What a step leaves out is missing in the pages of all later layers too.
+    left_out = (config.skip_below, config.cold_pages)
+    return prefix_key(context.fingerprint, context.prefixes.weights(), *settings, *left_out)
 
 
 def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:
@@ -220,14 +265,15 @@ def _load(cache: PagedCache, stored: StoredSequence, units: int, unit: int) -> i
     """Begin with pages of a flushed sequence, if that is quicker than computing them.
 
     Returns:
-        The units loaded: all or none. A damaged sequence is none, with a warning.
+        The units loaded: all or none. A sequence that is damaged, or was made with a window whose
+        precisions do not occur here, is none, with a warning.
     """
     tokens = cache.context.config.sink_tokens + units * unit
     try:
         sequences.adopt_prefix(cache, stored.sequence, tokens)
         if _pays(cache, tokens, cache.context.prefixes.prompt_rate or stored.prompt_rate):
             return units
-    except (ColdStoreError, StoreMismatchError) as e:  # damaged is one of the former
+    except (ColdStoreError, CacheStateError, SequenceNotFoundError) as e:
         warnings.warn(f"{e}: its tokens are computed again", stacklevel=4)
     sequences.empty(cache)
     return 0
@@ -241,9 +287,9 @@ def _pays(cache: PagedCache, tokens: int, prompt_rate: float) -> bool:
     if not prompt_rate:
         return True  # nobody knows; a disk is quicker than a model
     counters = cache.context.pager.cold.counters
-    if not counters.read_seconds:
+    if not counters.bytes_read:
         _read_some(cache)
-    if not counters.read_seconds:
+    if not counters.bytes_read:
         return True  # they were in memory
     nbytes = sum(
         layer.page_bytes(page.precision)
@@ -251,7 +297,7 @@ def _pays(cache: PagedCache, tokens: int, prompt_rate: float) -> bool:
         for page, _ in layer.located_pages()
         if page.slot is None
     )
-    return nbytes / (counters.bytes_read / counters.read_seconds) < tokens / prompt_rate
+    return nbytes * counters.read_seconds / counters.bytes_read < tokens / prompt_rate
 
 
 def _read_some(cache: PagedCache) -> None:

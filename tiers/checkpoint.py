@@ -230,8 +230,16 @@ def _check(state: SequenceState, entries: Entries, hot: int) -> None:
         raise MalformedError(f"its layers have {state.pages:,} pages, its entries {len(entries):,}")
     at = 0
     for layer in state.layers:
-        _check_layer(state, layer, entries[at : at + layer.pages])
+        pages = entries[at : at + layer.pages]
+        _check_layer(state, layer, pages)
         at += layer.pages
+        # Else pages that are sealed later would be found as those of other tokens.
+        unit = max(each.page_tokens for each in state.layers)
+        if len(state.prefix) * unit > int(pages["tokens"].sum(dtype=np.uint64)):
+            raise MalformedError(
+                f"it has digests of {len(state.prefix):,} units of {unit} tokens, and layer "
+                f"{layer.layer} has not so many in pages"
+            )
 
 
 def _check_layer(state: SequenceState, layer: LayerState, pages: Entries) -> None:

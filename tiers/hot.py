@@ -147,11 +147,12 @@ class HotBuffer:
         return twin
 
     def load(self, keys: mx.array, values: mx.array) -> None:
-        """Hold these tokens and nothing else."""
-        self._keys = self._values = None
-        self.used = self.capacity = 0
-        if keys.shape[2]:
-            self.append(keys, values, int(keys.shape[2]))
+        """Hold these tokens and nothing else, in no more memory than they take.
+
+        Empty arrays are kept too: who saves the tokens wants to know the heads and channels.
+        """
+        self._keys, self._values = keys, values
+        self.used = self.capacity = int(keys.shape[2])
 
     def _reserve(self, used: int, keys: mx.array, values: mx.array) -> None:
         grown = -(-self.used // STEP) * STEP

@@ -305,7 +305,13 @@ class LayerPager:
             OutOfPagesError: if no tier has room.
             ColdStoreError: if making room for it failed on the disk.
         """
-        number = self._put(record, precision, position, lineage)
+        while True:
+            try:
+                number = self._put(record, precision, position, lineage)
+                break
+            except OutOfPagesError:
+                if not self._pager.relieve():
+                    raise
         mx.eval(self._slabs[precision].array)
         return number
 
@@ -416,8 +422,12 @@ class LayerPager:
         records = []
         for entry in entries:
             page = self.pages[entry.page]
-            self._copy_down(page)
-            assert page.record is not None
+            while page.record is None:
+                try:
+                    self._copy_down(page)
+                except OutOfPagesError:
+                    if not self._pager.relieve():
+                        raise
             records.append(page.record)
         return records
 
