@@ -37,6 +37,9 @@ TOLERANCE = 1e-4
 WINDOW_TOLERANCE = 1e-5
 """The same for layers with a window while everything is 16 bit."""
 
+BFLOAT_TOLERANCE = 2e-2
+"""And in bfloat16: four units in the last place."""
+
 NOTICED = 100 * TOLERANCE
 """What one page of values that is off by a token changes, at least. Seen: 0.014 to 1.2."""
 
@@ -100,7 +103,10 @@ def test_a_model_type_in_bfloat16(model_type: str, monkeypatch: pytest.MonkeyPat
     expected = logits(stock.make_prompt_cache(model))
     with _wrapped(model, pagedkv.TierConfig(hot_tokens=64, cold=0)) as cache:
         for actual, right in zip(logits(cache), expected, strict=True):
-            assert mx.array_equal(actual, right, equal_nan=True).item()
+            if all(layer.keeps_all for layer in cache.paged_layers):
+                assert mx.array_equal(actual, right, equal_nan=True).item()
+            else:
+                assert error(actual.astype(mx.float32), right.astype(mx.float32)) < BFLOAT_TOLERANCE
         assert all(c.keys.dtype == mx.bfloat16 for c in cache.paged_layers if not c.empty())
 
 
