@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 HOT_SHARE = 1 / 8
-"""Of the warm budget: as much memory may the 16-bit sinks of remembered sequences take beside it."""
+"""Of the warm budget: so much memory may the 16-bit sinks of remembered sequences take beside."""
 
 _TRIAL_SECONDS = 0.02
 """Reading goes on for so long to learn the disk's rate, a few requests at least."""
