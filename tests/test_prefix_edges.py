@@ -59,6 +59,19 @@ def test_after_a_call_that_was_broken_off_layers_are_cut_to_the_same_length() ->
     pagedkv.unwrap(model)
 
 
+def test_only_full_pages_are_remembered(tmp_path: Path) -> None:
+    model, prompt = tiny_llama(layers=1), ids(900)
+    other = [*prompt[: SINKS + UNIT + 100], *ids(900, 1)]
+    with pagedkv.wrap(model, config(tmp_path)) as cache:
+        read(model, cache, prompt)
+        cache.trim(900 - SINKS - UNIT - 100)  # the second page is cut
+        read(model, cache, other)
+        assert [n for _, n in cache[0].located_pages()][:3] == [UNIT, 100, UNIT]
+        assert cache.remember(other) == SINKS + UNIT
+        assert len(cache.flush().prefix) == 1
+    pagedkv.unwrap(model)
+
+
 def test_a_layer_that_is_never_used_is_no_obstacle() -> None:
     k = mx.random.normal((1, 2, 900, 16))
     with PagedCache.standalone(2, config()) as cache:
@@ -301,4 +314,20 @@ def test_digests_of_more_than_its_pages_are_damage(tmp_path: Path) -> None:
         assert cache.reuse(ids(900)) == 0
         with pytest.raises(pagedkv.CorruptStoreError):
             cache.resume(stored.sequence)
+    pagedkv.unwrap(model)
+
+
+def test_forks_and_resumed_sequences_know_their_own_digests(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    with pagedkv.wrap(model, config(tmp_path)) as cache:
+        read(model, cache, ids(900))
+        cache.remember(ids(900))
+        with cache.fork() as fork:
+            fork.trim(500)
+            assert len(fork.flush().prefix) == 1
+        stored = cache.flush()
+        assert len(stored.prefix) == 3
+    pagedkv.unwrap(model)
+    with pagedkv.resume(model, config(tmp_path), sequence=stored.sequence) as cache:
+        assert cache.flush().prefix == stored.prefix
     pagedkv.unwrap(model)
