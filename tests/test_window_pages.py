@@ -493,3 +493,23 @@ def test_precision_goes_by_distance_in_windows_too() -> None:
             assert str(page.precision) == "K4V2"
     assert kinds == {"K8V8", "K4V2"}
     assert cache.dropped > 500
+
+
+def test_pages_that_go_make_room_for_those_that_come() -> None:
+    """The same token seals a page and leaves one behind: memory for one of them is enough."""
+    size = 564  # of which that is so, with 64 hot tokens, 4 kept ones and pages of 256
+    page = pagedkv.PageGeometry(
+        pagedkv.KVShape(HEADS, DIM, DIM), 256, pagedkv.Precision.parse("K4V4")
+    )
+    two_for_each_layer = 5 * page.page_bytes
+    config = pagedkv.TierConfig(
+        max_kv_size=size, hot_tokens=64, warm=two_for_each_layer, cold=0, page_tokens=256
+    )
+    _, k, v = numbers(1, 0)
+    with pagedkv.PagedCache.standalone(2, config) as cache:
+        for i in range(1200):
+            views = [layer.append(k, v) for layer in cache]
+            if i % 16 == 0:
+                mx.eval([view.keys for view in views])
+        assert [len(layer._pager.pages) for layer in cache] == [2, 2]
+        assert cache[0].dropped > 256
