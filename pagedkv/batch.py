@@ -125,7 +125,7 @@ class BatchPagedLayerCache:
             count = new - first
             if self._stop is not None:
                 count = min(count, max(0, self._stop[i] - row.offset))
-            places.append(RowPlace(row.size(), first, count))
+            places.append(RowPlace(row.carried, first, count))
         return BatchLayout(new, tuple(places))
 
     def _admit(self, layout: BatchLayout) -> None:

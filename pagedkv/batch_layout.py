@@ -169,7 +169,7 @@ def _spread(layout: BatchLayout, row: int, mask: Mask) -> mx.array:
     place, end = layout.rows[row], layout.end(row)
     if not isinstance(mask, mx.array):
         mask = _row_causal(place)
-    mask = mask.reshape(mask.shape[-2:])
+    mask = mask.reshape(-1, mask.shape[-1])
     tokens = int(mask.shape[1])
     after = layout.new - place.first - place.count
     pads = [(place.first, after), (end - tokens, layout.width - end)]

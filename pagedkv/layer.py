@@ -727,6 +727,11 @@ class PagedLayerCache:
         return self.offset
 
     @property
+    def carried(self) -> int:
+        """Tokens that the next call shows beside its own."""
+        return self.offset
+
+    @property
     def nbytes(self) -> int:
         """Bytes of this sequence's tokens in memory and on disk, at their stored size."""
         pages = sum(self.page_bytes(page.precision) for page, _ in self.located_pages())

@@ -26,6 +26,7 @@ from pagedkv.errors import (
 )
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
+from pagedkv.tiers.reader import Batch
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -134,6 +135,8 @@ def obstacle(cache: PagedCache) -> str:
             return f"cache {i} is a {type(stream).__name__}, which holds no pages"
         if not stream.keeps_all:
             return f"cache {i} is a {type(stream).__name__}, which forgets tokens"
+    if not any(layer.shape for layer in cache.paged_layers):
+        return "it had no tokens yet, and its layers' sizes are not known"
     if any(layer._context is not cache.context for layer in cache.paged_layers):
         return "its layers are of several models or sequences"
     if len(paged) != cache.context.pager.layers:
@@ -175,7 +178,7 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
             f"this cache holds {cache.offset:,} tokens: only an empty one can begin with a prefix"
         )
     context, config = cache.context, cache.context.config
-    if obstacle(cache) or not any(layer.shape for layer in cache.paged_layers):
+    if obstacle(cache):
         return 0
     ids, unit = _ids(tokens), _unit(cache)
     # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
@@ -272,6 +275,9 @@ def _load(cache: PagedCache, stored: StoredSequence, units: int, unit: int) -> i
     try:
         sequences.adopt_prefix(cache, stored.sequence, tokens)
         if _pays(cache, tokens, cache.context.prefixes.prompt_rate or stored.prompt_rate):
+            # All of it once: what is damaged shows here, where it can still be computed again.
+            for layer in cache.paged_layers:
+                _read(layer, layer._cold_batches())
             return units
     except (ColdStoreError, CacheStateError, SequenceNotFoundError) as e:
         warnings.warn(f"{e}: its tokens are computed again", stacklevel=4)
@@ -305,5 +311,10 @@ def _read_some(cache: PagedCache) -> None:
     for layer in cache.paged_layers:
         if layer._pager is None or time.perf_counter() - started > _TRIAL_SECONDS:
             return
-        for _ in layer._pager.stream(layer._cold_batches()[:1]):
-            pass
+        _read(layer, layer._cold_batches()[:1])
+
+
+def _read(layer: PagedLayerCache, batches: Sequence[Batch]) -> None:
+    assert layer._pager is not None
+    for _ in layer._pager.stream(batches):
+        pass

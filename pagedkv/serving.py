@@ -72,6 +72,7 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
                 logging.info(f"{written} prompts stay in {self._config.cold_dir}")
             self.kept.trim_to(n_sequences=0)
         if wrapping is not None:
+            wrapping.pager.relief.remove(self.give_one_up)
             unwrap(self.model)
             wrapping.pager.close()
         super().reset()

@@ -373,6 +373,11 @@ class WindowedLayerCache(PartialLayerCache):
         """Tokens that a query sees, at most."""
         return self.max_size
 
+    @property
+    def carried(self) -> int:
+        """Tokens that the next call shows beside its own, the first of which sees itself too."""
+        return min(self.offset, self.max_size - 1)
+
     def needed(self, offset: int) -> int:
         """See `PartialLayerCache.needed`."""
         return max(self.keep, offset - (self.max_size - 1 - self.keep))

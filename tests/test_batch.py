@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,32 @@ def test_with_everything_hot_a_batch_is_mlx_lms_batch() -> None:
         for a, b in zip(logprobs(), expected, strict=True):
             assert mx.abs(a - b).max().item() < 1e-4
     pagedkv.unwrap(model)
+
+
+@pytest.mark.parametrize("window_size", [None, 20])
+@pytest.mark.parametrize("new", [1, 3])
+def test_rows_with_windows_are_dense_as_each_is(new: int, window_size: int | None) -> None:
+    """Without the hook, some rows within their window and some past its end."""
+    scale, heads, dim = 0.3, 2, 64
+    with PagedCache.standalone(1, replace(HOT, max_kv_size=64)) as cache:
+        rows = []
+        for i, length in enumerate((100, 40, 63, 64)):
+            row = copy.deepcopy(cache[0])
+            row.update_and_fetch(
+                *mx.random.normal((2, 1, heads, length, dim), key=mx.random.key(i))
+            )
+            rows.append(row)
+        batch = BatchPagedLayerCache.merge(rows)
+        q, k, v = mx.random.normal((3, len(rows), heads, new, dim), key=mx.random.key(9))
+        mask = batch.make_mask(new, window_size=window_size)
+        sdpa = mx.fast.scaled_dot_product_attention
+        together = sdpa(q, *batch.update_and_fetch(k, v), scale=scale, mask=mx.array(mask))
+        for i, row in enumerate(rows):
+            mask = row.make_mask(new, window_size=window_size)
+            one = slice(i, i + 1)
+            keys, values = row.update_and_fetch(k[one], v[one])
+            alone = sdpa(q[one], keys, values, scale=scale, mask=mask)
+            assert mx.allclose(together[one], alone, atol=1e-6).item(), i
 
 
 KINDS: dict[str, dict[str, Any]] = {
