@@ -193,7 +193,7 @@ def requests(count: int, seed: int) -> list[Request]:
     """Prompts of several lengths, many of which begin alike; clients that stay and that go."""
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz    "
-    bases = ["".join(rng.choices(letters, k=rng.randint(100, 700))) for _ in range(4)]
+    bases = ["".join(rng.choices(letters, k=rng.randint(600, 1000))) for _ in range(4)]
     out: list[Request] = []
     for _ in range(count):
         if out and rng.random() < 0.2:
