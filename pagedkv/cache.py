@@ -11,8 +11,9 @@ import mlx.core as mx
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
 from pagedkv.config import KEPT_TOKENS, TierConfig
+from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
-from pagedkv.layer import PagedLayerCache, SequenceContext
+from pagedkv.layer import PagedLayerCache
 from pagedkv.stats import CacheStats, collect, rows_of
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence

@@ -10,7 +10,8 @@ from mlx_lm.models import cache as stock
 
 from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.config import KEPT_TOKENS
-from pagedkv.layer import PagedLayerCache, SequenceContext
+from pagedkv.context import SequenceContext
+from pagedkv.layer import PagedLayerCache
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
 _STOCK = (stock.__name__, "mlx_vlm.models.cache")

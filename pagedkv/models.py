@@ -21,8 +21,9 @@ from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
+from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
-from pagedkv.layer import PagedLayerCache, SequenceContext
+from pagedkv.layer import PagedLayerCache
 from pagedkv.prefixes import Prefixes
 from pagedkv.streams import replaced, streams
 from pagedkv.tiers import HotTokens, Pager

@@ -30,7 +30,8 @@ from pagedkv.tiers.reader import Batch
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
-    from pagedkv.layer import PagedLayerCache, SequenceContext
+    from pagedkv.context import SequenceContext
+    from pagedkv.layer import PagedLayerCache
 
 
 HOT_SHARE = 1 / 8

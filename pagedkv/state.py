@@ -139,7 +139,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     Raises:
         CacheStateError: if the state is damaged or not ours.
     """
-    from pagedkv.layer import SequenceContext
+    from pagedkv.context import SequenceContext
 
     if isinstance(value, CacheState):
         value = dict(value.items())

@@ -16,7 +16,7 @@ import pagedkv
 from pagedkv import state
 from pagedkv.backends import KernelBackend
 from pagedkv.mlx_lm_cache import PagedKVCache, PagedRotatingKVCache
-from pagedkv.window import SLACK
+from pagedkv.window_sizes import SLACK
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.models import random_tokens

@@ -14,7 +14,7 @@ from mlx_lm.models.base import create_attention_mask
 
 import pagedkv
 from pagedkv.attention import stock_attention
-from pagedkv.layer import SequenceContext
+from pagedkv.context import SequenceContext
 from pagedkv.mlx_lm_cache import PagedRotatingKVCache
 from pagedkv.tiers import Pager
 

@@ -36,8 +36,8 @@ from pagedkv.cli.output import (
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import load, resume, unwrap
+from pagedkv.partial_layer import PartialLayerCache
 from pagedkv.plan import require_room
-from pagedkv.window import PartialLayerCache
 
 _EPILOG = """\
 examples:

@@ -9,7 +9,8 @@ import numpy as np
 
 from pagedkv.cache import PagedCache, attention
 from pagedkv.config import TierConfig
-from pagedkv.layer import PagedLayerCache, SequenceContext
+from pagedkv.context import SequenceContext
+from pagedkv.layer import PagedLayerCache
 from pagedkv.stress.exact import Truth
 from pagedkv.stress.tokens import Array, History, SyntheticTokens
 from pagedkv.stress.verify import asked, kv_heads

@@ -1,0 +1,121 @@
+"""What the layers of one sequence share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pagedkv import state
+from pagedkv.config import TierConfig
+from pagedkv.pace import Pace
+from pagedkv.prefixes import Prefixes
+from pagedkv.tiers import Lineage, Pager
+
+if TYPE_CHECKING:
+    from pagedkv.layer import PagedLayerCache
+
+MOST_PARTIAL_FORKS = 1024
+"""Forks that wait for their other layers; who forks one layer alone never brings them."""
+
+
+@dataclass
+class SequenceContext:
+    """What the layers of one `PagedCache` share.
+
+    Attributes:
+        config: the user's settings.
+        pager: tiers below the hot one; shared with every cache of the same wrapped model.
+        lineage: this sequence and its forks.
+        layers: the paged layers, in model order (weak: the cache list owns them).
+        fingerprint: of the model, kept in saved files; empty if unknown.
+        max_tokens: the model's context limit, if it states one.
+        sequence_id: tells the layers of one saved file from another's.
+        admitted: length up to which no layer has to seal a page.
+        behind: the layer that attended last in a prefill chunk, if that is not known to be done.
+        pace: of prompts and decode steps.
+        prefixes: what is remembered of sequences of this model; shared with all its caches.
+        prefix: digests of the tokens in this sequence's pages, as far as they are known.
+        others: streams of the same model that are not paged.
+        torn: whether some of those have taken tokens of a call that failed, and cannot give
+            them back.
+        forks: those that still lack layers, see `fork_for`.
+    """
+
+    config: TierConfig
+    pager: Pager
+    lineage: Lineage = field(default_factory=Lineage)
+    layers: list[weakref.ref[PagedLayerCache]] = field(default_factory=list)
+    fingerprint: str = ""
+    max_tokens: int | None = None
+    sequence_id: str = field(default_factory=state.new_sequence_id)
+    admitted: int = 0
+    behind: weakref.ref[PagedLayerCache] | None = None
+    pace: Pace = field(default_factory=Pace)
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    prefix: list[bytes] = field(default_factory=list)
+    others: tuple[Any, ...] = ()
+    torn: bool = False
+    forks: list[_PartialFork] = field(default_factory=list)
+
+    def fork(self) -> SequenceContext:
+        """The context of a forked sequence: same tiers and lineage, its own layers."""
+        return SequenceContext(
+            self.config,
+            self.pager,
+            self.lineage,
+            fingerprint=self.fingerprint,
+            max_tokens=self.max_tokens,
+            prefixes=self.prefixes,
+            prefix=list(self.prefix),
+            torn=self.torn,
+        )
+
+    def forget_prefix_beyond(self, tokens: int) -> None:
+        """Tokens from there on are about to be others than those that digests are known of."""
+        if self.prefix:
+            unit = max(cache.page_tokens for cache in self.alive())
+            del self.prefix[max(0, tokens - self.config.sink_tokens) // unit :]
+
+    def take_back_to(self, length: int) -> None:
+        """Forget what came after the first `length` tokens, everywhere, after a call that failed.
+
+        A recurrent state cannot forget: a sequence with one cannot go on.
+        """
+        for cache in self.alive():
+            cache.trim(max(0, cache.offset - length))
+        for other in self.others:
+            beyond = getattr(other, "offset", length) - length
+            if beyond > 0 and other.is_trimmable():
+                other.trim(beyond)
+            elif beyond > 0 or not (hasattr(other, "offset") or other.empty()):
+                self.torn = True
+
+    def fork_for(self, layer: PagedLayerCache) -> SequenceContext:
+        """The context for a fork of one layer, where nobody says which layers belong together.
+
+        Batches are made layer by layer: the n-th fork of each layer goes with the n-th of others.
+        """
+        wants = (f for f in self.forks if layer.layer not in f.layers and f.offset == layer.offset)
+        fork = next(wants, None)
+        if fork is None:
+            fork = _PartialFork(self.fork(), layer.offset)
+            self.forks.append(fork)
+        fork.layers.add(layer.layer)
+        incomplete = [f for f in self.forks if len(f.layers) < self.pager.layers]
+        self.forks = incomplete[-MOST_PARTIAL_FORKS:]
+        return fork.context
+
+    def alive(self) -> Iterator[PagedLayerCache]:
+        """The paged layers that still exist, in model order."""
+        return (cache for ref in self.layers if (cache := ref()) is not None)
+
+
+@dataclass(eq=False)
+class _PartialFork:
+    """A fork that is made layer by layer: at what length, and which layers it has."""
+
+    context: SequenceContext
+    offset: int
+    layers: set[int] = field(default_factory=set)
