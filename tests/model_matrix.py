@@ -68,6 +68,31 @@ def tiny_budgets(cache: pagedkv.PagedCache, kv: str = "K8V8") -> pagedkv.TierCon
     )  # fmt: skip
 
 
+class OrderedCache(stock.RotatingKVCache):  # type: ignore[misc]
+    """mlx-lm's ring, its tokens handed out from the oldest to the newest.
+
+    Sums over tokens in another order differ in their last bits, and muse_spark makes more of it.
+    """
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What a single token sees, and what layers that share keys see."""
+        keys, values = super().keys_and_values()
+        if self.offset > self.max_size == keys.shape[2]:
+            return self._temporal_order(keys), self._temporal_order(values)
+        return keys, values
+
+
+def ordered_caches(model: Any) -> list[Any]:
+    """mlx-lm's caches for a model, windows in order."""
+
+    def ordered(_: int, cache: Any) -> Any:
+        if type(cache) is not stock.RotatingKVCache:
+            return cache
+        return OrderedCache(cache.max_size, cache.keep)
+
+    return replaced(stock.make_prompt_cache(model), ordered)
+
+
 class RoundedCache(stock.KVCache):  # type: ignore[misc]
     """mlx-lm's cache, with the pages that ours would have sealed rounded in place.
 
@@ -112,12 +137,12 @@ def _rounded(keys: mx.array, values: mx.array, kv: str) -> tuple[mx.array, mx.ar
 
 
 def rounded_caches(model: Any, config: pagedkv.TierConfig) -> list[Any]:
-    """mlx-lm's caches for a model, those that are paged rounded as pages would be."""
+    """The same, those that are paged rounded as pages would be."""
 
     def rounded(_: int, cache: Any) -> Any:
         return RoundedCache(config) if type(cache) is stock.KVCache else cache
 
-    return replaced(stock.make_prompt_cache(model), rounded)
+    return replaced(ordered_caches(model), rounded)
 
 
 Logits = dict[str, mx.array]
