@@ -127,7 +127,7 @@ class Running:
                 break
         return Answer(response.status, text, cached)
 
-    def wait_idle(self, seconds: float = 30) -> None:
+    def wait_idle(self, seconds: float = 100) -> None:
         """Until nothing is under way: only what is kept for reuse uses the pager."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

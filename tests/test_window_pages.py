@@ -380,7 +380,9 @@ def test_a_plan_counts_what_a_window_holds(hot: int, kv: str) -> None:
             planned = pagedkv.plan(shape, 1, cache.offset, config)
             stats = cache.stats()
             assert stats.warm.bytes <= planned.warm_bytes
-            assert stats.hot.allocated <= planned.hot_bytes + 300 * shape.token_bytes()
+            # What a long call leaves behind is held until the next one, to go back to.
+            held = planned.hot_bytes * (2 if n > SLACK else 1)
+            assert stats.hot.allocated <= held + 300 * shape.token_bytes()
             if n == 1:
                 # A page is sealed before the next token comes.
                 assert stats.hot.tokens - planned.hot_tokens in (0, 256)
