@@ -302,6 +302,27 @@ def test_a_damaged_sequence_is_computed_again(tmp_path: Path) -> None:
     pagedkv.unwrap(model)
 
 
+@pytest.mark.parametrize("page", [0, 3])
+def test_a_damaged_page_is_found_while_its_tokens_can_be_computed(
+    tmp_path: Path, page: int
+) -> None:
+    model = tiny_llama()
+    flushed(model, ids(1500), config(tmp_path))
+    with pagedkv.wrap(model, config(tmp_path)) as cache:
+        files = sorted(tmp_path.glob("*/layer-0001-*.pages"))
+        (size,) = {layer.least_page_bytes for layer in cache.context.pager.layer_pagers}
+        with files[0].open("r+b") as file:
+            file.seek(page * size + 1000)
+            byte = file.read(1)
+            file.seek(page * size + 1000)
+            file.write(bytes([byte[0] ^ 4]))
+        with pytest.warns(UserWarning, match=r"does not match its checksum.*computed again"):
+            assert cache.reuse(ids(1500)) == 0
+        check(cache)
+        assert not mx.isnan(read(model, cache, ids(1500))).any().item()
+    pagedkv.unwrap(model)
+
+
 @pytest.mark.parametrize(("rate", "reused"), [(1e9, 0), (10.0, SINKS + 5 * UNIT)])
 def test_it_is_loaded_only_where_that_is_quicker(tmp_path: Path, rate: float, reused: int) -> None:
     model = tiny_llama()
