@@ -17,7 +17,7 @@ from pagedkv.streams import replaced, streams
 from pagedkv.tiers.codec import codec_for
 from pagedkv.window import ChunkedLayerCache
 
-PREFILL = (256, 256, 90)
+PREFILL = (256, 256, 24)
 """Chunks of the prompt: two pages of 256 tokens are out of a window of 16 then."""
 
 PAGES = 2

@@ -101,7 +101,9 @@ def check(launcher: HostLauncher, case: Case, runs: list[Run]) -> None:
 
 @pytest.mark.parametrize(("ahead", "case"), SPLIT + WHOLE, ids=name)
 def test_against_float64(ahead: bool, case: Case) -> None:
-    check(HostLauncher(ahead), case, RUNS)
+    """Four of the six runs, other ones for the next case: all of them take minutes."""
+    left_out = (SPLIT + WHOLE).index((ahead, case)) % 3
+    check(HostLauncher(ahead), case, [run for i, run in enumerate(RUNS) if i % 3 != left_out])
 
 
 def test_the_cases_have_every_pair_of_bits() -> None:

@@ -171,7 +171,7 @@ def live(cold_dir: Path) -> dict[int, list[mx.array]]:
 
 
 STEPS = (1100, 900, 300)
-STRIDE = int(os.environ.get("STORE_STRIDE", "29"))  # 1 dies at every call
+STRIDE = int(os.environ.get("STORE_STRIDE", "41"))  # 1 dies at every call
 
 
 def run_and_die(cold_dir: Path, durability: str) -> int:
