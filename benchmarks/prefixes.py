@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 
@@ -82,13 +81,14 @@ def main() -> None:
     parser.add_argument("--step", choices=("write", "reuse", "compute"))
     parser.add_argument("--question", type=int, default=0)
     parser.add_argument("--cold-dir")
+    parser.add_argument("--where", help="folder for the cold files; the system's temporary one")
     args = parser.parse_args()
     if args.step:
         print(json.dumps(first_token(args)))
         return
     given = [f"--model={args.model}", f"--kv={args.kv}", f"--tokens={args.tokens}"]
     given.append(f"--prefill-step-size={args.prefill_step_size}")
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as cold:
+    with tempfile.TemporaryDirectory(prefix="pagedkv-", dir=args.where) as cold:
         _again("write", 0, cold, given)
         rows = [
             _again(step, question, cold, given)
