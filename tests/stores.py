@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -55,6 +55,22 @@ def extend(cache: pagedkv.PagedCache, *counts: int) -> list[mx.array]:
     return out
 
 
+def fill(cache: pagedkv.PagedCache, *counts: int) -> None:
+    """Append the same tokens as `extend`, and attend from the last one of each chunk alone.
+
+    The pages are the same; the attention of thousands of tokens in 16 bit takes seconds here.
+    """
+    for count in counts:
+        start, out = cache.offset, []
+        for i, layer in enumerate(cache):
+            k, v = tokens(i, start, start + count)
+            if count > 1:
+                layer.append(k[:, :, :-1], v[:, :, :-1])
+            q, k, v = tokens(100 + i, start, start + 1)[0], k[:, :, -1:], v[:, :, -1:]
+            out.append(pagedkv.attention(q, k, v, cache=layer, scale=DIM**-0.5))
+        mx.eval(out)
+
+
 def same(a: Sequence[mx.array], b: Sequence[mx.array]) -> bool:
     return len(a) == len(b) and all(mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))
 
@@ -93,18 +109,38 @@ class Recorder(RealDisk):
 CALLS = [name for name in vars(RealDisk) if not name.startswith("_")]
 
 
+class Moment(NamedTuple):
+    """A call of a disk: so many after the first, or after the n-th rename.
+
+    How many calls there are between two renames differs from run to run: threads write several
+    pages at once, or one by one. Only a rename, and what a flush does next, is always there.
+    """
+
+    calls: int
+    renames: int = 0
+
+
+NEVER = Moment(0, 10**9)
+
+
 class DyingDisk(Recorder):
     """The process dies at one of its calls: that one may be done in part, no later one is."""
 
-    def __init__(self, at: int, tear: bool = False) -> None:
+    def __init__(self, at: Moment, tear: bool = False) -> None:
         super().__init__()
         self.at, self.tear, self.dead = at, tear, False
+        self._renames, self._begin = 0, 0
 
     def before(self, name: str, args: tuple[Any, ...]) -> None:
         if name == "close":
             return  # the system closes what a dead process left open
         super().before(name, args)
-        if not self.dead and len(self.calls) > self.at:
+        if name == "rename":
+            self._renames += 1
+            if self._renames == self.at.renames:
+                self._begin = len(self.calls) - 1
+        come = self._renames >= self.at.renames and len(self.calls) > self._begin + self.at.calls
+        if not self.dead and come:
             self.dead = True
             if self.tear and name == "pwrite":
                 fd, buffers, offset = args
@@ -122,7 +158,7 @@ class PowerDisk(DyingDisk):
             journaling file systems.
     """
 
-    def __init__(self, at: int, names_at_once: bool) -> None:
+    def __init__(self, at: Moment, names_at_once: bool) -> None:
         super().__init__(at)
         self._at_once = names_at_once
         self._open: dict[int, Path] = {}

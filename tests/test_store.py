@@ -19,12 +19,15 @@ import pagedkv
 from pagedkv.tiers import RealDisk
 from tests.models import random_tokens, tiny_llama
 from tests.stores import (
+    NEVER,
     DyingDisk,
+    Moment,
     PowerDisk,
     Recorder,
     check,
     empty_cache,
     extend,
+    fill,
     same,
     settings,
 )
@@ -45,7 +48,7 @@ def test_a_resumed_sequence_goes_on_bit_for_bit(
 ) -> None:
     config = settings(tmp_path, kv=kv, hot_dtype=hot_dtype, warm="500KB")
     with empty_cache(config) as cache:
-        extend(cache, 1500, 1, 700)
+        fill(cache, 1500, 1, 700)
         flushed = cache.flush()
         assert (flushed.tokens, flushed.pages) == (2201, 16)
         expected = [extend(cache, 1), extend(cache, 300), extend(cache, 1)]
@@ -82,7 +85,7 @@ def test_a_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_several_sequences_share_a_store(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with empty_cache(config) as first:
-        extend(first, 1000)
+        fill(first, 1000)
         one = first.flush()
         with first.fork() as second:
             extend(second, 400)
@@ -105,7 +108,7 @@ def test_several_sequences_share_a_store(tmp_path: Path) -> None:
 def test_a_trimmed_and_an_empty_sequence_come_back_as_they_are(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with empty_cache(config) as cache:
-        extend(cache, 1000)
+        fill(cache, 1000)
         cache.trim(333)
         cache.flush()
         expected = extend(cache, 2)
@@ -123,7 +126,7 @@ def test_a_trimmed_and_an_empty_sequence_come_back_as_they_are(tmp_path: Path) -
 def test_a_flush_writes_a_page_once(tmp_path: Path) -> None:
     config = settings(tmp_path, warm="1MB")
     with empty_cache(config) as cache:
-        extend(cache, 1500)
+        fill(cache, 1500)
         cache.flush()
         cold = cache.context.pager.cold
         written = cold.counters.pages_written
@@ -145,7 +148,7 @@ def test_the_token_path_neither_syncs_nor_writes_checkpoints(
     disk = Recorder()
     monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: disk)
     with empty_cache(settings(tmp_path)) as cache:
-        extend(cache, 3000, 1, 1)
+        fill(cache, 3000, 1, 1)
         assert not {"sync", "rename", "fsync"} & set(disk.calls)
         cache.flush()
         assert "sync" not in disk.calls
@@ -164,7 +167,7 @@ def live(cold_dir: Path) -> dict[int, list[mx.array]]:
     expected = {}
     with empty_cache(settings(cold_dir / "expected")) as cache:
         for count in STEPS:
-            extend(cache, count)
+            fill(cache, count)
             with cache.fork() as twin:
                 expected[cache.offset] = extend(twin, 1)
     return expected
@@ -180,19 +183,29 @@ def run_and_die(cold_dir: Path, durability: str) -> int:
     try:
         cache = empty_cache(settings(cold_dir, durability=durability))
         for count in STEPS:
-            extend(cache, count)
+            fill(cache, count)
             flushed = cache.flush().tokens
         cache.trim(1500)
-        extend(cache, 2500)  # pages in the slots of what was trimmed, if those were free
+        fill(cache, 2500)  # pages in the slots of what was trimmed, if those were free
     except pagedkv.PagedKVError:
         pass
     return flushed
 
 
-def commits(calls: list[str]) -> list[int]:
-    """The calls around each rename."""
+def moments(calls: list[str], begin: int, stride: int, steps: tuple[int, ...]) -> list[Moment]:
+    """When to die: now and then, shortly before each commit, at calls from it on, and never.
+
+    Args:
+        calls: what one run did. Another one does the same renames and about as much between them.
+        begin: the first call to die at.
+        stride: and every so many further ones.
+        steps: calls from each rename on; the last one is there when the flush is durable.
+    """
     renames = [i for i, call in enumerate(calls) if call == "rename"]
-    return [i + step for i in renames for step in (-2, 0, 1, 2) if i + step < len(calls)]
+    assert len(renames) == len(STEPS)
+    sometimes = {*range(begin, len(calls), stride), *(i - 2 for i in renames)}
+    around = [Moment(step, n) for n in range(1, len(renames) + 1) for step in steps]
+    return [*(Moment(at) for at in sorted(sometimes)), *around, NEVER]
 
 
 @pytest.mark.slow
@@ -209,8 +222,8 @@ def test_death_at_every_single_call_leaves_the_last_flush(
     gc.collect()
     seen = set()
     # The end is where flushes are committed; what comes before is mostly pages.
-    for at in sorted({*range(tear, len(calls), STRIDE), *commits(calls)}):
-        cold_dir = tmp_path / f"{at}"
+    for i, at in enumerate(moments(calls, tear, STRIDE, (0, 1))):
+        cold_dir = tmp_path / f"{i}"
         monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda at=at: DyingDisk(at, tear))
         flushed = run_and_die(cold_dir, durability)
         gc.collect()  # the lock is dropped
@@ -236,13 +249,14 @@ def test_a_power_failure_leaves_the_last_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_at_once: bool
 ) -> None:
     expected = live(tmp_path)
-    whole = PowerDisk(10**9, names_at_once)
+    whole = PowerDisk(NEVER, names_at_once)
     monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: whole)
-    run_and_die(tmp_path / "whole" / "cold", "power")
+    assert run_and_die(tmp_path / "whole" / "cold", "power") == sum(STEPS)
     calls = [call for call in whole.calls if call != "close"]
     seen = set()
-    for at in sorted({*range(5, len(calls), 3 * STRIDE), *commits(calls)}):
-        disk, root, left = PowerDisk(at, names_at_once), tmp_path / f"{at}", tmp_path / f"{at}-left"
+    # A rename, then the directory is opened and synced.
+    for i, at in enumerate(moments(calls, 5, 3 * STRIDE, (0, 2, 3))):
+        disk, root, left = PowerDisk(at, names_at_once), tmp_path / f"{i}", tmp_path / f"{i}-left"
         monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda disk=disk: disk)
         root.mkdir()
         left.mkdir()
@@ -264,14 +278,14 @@ def test_a_power_failure_leaves_the_last_flush(
 
 KILLED = """
     import os, signal, sys
-    from tests.stores import empty_cache, extend, settings
+    from tests.stores import empty_cache, extend, fill, settings
     cache = empty_cache(settings(sys.argv[1]))
-    extend(cache, 1100)
+    fill(cache, 1100)
     cache.flush()
     if sys.argv[2] == "writing":
-        extend(cache, 1500)
+        fill(cache, 1500)
     elif sys.argv[2] == "flushing":
-        extend(cache, 900)
+        fill(cache, 900)
         cache.context.pager.disk.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
         cache.flush()
     elif sys.argv[2] == "exiting":
@@ -299,7 +313,7 @@ def test_a_killed_process_is_gone_on_with_in_another(tmp_path: Path, moment: str
     child = python(KILLED, str(cold_dir), moment)
     assert child.wait(60) == (0 if moment == "exiting" else -signal.SIGKILL)
     with empty_cache(settings(tmp_path / "expected")) as cache:
-        extend(cache, 1100)
+        fill(cache, 1100)
         expected = extend(cache, 1)
     with empty_cache(settings(cold_dir)) as cache:
         cache.resume()
@@ -334,7 +348,7 @@ def test_two_processes_do_not_share_a_store(tmp_path: Path) -> None:
 def test_one_process_does_not_open_a_store_twice(tmp_path: Path) -> None:
     config = settings(tmp_path, warm="300KB", cold="8MB")
     first = empty_cache(config)
-    extend(first, 500)
+    fill(first, 500)
     first.flush()
     with pytest.raises(pagedkv.StoreLockedError, match="in this process already"):
         empty_cache(config)
@@ -366,7 +380,7 @@ def test_one_process_does_not_open_a_store_twice(tmp_path: Path) -> None:
 
 def flushed(cold_dir: Path, **others: Any) -> Path:
     with empty_cache(settings(cold_dir, **others)) as cache:
-        extend(cache, 1500)
+        fill(cache, 1500)
         cache.flush()
     return store_of(cold_dir)
 
@@ -448,7 +462,7 @@ def test_a_damaged_page_and_a_missing_one_are_named(tmp_path: Path) -> None:
             cache.resume()
         assert cache.offset == 0
         check(cache)
-        extend(cache, 700)  # as good as new
+        fill(cache, 700)  # as good as new
 
 
 def test_a_damaged_checkpoint_keeps_its_pages(tmp_path: Path) -> None:
@@ -463,7 +477,7 @@ def test_a_damaged_checkpoint_keeps_its_pages(tmp_path: Path) -> None:
             pagedkv.CorruptStoreError, match="is damaged: it has .* remove the file"
         ):
             cache.resume()
-        extend(cache, 2000)
+        fill(cache, 2000)
         other = cache.flush()
         with (
             empty_cache_of(cache) as twin,
@@ -537,19 +551,19 @@ def test_a_directory_that_anybody_may_write_is_refused(tmp_path: Path) -> None:
 def test_slots_of_a_checkpoint_are_not_given_away(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with empty_cache(config) as cache:
-        extend(cache, 2000)
+        fill(cache, 2000)
         cache.flush()
         store = cache.context.pager.cold.directory
         before = {p.name: p.read_bytes() for p in store.glob("*.pages")}
         cache.trim(1900)
-        extend(cache, 3000)
+        fill(cache, 3000)
         cache.context.pager.cold.flush()
         for name, data in before.items():
             assert (store / name).read_bytes()[: len(data)] == data
         cache.flush()  # now the old ones are free
         files = cache.context.pager.cold._files
         grown = files.nbytes
-        extend(cache, 1000)
+        fill(cache, 1000)
         assert files.nbytes == grown
         check(cache)
 
@@ -582,7 +596,7 @@ def test_leftovers_of_killed_processes_are_removed(
     (tmp_path / "pagedkv-work").mkdir()
     config = settings(None)
     with empty_cache(config) as cache:
-        extend(cache, 3000)
+        fill(cache, 3000)
         mine = cache.context.pager.cold.directory
         with empty_cache(config) as second:
             theirs = second.context.pager.cold.directory
@@ -622,7 +636,7 @@ def test_the_budget_counts_what_is_there_already(tmp_path: Path) -> None:
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path, cold="1MB", warm="2MB")
     with empty_cache(config, layers=1) as cache:
-        extend(cache, 600)
+        fill(cache, 600)
         kept = cache.flush()
         cache.context.pager.cold.budget.foreign = 990_000
         with pytest.raises(pagedkv.OutOfPagesError, match="no room for a checkpoint of"):
@@ -659,7 +673,7 @@ def test_a_failed_flush_leaves_the_last_one(
     monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: disk)
     config = settings(tmp_path, durability="power")
     with empty_cache(config) as cache:
-        extend(cache, 1100)
+        fill(cache, 1100)
         cache.flush()
         expected = extend(cache, 1)
         for call in ("pwrite", "sync", "rename", "open"):
@@ -670,7 +684,7 @@ def test_a_failed_flush_leaves_the_last_one(
             disk.failing = ""
             check(cache)
             cache.trim(1300)
-            extend(cache, 1800)  # pages in the slots of what was trimmed, if those were free
+            fill(cache, 1800)  # pages in the slots of what was trimmed, if those were free
             check(cache)
         disk.failing = "all"  # and now the process dies
         cache.close()
@@ -687,7 +701,7 @@ def test_after_a_failed_sync_pages_are_written_again(
     disk = FailingDisk()
     monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: disk)
     with empty_cache(settings(tmp_path, durability="power")) as cache:
-        extend(cache, 1100)
+        fill(cache, 1100)
         cache.context.pager.cold.flush()
         disk.failing = "sync"
         with pytest.raises(pagedkv.ColdStoreError, match="durable"):
