@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def at_once(server: Running, *requests: Request) -> list[Answer]:
     for thread in threads:
         thread.join()
     return [answers[i] for i in range(len(requests))]
+
+
+def until(come: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + seconds
+    while not come():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
 
 
 def test_many_clients_get_what_each_would_get_alone_and_nothing_is_left(folder: str) -> None:
@@ -178,23 +187,29 @@ def test_a_page_that_cannot_be_read_for_one_answer_ends_that_one(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append = PagedLayerCache.append
+    answers: list[Answer] = []
+    under_way, unanswered = threading.Event(), []
 
     def failing(self: PagedLayerCache, keys: mx.array, values: mx.array) -> Any:
-        if self.layer == 1 and self.offset == 705 and keys.shape[2] == 1:
-            raise pagedkv.CorruptPageError(errno.EIO, "damaged on purpose")
+        if self.layer == 1 and keys.shape[2] == 1:
+            if self.offset == 120:
+                under_way.set()
+                until(lambda: not server.generator.requests.empty())  # the next one has come
+            if self.offset == 705:
+                unanswered.append(not answers)
+                raise pagedkv.CorruptPageError(errno.EIO, "damaged on purpose")
         return append(self, keys, values)
 
     with running(folder) as server:
-        other = Request(text(100, 1), 900)
+        other = Request(text(100, 1), 300)
         alone = server.ask(other).text
         monkeypatch.setattr(PagedLayerCache, "append", failing)
-        answers: list[Answer] = []
         thread = threading.Thread(target=lambda: answers.append(server.ask(other)))
         thread.start()
-        time.sleep(0.3)  # it is under way
+        assert under_way.wait(60)
         answer = server.ask(Request(text(700), 20))
-        assert not answers
         thread.join()
+        assert unanswered == [True]
         assert answer.status == 500 and answer.error is not None
         assert answer.error["message"] == "damaged on purpose"
         assert answers[0].text == alone
