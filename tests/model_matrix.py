@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from pagedkv.window import ChunkedLayerCache
 
 PREFILL = (256, 256, 24)
 """Chunks of the prompt: two pages of 256 tokens are out of a window of 16 then."""
+
+SHORT_PREFILL = (240, 24)
+"""Where nothing is sealed: past every window and chunk, and past the first 256 hot tokens."""
 
 PAGES = 2
 TRIMMED = 150
@@ -163,7 +166,9 @@ class Run:
     reloaded: list[tuple[mx.array, mx.array]]
 
 
-def exercise(model: Any, cache: list[Any], folder: Path | None) -> Run:
+def exercise(
+    model: Any, cache: list[Any], folder: Path | None, prefill: Sequence[int] = PREFILL
+) -> Run:
     """Prefill in chunks, decode, copy, trim, extend, go on with the copy, save and load.
 
     Nothing is trimmed in chunks: mlx-lm does it as far as the present chunk reaches, and the next
@@ -173,6 +178,7 @@ def exercise(model: Any, cache: list[Any], folder: Path | None) -> Run:
         model: called with tokens and cache.
         cache: an empty one.
         folder: for saved caches; None saves none.
+        prefill: tokens of each chunk of the prompt.
     """
     logits: Logits = {}
 
@@ -180,7 +186,7 @@ def exercise(model: Any, cache: list[Any], folder: Path | None) -> Run:
         logits[name] = model(given, cache=on)
         mx.eval(logits[name], [c.state for c in on])
 
-    for i, count in enumerate(PREFILL):
+    for i, count in enumerate(prefill):
         step(f"prefill {i}", tokens(count, seed=i), cache)
     for i in range(2):
         step(f"decode {i}", tokens(1, seed=10 + i), cache)

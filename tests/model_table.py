@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ def read() -> list[Row]:
         if found := re.fullmatch(r"\| `([\w-]+)` \| (.*) \|", line):
             *cells, rounding = found[2].split(" | ")
             rows.append(Row(found[1], tuple(cells), rounding.strip()))
-    return sorted(rows, key=lambda row: model_types().index(row.model_type))
+    order = {name: place for place, name in enumerate(model_types())}
+    return sorted(rows, key=lambda row: order[row.model_type])
 
 
 def committed_rows() -> list[Row]:
@@ -174,7 +175,7 @@ def measured(model_type: str) -> Row:
     return facts.row(f"{errors[len(errors) // 2]:.2g} / {errors[-1]:.2g}")
 
 
-def _progress(types: list[str]) -> Iterator[Row]:
+def _progress(types: Sequence[str]) -> Iterator[Row]:
     for i, model_type in enumerate(types, 1):
         print(f"\r{i} of {len(types)}: {model_type:30}", end="", file=sys.stderr, flush=True)
         yield measured(model_type)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +21,11 @@ GAIN = 1.6
 """Weights are this times 1 / sqrt(inputs): attention has peaks then, and logits differ."""
 
 
-def model_types() -> list[str]:
+@cache
+def model_types() -> tuple[str, ...]:
     """Every module of mlx-lm that defines a model."""
     names = [m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)]
-    return [name for name in names if hasattr(_module(name), "Model")]
+    return tuple(name for name in names if hasattr(_module(name), "Model"))
 
 
 UNBUILDABLE: dict[str, str] = {
