@@ -99,8 +99,7 @@ def test_what_queries_see_is_what_is_stored(kv: str, size: int, keep: int, hot: 
     cache._pager.check(held(cache))
 
 
-@pytest.mark.parametrize("kv", ["K4V4", "K8V4:400,K4V2"])
-@pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize(("kv", "keep"), [("K4V4", 0), ("K8V4:400,K4V2", 4)])
 def test_the_kernels_see_the_same(kv: str, keep: int) -> None:
     """One split and many, and prefill; the window begins anywhere in a page."""
     cache = window(1000, keep, kv=kv, hot_tokens=64, hot_dtype="float16")

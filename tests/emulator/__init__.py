@@ -221,15 +221,21 @@ class HostLauncher:
 
     Args:
         fetch_ahead: see `pagedkv.kernels.launch.Launcher`.
+        contract: whether products and sums are fused as on a GPU; compiling takes twice as long.
         sanitize: whether AddressSanitizer and UndefinedBehaviorSanitizer watch as well.
         target: ``"host"``, or ``"metal"`` for the text that goes to Metal. There pointers are
             plain, and only the sanitizers check bounds.
     """
 
     def __init__(
-        self, fetch_ahead: bool = True, sanitize: bool = False, target: str = "host"
+        self,
+        fetch_ahead: bool = True,
+        contract: bool = False,
+        sanitize: bool = False,
+        target: str = "host",
     ) -> None:
         self.fetch_ahead = fetch_ahead
+        self.contract = contract
         self.together = target == "host"
         self.traceable = False
         self.trusted = True
@@ -253,8 +259,12 @@ class HostLauncher:
         arrays = [_words(x) for x in inputs]
         sizes = [-(-int(np.prod(s)) * d.size // 4) for s, d in zip(shapes, dtypes, strict=True)]
         arrays += [np.full(n, 0x7FC07E7E, np.uint32) for n in sizes]
-        run = self._run_program if self.sanitize else _run_library
-        made = run(source(text, self.target, self.sanitize), text, arrays, groups, threads)
+        program = source(text, self.target, self.sanitize)
+        if self.sanitize:
+            made = self._run_program(program, text, arrays, groups, threads)
+        else:
+            flags = ("-O1", *_fusing()) if self.contract else ("-Og",)
+            made = _run_library(build(program, flags, shared=True), text, arrays, groups, threads)
         return [
             mx.array(a).view(d)[: int(np.prod(s))].reshape(tuple(s))
             for a, s, d in zip(made, shapes, dtypes, strict=True)
@@ -288,13 +298,13 @@ class HostLauncher:
 
 
 def _run_library(
-    program: str,
+    path: Path,
     text: KernelText,
     arrays: list[np.ndarray],
     groups: tuple[int, int, int],
     threads: int,
 ) -> list[np.ndarray]:
-    library = _library(build(program, ("-O1", *_fusing()), shared=True))
+    library = _library(path)
     pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
     words = (ctypes.c_int64 * len(arrays))(*(a.size for a in arrays))
     grid = (ctypes.c_uint32 * 3)(*groups)
