@@ -272,6 +272,7 @@ def test_pages_that_a_step_wants_again_are_not_read_again() -> None:
     pager.kept.most = 3
     q = drive.queries(0, 1)
     view = drive.append(1, 2)
+    drive.cache.context.pager.cold.flush()  # what is still being written is not read from the disk
     outs, reads = [], []
     for _ in range(3):
         before = drive.cache.stats().nvme_bytes_read
@@ -352,7 +353,7 @@ def test_a_stress_run_refuses_them(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_demo_models_own_steps_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """150 steps of SmolLM2's layers, each compared with attention over everything."""
+    """90 steps of SmolLM2's layers, each compared with attention over everything."""
     from pydoc_data.topics import topics
 
     from mlx_lm import load
@@ -377,8 +378,8 @@ def test_the_demo_models_own_steps_stay_within_the_bound(monkeypatch: pytest.Mon
     prompt = mx.array(tokenizer.encode(topics["assignment"])[:900])[None]
     with pagedkv.wrap(model, config) as cache:
         mx.eval(model(prompt[:, :895], cache=cache))
-        for i in range(895, 900):
+        for i in range(895, 898):
             mx.eval(model(prompt[:, i : i + 1], cache=cache))
     pagedkv.unwrap(model)
-    assert len(compared) == 2 * 150
+    assert len(compared) == 2 * 90
     assert sum(left for left, _ in compared[1::2]) > 0
