@@ -14,7 +14,7 @@ import pagedkv
 from tests.models import random_tokens, tiny_llama
 
 LADDERS = ["K4V4", "K8V4", "K2V2", "K3V3", "fp16", "K8V8:700,K4V2", "fp16:600,K8V4:900,K4V4"]
-EXAMPLES = int(os.environ.get("PLACEMENT_EXAMPLES", "12"))  # for each of the 7 ladders
+EXAMPLES = int(os.environ.get("PLACEMENT_EXAMPLES", "8"))  # for each of the 7 ladders
 TOKENS = random_tokens(4000, seed=1)
 MODEL = tiny_llama(layers=2, heads=4, kv_heads=2, dim=64)
 

@@ -336,7 +336,7 @@ def test_a_bounded_cache_for_hand_written_models() -> None:
         assert cache.stats().hot.tokens + cache.stats().warm.tokens == layer.offset - layer.dropped
 
 
-@pytest.mark.parametrize("n", [1, 5, 40, 1500])
+@pytest.mark.parametrize("n", [1, 5, 40, 900])
 def test_a_damaged_page_takes_the_call_back_from_windows_too(n: int) -> None:
     """The last layer cannot read its cold page when those before have moved their windows on."""
     model = windowed("gemma3_text", 700, num_hidden_layers=4)
@@ -361,7 +361,7 @@ def test_a_damaged_page_takes_the_call_back_from_windows_too(n: int) -> None:
         file.write_bytes(good)
         again = model(random_tokens(n, seed=2), cache=cache)
         # Layers that keep everything have sealed tokens of a long call, which a trim does not undo.
-        assert mx.abs(again - expected).max().item() <= (0.05 if n == 1500 else 0)
+        assert mx.abs(again - expected).max().item() <= (0.05 if n == 900 else 0)
     pagedkv.unwrap(model)
 
 
