@@ -68,12 +68,14 @@ class Footprint:
         fp16_bytes: the same tokens in a 16-bit cache.
         bytes_per_token: `cache_bytes` over the tokens.
         bits: per number of keys and values.
+        pages: in all layers; None if the cache is not paged.
     """
 
     cache_bytes: int
     fp16_bytes: int
     bytes_per_token: float
     bits: float
+    pages: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of a row."""
@@ -92,13 +94,15 @@ class Footprint:
             held = stats.hot.bytes + stats.warm.bytes + stats.cold.bytes
             fp16, bits = stats.fp16_bytes, stats.bits_per_element
             fixed = sum(map(_nbytes, caches.context.others))
+            pages: int | None = stats.warm.pages + stats.cold.pages
         else:
             keyed = [c for c in streams(caches) if _elements(c)]
             held = sum(map(_held_bytes, keyed))
             elements = sum(map(_elements, keyed))
             fp16, bits = 2 * elements, 8 * held / max(1, elements)
             fixed = sum(_nbytes(c) for c in streams(caches) if not _elements(c))
-        return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits)
+            pages = None
+        return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits, pages)
 
 
 def token_bytes(caches: Sequence[Any]) -> tuple[int, mx.Dtype | None]:
@@ -125,7 +129,7 @@ def _elements(cache: Any) -> int:
     width = 0
     for part in _parts(cache):
         width += int(part.shape[1] * part.shape[3]) * (32 if bits else 1) // (bits or 1)
-    return width * _tokens(cache)
+    return width * _tokens(cache) if width else 0
 
 
 def _held_bytes(cache: Any) -> int:

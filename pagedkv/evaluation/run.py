@@ -69,10 +69,10 @@ class Evaluation:
 
         Raises:
             ConfigError: if a text is too short, a label comes twice, or the model's layers cannot
-                be paged.
+                be paged, or nothing would be quantized.
             OSError: if the result cannot be written.
         """
-        require_different(self.variants)
+        self._require_sense()
         settings = self.settings
         pieces = [cut(t, settings.tokens, settings.segments, settings.offset) for t in self.texts]
         self._require_paging()
@@ -87,6 +87,14 @@ class Evaluation:
     def beyond(self) -> int:
         """The first position of which some of the context may be quantized, for all rows alike."""
         return max((v.precise_tokens for v in self.variants), default=0)
+
+    def _require_sense(self) -> None:
+        require_different(self.variants)
+        if self.settings.tokens <= self.beyond:
+            raise ConfigError(
+                f"{self.settings.tokens:,} tokens all stay in 16 bit ({self.beyond:,} hot or "
+                f"sinks): give more tokens, or fewer hot_tokens"
+            )
 
     def _require_paging(self) -> None:
         ours = next((v.config for v in self.variants if v.config is not None), None)
@@ -184,6 +192,8 @@ class Evaluation:
             return succeeded(row)
         if leg == DECODE:
             row |= self._slope(series)
+        if reader.footprint.pages == 0:
+            row["note"] = "nothing was quantized: no page was full"
         self.result.keep(row, series)
         return succeeded(row | {"kl_bin": BIN, "kl_binned": series.binned_kl(BIN)})
 
