@@ -436,3 +436,22 @@ def test_token_bytes_and_the_footprint_of_windows() -> None:
     assert footprint.bits == 16
     with opened(Variant("own"), tiny_llama()) as caches:
         assert Footprint.of(caches, 1).cache_bytes == 0
+
+
+def test_without_a_quantized_product_its_rounding_is_still_compared(
+    rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm.models import base
+
+    def missing(*args: Any, **options: Any) -> mx.array:
+        raise RuntimeError("no implementation for this shape")
+
+    monkeypatch.setattr(base, "quantized_scaled_dot_product_attention", missing)
+    found, _ = evaluated("K8V8", more=(*mlx_lm_variants([4]),))
+    for leg in ("prefill", "decode"):
+        row, real = of(found, leg, "mlx-lm 4 bit g64"), of(rows, leg, "mlx-lm 4 bit g64")
+        assert "dequantized" in row["note"]
+        assert "no implementation" in row["note"]
+        assert real["note"] == ""
+        assert row["kl_mean"] == pytest.approx(real["kl_mean"], rel=1e-3)
+        assert (row["bits"], row["cache_bytes"]) == (real["bits"], real["cache_bytes"])

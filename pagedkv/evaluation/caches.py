@@ -10,12 +10,11 @@ from typing import Any
 import mlx.core as mx
 
 from pagedkv import hook
-from pagedkv.bench.contenders import QUANTIZED_GROUP
 from pagedkv.cache import PagedCache
-from pagedkv.errors import ConfigError
+from pagedkv.evaluation.quantized import quantized_caches, stored_in
 from pagedkv.evaluation.variants import Variant
 from pagedkv.models import unwrap, wrap
-from pagedkv.streams import replaced, streams
+from pagedkv.streams import streams
 
 
 @contextmanager
@@ -47,16 +46,11 @@ def hooked() -> Iterator[None]:
 
 
 def _stock(variant: Variant, model: Any) -> list[Any]:
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+    from mlx_lm.models.cache import make_prompt_cache
 
-    caches = list(make_prompt_cache(model))
     if variant.bits is None:
-        return caches
-    strangers = sorted({type(c).__name__ for c in streams(caches) if type(c) is not KVCache})
-    if strangers:
-        raise ConfigError(f"mlx-lm quantizes plain KV caches, and here are {', '.join(strangers)}")
-    bits = variant.bits
-    return replaced(caches, lambda _, __: QuantizedKVCache(QUANTIZED_GROUP, bits))
+        return list(make_prompt_cache(model))
+    return quantized_caches(model, variant.bits, variant.dequantized)
 
 
 @dataclass(frozen=True)
@@ -96,11 +90,12 @@ class Footprint:
             fixed = sum(map(_nbytes, caches.context.others))
             pages: int | None = stats.warm.pages + stats.cold.pages
         else:
-            keyed = [c for c in streams(caches) if _elements(c)]
+            held_in = stored_in(caches)
+            keyed = [c for c in held_in if _elements(c)]
             held = sum(map(_held_bytes, keyed))
             elements = sum(map(_elements, keyed))
             fp16, bits = 2 * elements, 8 * held / max(1, elements)
-            fixed = sum(_nbytes(c) for c in streams(caches) if not _elements(c))
+            fixed = sum(_nbytes(c) for c in held_in if not _elements(c))
             pages = None
         return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits, pages)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.evaluation.caches import hooked, opened, token_bytes
 from pagedkv.evaluation.legs import Leg, Reader
 from pagedkv.evaluation.metrics import Series
+from pagedkv.evaluation.quantized import product_fails
 from pagedkv.evaluation.result import Result
 from pagedkv.evaluation.settings import DECODE, EvalSettings
 from pagedkv.evaluation.slope import fit_slope
@@ -76,6 +77,7 @@ class Evaluation:
         settings = self.settings
         pieces = [cut(t, settings.tokens, settings.segments, settings.offset) for t in self.texts]
         self._require_paging()
+        self._runnable = [self._as_it_runs(variant) for variant in self.variants]
         self._reference = Variant(f"mlx-lm {self._probe()}")
         for segments in pieces:
             for leg in settings.legs:
@@ -101,6 +103,16 @@ class Evaluation:
         if ours is not None:
             wrap(self.model, ours).close()
             unwrap(self.model)
+
+    def _as_it_runs(self, variant: Variant) -> Variant:
+        """The variant; if MLX has no product for it here, with another one, and a note of that."""
+        if variant.bits is None:
+            return variant
+        why = product_fails(self.model, variant.bits)
+        if not why:
+            return variant
+        note = f"attended dequantized, since the quantized product does not run: {why}"
+        return replace(variant, dequantized=True, note=note)
 
     def _probe(self) -> str:
         """The type of the model's own cache, as text; also learns what a token takes there."""
@@ -136,8 +148,8 @@ class Evaluation:
         logits = LOGITS_AT_ONCE * 4 * self._vocabulary * settings.chunk
         room = mx.get_memory_limit() - mx.get_active_memory() - logits - each
         most = max(1, int(room / max(1, each)))
-        for start in range(0, max(1, len(self.variants)), most):
-            yield start == 0, [self._reference, *self.variants[start : start + most]]
+        for start in range(0, max(1, len(self._runnable)), most):
+            yield start == 0, [self._reference, *self._runnable[start : start + most]]
 
     def _attempt(
         self, leg: str, segment: Segment, group: Sequence[Variant], head: Row
@@ -208,7 +220,7 @@ class Evaluation:
 
 
 def _row(head: Row, variant: Variant) -> Row:
-    """What a row says of its variant; settings of a paged one under ``config``."""
+    """What a row says of its variant."""
     config = variant.config
     return {
         **head,
@@ -216,4 +228,5 @@ def _row(head: Row, variant: Variant) -> Row:
         "kind": variant.kind,
         "kv": config.kv if config else None,
         "precise_tokens": variant.precise_tokens,
+        "note": variant.note,
     }

@@ -24,11 +24,16 @@ class Variant:
         label: of its rows; unlike all others'.
         config: of a paged cache of ours; None for a cache of mlx-lm's.
         bits: of mlx-lm's quantized cache; None for its 16-bit one.
+        dequantized: attend what that cache stores in plain numbers, where MLX has no quantized
+            product.
+        note: for its rows.
     """
 
     label: str
     config: TierConfig | None = None
     bits: int | None = None
+    dequantized: bool = False
+    note: str = ""
 
     @property
     def kind(self) -> str:
