@@ -83,7 +83,7 @@ def test_json_has_everything_that_made_it(
 
 def test_positions_are_the_rows_behind_the_means(run: tuple[Document, Path, str]) -> None:
     document, folder, _ = run
-    arrays = np.load(folder / "positions.npz")
+    arrays = np.load(folder / "result-positions.npz")
     for row in document["rows"]:
         if row["status"] != OK or row["kind"] == "reference":
             continue

@@ -363,6 +363,60 @@ def test_out_of_time_is_a_row() -> None:
     assert {row["status"] for row in result.rows} == {"skipped"}
 
 
+class Soon:
+    """A limit on time that passes when it was asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+
+    @property
+    def passed(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+@pytest.mark.parametrize(("leg", "times", "tokens"), [("prefill", 4, 384), ("decode", 45, 552)])
+def test_a_leg_that_is_cut_short_says_what_it_saw(
+    rows: list[Row], leg: str, times: int, tokens: int
+) -> None:
+    model = lively(tiny_llama(heads=2, kv_heads=1, dim=128))
+    settings = EvalSettings(tokens=TOKENS, decode_tokens=DECODED, chunk=128, legs=(leg,))
+    result, deadline = Result({}), Soon(times)
+    variants = paged_variants(["K4V4"], BASE)
+    Evaluation("tiny", model, [text()], variants, settings, result, deadline).run()  # type: ignore[arg-type]
+    row = of(result.rows, leg, "K4V4")
+    assert (row["status"], row["cut_short"], row["tokens"]) == ("ok", True, tokens)
+    assert row["note"] == f"the time was up after {tokens} tokens"
+    whole = of(rows, leg, "K4V4")["kl_binned"]
+    full = len(row["kl_binned"]) - 1 if leg == "decode" else len(row["kl_binned"])
+    assert row["kl_binned"][:full] == whole[:full]
+    assert row["positions_all"] == tokens - (TOKENS - DECODED if leg == "decode" else 0)
+    assert "slope_per_1000" not in row
+
+
+def test_a_result_goes_on_where_it_stopped(rows: list[Row], tmp_path: Any) -> None:
+    model = lively(tiny_llama(heads=2, kv_heads=1, dim=128))
+    settings = EvalSettings(tokens=TOKENS, decode_tokens=DECODED, chunk=128)
+    variants = paged_variants(["K4V4"], BASE)
+
+    def go_on(deadline: Any, chosen: EvalSettings = settings) -> tuple[int, list[Row]]:
+        result = Result(chosen.to_dict(), tmp_path)
+        before = result.resume()
+        Evaluation("tiny", model, [text()], variants, chosen, result, deadline).run()
+        return before, result.rows
+
+    assert go_on(Soon(8))[0] == 0  # all of the prefill leg, some of the decode leg's prompt
+    before, found = go_on(Deadline())
+    assert before == 2
+    places = [(r["leg"], r["what"]) for r in found]
+    assert places == [(g, w) for g in ("prefill", "decode") for w in ("mlx-lm fp32", "K4V4")]
+    for leg in ("prefill", "decode"):
+        assert of(found, leg, "K4V4")["kl_mean"] == of(rows, leg, "K4V4")["kl_mean"]
+    assert go_on(Deadline(0)) == (4, found)
+    with pytest.raises(ConfigError, match="measured differently .seed"):
+        go_on(Deadline(), replace(settings, seed=1))
+
+
 # What goes wrong
 
 

@@ -123,12 +123,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default = getattr(defaults, flag.removeprefix("--").replace("-", "_"))
         group.add_argument(flag, metavar=metavar, help=f"{text} (default: {default})")
     group.add_argument(
-        "--max-seconds", type=float, metavar="S", help="begin nothing new after this long"
+        "--max-seconds", type=float, metavar="S", help="stop where it is after this long"
     )
     group.add_argument(
         "--output",
         metavar="DIR",
-        help="write result.json, positions.npz, report.md and the plots there",
+        help="write result.json, result-positions.npz, report.md and the plots there",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ class Leg:
     Attributes:
         first: position of the first prediction that was compared.
         losses: the reference's own, call by call.
-        complete: whether the time was enough.
+        reached: tokens read so far: fewer than there are if the time was up.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Leg:
             readers: the others.
             settings: chunk and number of tokens.
             progress: called with the number of tokens read so far.
-            deadline: when it passes, the leg is given up.
+            deadline: when it passes, the leg ends where it is.
         """
         self.first = 0
         self.losses: list[mx.array] = []
-        self.complete = True
+        self.reached = 0
         self._tokens = mx.array(list(tokens), mx.int32)
         self._reference, self._readers, self._settings = reference, readers, settings
         self._progress, self._deadline = progress, deadline or Deadline()
@@ -126,7 +126,7 @@ class Leg:
         """Run ``"prefill"`` or ``"decode"`` to its end, or until the time is up."""
         {PREFILL: self._prefill, DECODE: self._decode}[leg]()
         for reader in (self._reference, *self._readers):
-            reader.finish(self._count)
+            reader.finish(self.reached)
 
     def series(self, reader: Reader) -> Series | None:
         """What a reader's predictions were; the reference's own are compared with themselves."""
@@ -135,42 +135,37 @@ class Leg:
         return reader.series(self.first, self.losses)
 
     def _prefill(self) -> None:
-        chunk = self._settings.chunk
-        for start in range(0, self._count, chunk):
-            if self._late():
-                return
-            end = min(start + chunk, self._count)
+        for start, end in self._calls(0, self._count, self._settings.chunk):
             tokens, targets, log_p = self._ask(start, end)
             mx.eval(log_p, self.losses[-1])
             for reader in self._readers:
                 reader.attempt(partial(_compared, reader, tokens, log_p, targets))
-            self._progress(end)
 
     def _decode(self) -> None:
         self.first = self._count - self._settings.decode_tokens
-        self._prompt(self.first)
-        step = self._settings.decode_step
-        under_way: deque[list[mx.array]] = deque()
-        for start in range(self.first, self._count, step):
-            if self._late():
-                return
-            end = min(start + step, self._count)
-            under_way.append(self._step(start, end))
-            if len(under_way) > AHEAD:
-                mx.eval(under_way.popleft())
-            self._progress(end)
-        mx.eval(list(under_way))
-
-    def _prompt(self, count: int) -> None:
-        chunk = self._settings.chunk
-        for start in range(0, count, chunk):
-            if self._late():
-                return
-            tokens = self._tokens[start : min(start + chunk, count)]
+        for start, end in self._calls(0, self.first, self._settings.chunk):
+            tokens = self._tokens[start:end]
             self._reference.skip(tokens)
             for reader in self._readers:
                 reader.attempt(partial(reader.skip, tokens))
-            self._progress(min(start + chunk, count))
+        if self.reached < self.first:
+            return
+        under_way: deque[list[mx.array]] = deque()
+        for start, end in self._calls(self.first, self._count, self._settings.decode_step):
+            under_way.append(self._step(start, end))
+            if len(under_way) > AHEAD:
+                mx.eval(under_way.popleft())
+        mx.eval(list(under_way))
+
+    def _calls(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+        """Beginning and end of every call, until the time is up."""
+        for at in range(start, stop, step):
+            if self._deadline.passed:
+                return
+            end = min(at + step, stop)
+            yield at, end
+            self.reached = end
+            self._progress(end)
 
     def _step(self, start: int, end: int) -> list[mx.array]:
         """Start one decode step of everybody, one after the other; nothing is waited for."""
@@ -193,11 +188,6 @@ class Leg:
         log_p = log_probabilities(self._reference.logits(tokens))
         self.losses.append(losses(log_p, targets))
         return tokens, targets, log_p
-
-    def _late(self) -> bool:
-        if self._deadline.passed:
-            self.complete = False
-        return not self.complete
 
 
 def _compared(reader: Reader, tokens: mx.array, log_p: mx.array, targets: mx.array) -> None:

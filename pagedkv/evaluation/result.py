@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.bench.result import OK, Row, describe_machine, first_words
+from pagedkv.bench.result import OK, SKIPPED, Row, describe_machine, first_words
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.metrics import Series
 
 SCHEMA = 1
 NAME = "pagedkv eval"
-RESULT_FILE, POSITIONS_FILE = "result.json", "positions.npz"
+RESULT_FILE = "result.json"
+POSITIONS = "-positions.npz"
+"""Follows the name of the result's file."""
+IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source")
 KEY = ("model", "text", "leg", "what")
 SUMMED_UP = (
     *("perplexity", "perplexity_reference", "perplexity_percent", "kl_mean", "kl_p99", "kl_max"),
@@ -60,6 +63,44 @@ class Result:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
+    def resume(self) -> int:
+        """Take over the rows of an earlier run that wrote the same file, but for unfinished legs.
+
+        Returns:
+            How many rows that were; 0 if there is no file.
+
+        Raises:
+            ConfigError: if the file is of another machine, version or way to measure.
+        """
+        path = None if self._folder is None else self._folder / self._file
+        if path is None or not path.exists():
+            return 0
+        before = read_result(path)
+        differ = [name for name in IDENTITY if self._machine[name] != before["machine"].get(name)]
+        mine, theirs = json.loads(json.dumps(self._head["settings"])), before["settings"]
+        differ += sorted(k for k in {*mine, *theirs} - {"command"} if mine.get(k) != theirs.get(k))
+        if differ:
+            raise ConfigError(
+                f"{str(path)!r} was measured differently ({', '.join(differ)}): give another folder"
+            )
+        rows = before["rows"]
+        again = {_leg(row) for row in rows if row["status"] == SKIPPED or row.get("cut_short")}
+        self.rows = [row for row in rows if _leg(row) not in again]
+        return len(self.rows)
+
+    @property
+    def _machine(self) -> dict[str, Any]:
+        machine: dict[str, Any] = self._head["machine"]
+        return machine
+
+    def has(self, head: Row) -> bool:
+        """Whether a leg of a segment is there already.
+
+        Args:
+            head: of its rows: text, segment and leg.
+        """
+        return any(_leg(row) == _leg(head) for row in self.rows)
+
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows and write the file."""
         self.rows += rows
@@ -79,12 +120,16 @@ class Result:
     def write_positions(self) -> None:
         """Write what was kept, as arrays that numpy loads by name."""
         if self._folder is not None and self._positions:
-            path = (self._folder / self._file).with_name(POSITIONS_FILE)
+            path = self._folder / f"{Path(self._file).stem}{POSITIONS}"
             np.savez_compressed(path, **self._positions)
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {**self._head, "rows": self.rows, "summary": summary(self.rows)}
+
+
+def _leg(row: Row) -> tuple[Any, ...]:
+    return row["text"], row["segment"], row["leg"]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

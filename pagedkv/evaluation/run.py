@@ -31,6 +31,8 @@ BIN = 64
 SLACK = 1.5
 """Memory of a variant's caches, at most, over that of a 16-bit cache."""
 
+TIME_IS_UP = "the time was up"
+
 LOGITS_AT_ONCE = 8
 """Arrays of a call's logits in float32 that a comparison may need at a time."""
 
@@ -50,7 +52,7 @@ class Evaluation:
         variants: to be compared with the model's own cache.
         settings: lengths and legs.
         result: where rows go.
-        deadline: legs that are not complete when it passes are noted as skipped.
+        deadline: a leg ends where it is when this passes, as its rows say; others are skipped.
         say: called with one line before each leg.
         watch: called as tokens are read.
     """
@@ -130,9 +132,11 @@ class Evaluation:
             "leg": leg,
             "tokens": self.settings.tokens,
         }
+        if self.result.has(head):
+            return
         for first, group in self._groups():
             if self.deadline.passed:
-                rows = [skipped(_row(head, v), "the time was up") for v in group]
+                rows = [skipped(_row(head, v), TIME_IS_UP) for v in group]
             else:
                 count = self.settings.segments
                 which = f", segment {segment.number + 1} of {count}" if count > 1 else ""
@@ -185,8 +189,10 @@ class Evaluation:
                 self.deadline,
             )
             work.run(leg)
-            if not work.complete:
-                return [skipped(_row(head, v), "the time was up") for v in group]
+            if not work.losses:
+                return [skipped(_row(head, v), TIME_IS_UP) for v in group]
+            if work.reached < total:
+                head = {**head, "tokens": work.reached, "cut_short": True}
             rows = [*(self._finished(leg, head, work, reader) for reader in readers), *rows]
         order = [variant.label for variant in group]
         return sorted(rows, key=lambda row: order.index(row["what"]))
@@ -202,10 +208,12 @@ class Evaluation:
         row["seconds"] = reader.seconds
         if reader.variant.kind == REFERENCE:
             return succeeded(row)
-        if leg == DECODE:
+        if leg == DECODE and series.kl.size >= 2 * self.settings.block:
             row |= self._slope(series)
         if reader.footprint.pages == 0:
             row["note"] = "nothing was quantized: no page was full"
+        if row.get("cut_short"):
+            row["note"] = f"{TIME_IS_UP} after {row['tokens']:,} tokens"
         self.result.keep(row, series)
         return succeeded(row | {"kl_bin": BIN, "kl_binned": series.binned_kl(BIN)})
 
