@@ -159,7 +159,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,7 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page-tokens", type=int, help="256, 512 or 1024 (default: chosen)")
     parser.add_argument("--dtype", default=MODELS_OWN, help="default: that of the weights")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     deadline = Deadline(args.seconds)
     chosen = [part for part in PARTS if part in args.part or "all" in args.part]
@@ -188,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         models = dict(map(named, args.model))
     except PagedKVError as e:
-        parser.error(str(e))
+        parser().error(str(e))
     for part in chosen:
         for name, path in models.items():
             try:
