@@ -509,3 +509,20 @@ def test_without_a_quantized_product_its_rounding_is_still_compared(
         assert real["note"] == ""
         assert row["kl_mean"] == pytest.approx(real["kl_mean"], rel=1e-3)
         assert (row["bits"], row["cache_bytes"]) == (real["bits"], real["cache_bytes"])
+
+
+def test_pages_are_attended_by_our_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the dispatcher the numbers would be the same, and say nothing of the kernels."""
+    from pagedkv.layer import PagedLayerCache
+
+    attend, lengths = PagedLayerCache.attend_tagged, []
+
+    def counted(self: Any, view: Any, q: mx.array, *rest: Any) -> mx.array:
+        if view.entries:
+            lengths.append(q.shape[2])
+        return attend(self, view, q, *rest)
+
+    monkeypatch.setattr(PagedLayerCache, "attend_tagged", counted)
+    evaluated("K4V4")
+    assert lengths.count(1) == 2 * DECODED  # layers, tokens
+    assert lengths.count(128) >= 2 * 2
