@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,6 +64,7 @@ class Footprint:
         bytes_per_token: `cache_bytes` over the tokens.
         bits: per number of keys and values.
         pages: in all layers; None if the cache is not paged.
+        layers: how many are of which kind, as ``stats().layers`` tells them; empty if it is not.
     """
 
     cache_bytes: int
@@ -70,6 +72,7 @@ class Footprint:
     bytes_per_token: float
     bits: float
     pages: int | None = None
+    layers: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of a row."""
@@ -89,6 +92,7 @@ class Footprint:
             fp16, bits = stats.fp16_bytes, stats.bits_per_element
             fixed = sum(map(_nbytes, caches.context.others))
             pages: int | None = stats.warm.pages + stats.cold.pages
+            layers = ", ".join(f"{n} {kind}" for kind, n in Counter(stats.layers).items())
         else:
             held_in = stored_in(caches)
             keyed = [c for c in held_in if _elements(c)]
@@ -96,8 +100,8 @@ class Footprint:
             elements = sum(map(_elements, keyed))
             fp16, bits = 2 * elements, 8 * held / max(1, elements)
             fixed = sum(_nbytes(c) for c in held_in if not _elements(c))
-            pages = None
-        return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits, pages)
+            pages, layers = None, ""
+        return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits, pages, layers)
 
 
 def token_bytes(caches: Sequence[Any]) -> tuple[int, mx.Dtype | None]:

@@ -67,7 +67,7 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 def _pareto(rows: Sequence[Row], title: str, path: Path) -> Path:
     """Bytes per token against mean KL, with the front of each text."""
-    figure, axes = _axes(title, "bytes per token", "mean KL to the model's own cache, nats")
+    figure, axes = _axes(title, "bytes per token, all layers", "mean KL to its own cache, nats")
     points = summary(rows)
     for i, text in enumerate(dict.fromkeys(row["text"] for row in points)):
         mine = [row for row in points if row["text"] == text and "kl_mean" in row]
@@ -77,9 +77,9 @@ def _pareto(rows: Sequence[Row], title: str, path: Path) -> Path:
                 label = f"{_NAMES[kind]}, {text}"
                 axes.plot(*zip(*some, strict=True), mark, color=f"C{i}", label=label, alpha=0.8)
         axes.plot(*zip(*front(list(map(_place, mine))), strict=True), "--", color=f"C{i}", lw=0.8)
-        for row in mine:
-            where = {"xytext": (4, 4 if i % 2 == 0 else -9), "textcoords": "offset points"}
-            axes.annotate(row["what"], _place(row), fontsize=6, color=f"C{i}", **where)
+        for row in mine if i == 0 else ():  # the others' bytes are the same
+            where = {"xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate(row["what"], _place(row), fontsize=6, **where)
     axes.legend(fontsize=7)
     return _save(figure, path)
 
