@@ -91,6 +91,9 @@ def test_positions_are_the_rows_behind_the_means(run: tuple[Document, Path, str]
         assert kl.size == row["positions_all"]
         assert kl.mean() == pytest.approx(row["kl_mean_all"], rel=1e-4)
         assert kl[-row["positions"] :].mean() == pytest.approx(row["kl_mean"], rel=1e-4)
+        if row["leg"] == "decode":
+            slope = 1000 * np.polyfit(np.arange(kl.size), kl, 1)[0]
+            assert row["slope_per_1000"] == pytest.approx(slope, rel=1e-3)
         assert np.mean(row["kl_binned"]) == pytest.approx(row["kl_mean_all"], rel=1e-4)
 
 
