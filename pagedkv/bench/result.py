@@ -89,7 +89,7 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(root.glob("**/*.py")):
         place = path.relative_to(root).as_posix()
-        if not place.startswith(("bench/", "cli/")):
+        if not place.startswith(("bench/", "evaluation/", "cli/")):
             digest.update(place.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import unwrap, wrap
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+MODELS_OWN = "model"
+"""A type that only commands offer whose results depend on it: what the weights are stored in."""
+
 Say = Callable[[str], None]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, required: bool = True, dtypes: Sequence[str] = DTYPES
+) -> None:
     """Add ``--model`` and ``--dtype``."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -34,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=dtypes,
         default="auto",
         help="type to compute in; auto is the model's own on a GPU and float32 on a CPU",
     )
@@ -51,7 +56,7 @@ def load_model(name: str, dtype: str, say: Say, lazy: bool = False) -> tuple[Any
 
     Args:
         name: ``"demo"``, a folder, or a hub id.
-        dtype: one of `DTYPES`.
+        dtype: one of `DTYPES`, or `MODELS_OWN`.
         say: called with one line before what takes long, and where the type is changed.
         lazy: leave the weights on disk until they are used.
 
@@ -110,6 +115,8 @@ def locate(name: str, say: Say) -> str:
 
 def cast_model(model: Any, dtype: str, say: Say) -> None:
     """Compute in the type asked for; on a CPU that is float32 unless the user says otherwise."""
+    if dtype == MODELS_OWN:
+        return
     if dtype != "auto":
         model.set_dtype(getattr(mx, dtype))
         return
@@ -146,7 +153,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     if prompt is not None:
         source, text = "--prompt", prompt
     elif file is not None:
-        source, text = f"--prompt-file {file}", _read_text(file)
+        source, text = f"--prompt-file {file}", read_text(file, "prompt")
     else:
         raise ConfigError("there is no prompt: give --prompt TEXT or --prompt-file FILE")
     if not text.strip():
@@ -154,16 +161,25 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     return text
 
 
-def _read_text(file: str) -> str:
+def read_text(file: str, what: str) -> str:
+    """The contents of a text file (``"-"`` is standard input).
+
+    Args:
+        file: its path.
+        what: is in it, for errors.
+
+    Raises:
+        ConfigError: if it cannot be read, or it is not text.
+    """
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
     except OSError as e:
-        raise ConfigError(f"cannot read the prompt file {file!r}: {e.strerror}") from e
+        raise ConfigError(f"cannot read the {what} file {file!r}: {e.strerror}") from e
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise ConfigError(
-            f"the prompt file {file!r} is not text: byte {e.start:,} is not UTF-8"
+            f"the {what} file {file!r} is not text: byte {e.start:,} is not UTF-8"
         ) from e
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
-from pagedkv.cli import bench, doctor, generate, plan, serve, stress
+from pagedkv.cli import bench, doctor, eval, generate, plan, serve, stress
 from pagedkv.errors import PagedKVError
 
 _EPILOG = """\
@@ -24,6 +24,7 @@ examples:
   pagedkv doctor
   pagedkv stress --model synthetic:llama3-8b --layers 2 --tokens 64K --warm 32MB
   pagedkv bench all --quick
+  pagedkv eval --model demo --tokens 2048 --decode-tokens 512
 
 `pagedkv COMMAND --help` shows every option. Exit codes: 0 well, 1 an error or a failed check,
 2 a command line that cannot be read.
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pagedkv {pagedkv.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, serve, plan, doctor, stress, bench):
+    for command in (generate, serve, plan, doctor, stress, bench, eval):
         command.add_parser(commands)
     return parser
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.code if isinstance(e.code, int) else 0
     with _one_line_warnings(), _terminable():
         try:
+            args.argv = list(sys.argv[1:] if argv is None else argv)  # for the record
             return int(args.run(args))
         except KeyboardInterrupt:
             print("pagedkv: interrupted", file=sys.stderr)

@@ -1,0 +1,212 @@
+r"""The campaign behind docs/fidelity.md: what every precision does to what real models expect.
+
+    python benchmarks/fidelity.py --part all --model smollm2-135m=DIR --model qwen2.5-0.5b=DIR \
+        --out benchmarks/results/fidelity --seconds 280
+    python benchmarks/fidelity.py --part page --out benchmarks/results/fidelity
+
+A part of a model is DIR/MODEL-PART.json, with its tables in Markdown and its plots beside it:
+
+prefill    all precisions, some ladders and mlx-lm's quantized cache, both texts read in chunks
+decode     some of them, token by token after a prompt, with the slope of KL by position
+segments   some of them over several pieces of the English text, for the spread
+
+Parts run the most important first, each for all models; --seconds is for all of them together,
+models included: a leg that is under way then ends where it is, and its rows say so. Started again
+it goes on; legs that are complete are not measured again. `page` needs no GPU and nothing but the
+JSON files: it prints the tables again and draws the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pagedkv import TierConfig
+from pagedkv.bench.result import SKIPPED
+from pagedkv.bench.timing import Deadline
+from pagedkv.cli.eval import record
+from pagedkv.cli.loading import MODELS_OWN, load_model
+from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.evaluation import (
+    BUILT_IN,
+    DECODE,
+    PREFILL,
+    EvalSettings,
+    Evaluation,
+    Result,
+    Text,
+    built_in_text,
+    mlx_lm_variants,
+    paged_variants,
+    read_result,
+)
+from pagedkv.evaluation.plots import HINT, available, draw
+from pagedkv.evaluation.report import page
+from pagedkv.evaluation.variants import PRECISIONS
+
+LADDERS = ("K8V4:2048,K4V4", "fp16:1024,K8V4:4096,K4V2", "K4V4:2048,K2V2")
+MLX_LM = (8, 4)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part measures.
+
+    Attributes:
+        leg: of the comparison.
+        kv: rows of ours, as `pagedkv eval --kv` takes them.
+        bits: rows of mlx-lm's quantized cache.
+        texts: that are read.
+        segments: of each.
+    """
+
+    leg: str
+    kv: tuple[str, ...]
+    bits: tuple[int, ...] = ()
+    texts: tuple[str, ...] = BUILT_IN
+    segments: int = 1
+
+
+PARTS = {
+    "prefill": Part(PREFILL, (",".join(PRECISIONS), *LADDERS), MLX_LM),
+    "decode": Part(DECODE, ("K8V4,K4V4,K2V2", LADDERS[0])),
+    "segments": Part(PREFILL, ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
+}
+"""The most important first."""
+
+
+def settings(part: Part, args: argparse.Namespace) -> EvalSettings:
+    return EvalSettings(
+        tokens=args.tokens,
+        chunk=args.chunk,
+        legs=(part.leg,),
+        decode_tokens=args.decode_tokens,
+        decode_step=args.decode_step,
+        segments=part.segments,
+        seed=args.seed,
+    )
+
+
+def complete(path: Path, chosen: EvalSettings) -> bool:
+    """Whether a part was measured to its end, and in the same way."""
+    if not path.exists():
+        return False
+    document = read_result(path)
+    same = {**document["settings"], **to_json(chosen)} == document["settings"]
+    rows = document["rows"]
+    return same and not any(row["status"] == SKIPPED or row.get("cut_short") for row in rows)
+
+
+def to_json(chosen: EvalSettings) -> dict[str, Any]:
+    """Settings as they come back from a file: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.to_dict().items()}
+
+
+def measure(
+    name: str,
+    part: str,
+    opener: Callable[[], tuple[Any, list[Text]]],
+    args: argparse.Namespace,
+    deadline: Deadline,
+) -> None:
+    """Measure one part of one model, unless it is there already."""
+    plan, chosen = PARTS[part], settings(PARTS[part], args)
+    path = args.out / f"{name}-{part}.json"
+    if complete(path, chosen):
+        say(f"{path}: measured before")
+        return
+    model, texts = opener()
+    tiers = TierConfig(page_tokens=args.page_tokens)
+    variants = [*paged_variants(plan.kv, tiers), *mlx_lm_variants(plan.bits)]
+    texts = [text for text in texts if text.name in plan.texts]
+    head = record(name, model, chosen, variants, texts, command(args))
+    result = Result(head, args.out, path.name)
+    if before := result.resume():
+        say(f"{path}: going on after {before} rows")
+    Evaluation(name, model, texts, variants, chosen, result, deadline, say).run()
+    report(path)
+
+
+def report(path: Path) -> None:
+    """Print a part's tables, and write them and its plots beside it."""
+    document = read_result(path)
+    tables = page(document)
+    path.with_suffix(".md").write_text(tables, encoding="utf-8")
+    print(f"\n{path.stem}\n\n{tables}", flush=True)
+    draw(document["rows"], path.with_suffix(""))
+
+
+def command(args: argparse.Namespace) -> str:
+    """How this was started; where models lie is nobody's business."""
+    words = [f"{w.partition('=')[0]}=DIR" if w in args.model else w for w in args.argv]
+    return shlex.join(["python", "benchmarks/fidelity.py", *words])
+
+
+def named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--model {text!r}: write NAME=FOLDER, as in smollm2-135m=models/smollm2")
+    return name, path
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", required=True, nargs="+", choices=(*PARTS, "all", "page"))
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seconds", type=float, help="stop where it is after this long")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--decode-tokens", type=int, default=2048)
+    parser.add_argument("--decode-step", type=int, default=1, help="tokens per call of decode")
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--page-tokens", type=int, help="256, 512 or 1024 (default: chosen)")
+    parser.add_argument("--dtype", default=MODELS_OWN, help="default: that of the weights")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    deadline = Deadline(args.seconds)
+    chosen = [part for part in PARTS if part in args.part or "all" in args.part]
+
+    @cache
+    def opened(path: str) -> tuple[Any, list[Text]]:
+        model, tokenizer = load_model(path, args.dtype, say)
+        return model, [Text.of(text, built_in_text(text), tokenizer) for text in BUILT_IN]
+
+    code = 0
+    try:
+        models = dict(map(named, args.model))
+    except PagedKVError as e:
+        parser().error(str(e))
+    for part in chosen:
+        for name, path in models.items():
+            try:
+                measure(name, part, lambda path=path: opened(path), args, deadline)
+            except (PagedKVError, OSError) as e:  # one part's; the others go on
+                print(f"error: {name}, {part}: {e}", file=sys.stderr)
+                code = 1
+    if "page" in args.part:
+        for path in sorted(args.out.glob("*.json")):
+            report(path)
+    if not available():
+        say(HINT)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

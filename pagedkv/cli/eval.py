@@ -1,0 +1,292 @@
+"""``pagedkv eval``: what quantized pages do to a model's answers, beside its own 16-bit cache."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pagedkv.bench.result import OK, Row
+from pagedkv.bench.timing import Deadline
+from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model, read_text
+from pagedkv.cli.options import parse_tokens, tier_config
+from pagedkv.cli.output import Notes, Progress, Table, add_output_options, choose_format, emit
+from pagedkv.config import BACKENDS
+from pagedkv.errors import ConfigError
+from pagedkv.evaluation import (
+    BUILT_IN,
+    LEGS,
+    EvalSettings,
+    Evaluation,
+    Result,
+    Text,
+    Variant,
+    built_in_text,
+    mlx_lm_variants,
+    paged_variants,
+)
+from pagedkv.evaluation.plots import HINT, available, draw
+from pagedkv.evaluation.report import cells, page, title
+from pagedkv.evaluation.variants import PRECISIONS, REFERENCE
+
+NONE = "none"
+REPORT_FILE = "report.md"
+
+_EPILOG = """\
+The model reads a text twice, side by side: with mlx-lm's own 16-bit cache, and with a paged one.
+KL is KL(own || paged) in nats per position, top-1 the share of positions at which both expect the
+same token, flips the others. "prefill" reads the text in chunks; "decode" reads its first part so
+and the rest token by token, and fits a line to KL by position. Figures are over the positions whose
+context reaches beyond the hot window and the sinks; those over all positions (..._all) are in JSON
+and CSV. "bits" counts scales, padding and 16-bit tokens, at the end of the text.
+
+Without --text two built-in texts are read: english (the help topics of Python's manual) and python
+(source code of the standard library).
+
+--kv takes precisions with commas between them, a row each, or one ladder; repeat it for more.
+
+examples:
+  pagedkv eval --model demo --tokens 2048 --decode-tokens 512
+  pagedkv eval --model owner/name --text book.txt --kv K8V4,K4V4 --kv fp16:1024,K8V4:4096,K4V4
+  pagedkv eval --model owner/name --tokens 8K --segments 4 --output results --format table
+"""
+_COUNTS = ("tokens", "chunk", "decode_tokens", "decode_step", "segments", "offset", "seed")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="perplexity, KL and top-1 agreement of precisions, beside the model's own cache",
+        description="Measure what quantized pages do to a model's answers.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_options(parser, dtypes=(*DTYPES, MODELS_OWN))
+    _add_what(parser)
+    _add_how(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help=f"text to read, or one of {', '.join(BUILT_IN)}; may be repeated (default: both)",
+    )
+    group.add_argument(
+        "--kv",
+        action="append",
+        metavar="KV",
+        help=f"precisions with commas between them, or one ladder; may be repeated "
+        f"(default: {','.join(PRECISIONS)})",
+    )
+    group.add_argument(
+        "--mlx-lm",
+        default="8,4",
+        metavar="BITS,...",
+        help="rows for mlx-lm's own quantized cache, group 64; none for none (default: 8,4)",
+    )
+    for flag, text in (
+        ("--hot-tokens", "newest tokens kept in 16 bit"),
+        ("--sink-tokens", "first tokens kept in 16 bit for ever"),
+        ("--page-tokens", "tokens per page: 256, 512 or 1024"),
+    ):
+        group.add_argument(flag, metavar="N", help=text)
+    group.add_argument(
+        "--hot-dtype", metavar="TYPE", help="of the hot tokens: model, float16 or bfloat16"
+    )
+    group.add_argument("--backend", metavar="NAME", help=f"one of {', '.join(BACKENDS)}")
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    defaults = EvalSettings()
+    group.add_argument(
+        "--legs", metavar="LEG,...", help=f"{' and '.join(LEGS)} (default: {','.join(LEGS)})"
+    )
+    for flag, metavar, text in (
+        ("--tokens", "N", "of each text, or of each segment of it"),
+        ("--chunk", "N", "tokens per call of a prompt"),
+        ("--decode-tokens", "N", "of these, the last so many are read one by one in decode"),
+        ("--decode-step", "N", "tokens per call of decode, 1 to 8"),
+        ("--segments", "N", "disjoint pieces of each text, for the spread"),
+        ("--offset", "N", "tokens of a text to leave out before the first of them"),
+        ("--seed", "N", "of the bootstrap behind the slope's interval"),
+    ):
+        default = getattr(defaults, flag.removeprefix("--").replace("-", "_"))
+        group.add_argument(flag, metavar=metavar, help=f"{text} (default: {default})")
+    group.add_argument(
+        "--max-seconds", type=float, metavar="S", help="stop where it is after this long"
+    )
+    group.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write result.json, result-positions.npz, report.md and the plots there",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code: 1 if nothing could be measured."""
+    say = Notes(args.quiet)
+    settings, variants = _settings(args), _variants(args)
+    sources = _sources(args.text or BUILT_IN)
+    folder = Path(args.output).expanduser() if args.output else None
+    model, tokenizer = load_model(args.model, args.dtype, say)
+    texts = [Text.of(name, text, tokenizer) for name, text in sources]
+    name = short_name(args.model)
+    head = record(name, model, settings, variants, texts, shlex.join(["pagedkv", *args.argv]))
+    result = Result(head, folder)
+    deadline = Deadline(args.max_seconds)
+    with _Watch(args.quiet) as watch:
+        work = Evaluation(
+            name, model, texts, variants, settings, result, deadline, say, watch.update
+        )
+        work.run()
+    if folder:
+        write_figures(result, folder, say)
+    rows = [{k: v for k, v in row.items() if k != "kl_binned"} for row in result.rows]
+    emit(choose_format(args.format), result.document(), _tables(result.rows), rows)
+    return 0 if any(_compared(row) for row in result.rows) else 1
+
+
+def _settings(args: argparse.Namespace) -> EvalSettings:
+    given: dict[str, Any] = {}
+    for name in _COUNTS:
+        if (value := getattr(args, name)) is not None:
+            given[name] = parse_tokens(value, name)
+    if args.legs:
+        given["legs"] = tuple(leg.strip() for leg in args.legs.split(","))
+    return EvalSettings(**given)
+
+
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    names = ("hot_tokens", "sink_tokens", "page_tokens", "hot_dtype", "backend")
+    base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
+    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base)
+    return [*ours, *mlx_lm_variants(_bits(args.mlx_lm))]
+
+
+def _bits(text: str) -> list[int]:
+    if text.strip() == NONE:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--mlx-lm {text!r}: give bits such as 8,4, or {NONE}")
+    return [int(part) for part in parts]
+
+
+def _sources(given: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and contents of each text."""
+    names = [text if text in BUILT_IN else short_name(text) for text in given]
+    if len(set(names)) < len(names):
+        names = list(given)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--text {' --text '.join(given)}: a text is given twice")
+    contents = [
+        built_in_text(text) if text in BUILT_IN else read_text(text, "text") for text in given
+    ]
+    return list(zip(names, contents, strict=True))
+
+
+def short_name(given: str) -> str:
+    """What a folder or a file is called in rows: its last part; anything else is as it is."""
+    path = Path(given).expanduser()
+    return path.resolve().name if path.exists() else given
+
+
+def record(
+    name: str,
+    model: Any,
+    settings: EvalSettings,
+    variants: Sequence[Variant],
+    texts: Sequence[Text],
+    command: str,
+) -> dict[str, Any]:
+    """What a result says of how it was made.
+
+    Args:
+        name: of the model.
+        model: of mlx-lm.
+        settings: of the comparison.
+        variants: that were compared.
+        texts: that were read.
+        command: that did it.
+    """
+    return {
+        "command": command,
+        "model": name,
+        "model_type": getattr(getattr(model, "args", None), "model_type", type(model).__name__),
+        "layers": len(model.layers),
+        **settings.to_dict(),
+        "texts": [
+            {"name": text.name, "tokens": len(text.tokens), "sha256": text.digest} for text in texts
+        ],
+        "variants": [
+            {
+                "what": variant.label,
+                "kind": variant.kind,
+                "config": variant.config.to_dict() if variant.config else None,
+            }
+            for variant in variants
+        ],
+    }
+
+
+def write_figures(result: Result, folder: Path, say: Notes) -> None:
+    """Write the tables in Markdown, and the plots where they can be drawn."""
+    (folder / REPORT_FILE).write_text(page(result.document()), encoding="utf-8")
+    if not available():
+        say(HINT)
+        return
+    files = draw(result.rows, folder)
+    say(f"{len(files)} plots in {folder}")
+
+
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for leg in LEGS:
+        columns, lines = cells(leg, rows)
+        if lines:
+            left = frozenset(i for i, column in enumerate(columns) if column.left)
+            heads = [column.heading for column in columns]
+            tables.append(Table(heads, lines, left, title(leg, rows)))
+    return tables
+
+
+def _compared(row: Row) -> bool:
+    return bool(row["status"] == OK and row["kind"] != REFERENCE)
+
+
+class _Watch:
+    """A progress line that begins anew with every leg."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._label, self._done = quiet, "", 0
+        self._line: Progress | None = None
+
+    def update(self, label: str, done: int, total: int) -> None:
+        """Show how far a leg is."""
+        if self._line is None or label != self._label or done <= self._done:
+            self.close()
+            self._label, self._line = label, Progress(label, total, quiet=self._quiet)
+        self._done = done
+        self._line.update(done)
+
+    def close(self) -> None:
+        """Wipe the line away."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

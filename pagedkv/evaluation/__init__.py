@@ -1,0 +1,33 @@
+"""What quantized pages do to a model's answers: KL, perplexity and top-1 beside its own cache."""
+
+from pagedkv.evaluation.metrics import SCOPES, Comparison, Series, log_probabilities
+from pagedkv.evaluation.result import Result, read_result
+from pagedkv.evaluation.run import Evaluation
+from pagedkv.evaluation.settings import DECODE, LEGS, PREFILL, EvalSettings
+from pagedkv.evaluation.slope import Slope, fit_slope
+from pagedkv.evaluation.texts import BUILT_IN, Segment, Text, built_in_text, cut
+from pagedkv.evaluation.variants import Variant, mlx_lm_variants, paged_variants
+
+__all__ = [
+    "BUILT_IN",
+    "DECODE",
+    "LEGS",
+    "PREFILL",
+    "SCOPES",
+    "Comparison",
+    "EvalSettings",
+    "Evaluation",
+    "Result",
+    "Segment",
+    "Series",
+    "Slope",
+    "Text",
+    "Variant",
+    "built_in_text",
+    "cut",
+    "fit_slope",
+    "log_probabilities",
+    "mlx_lm_variants",
+    "paged_variants",
+    "read_result",
+]

@@ -1,0 +1,240 @@
+"""A comparison from end to end: every text, leg and segment, with as many variants as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from pagedkv.bench.caches import release
+from pagedkv.bench.result import Row, failed, first_words, skipped, succeeded
+from pagedkv.bench.settings import short_dtype
+from pagedkv.bench.timing import Deadline
+from pagedkv.errors import ConfigError
+from pagedkv.evaluation.caches import hooked, opened, token_bytes
+from pagedkv.evaluation.legs import Leg, Reader
+from pagedkv.evaluation.metrics import Series
+from pagedkv.evaluation.quantized import product_fails
+from pagedkv.evaluation.result import Result
+from pagedkv.evaluation.settings import DECODE, EvalSettings
+from pagedkv.evaluation.slope import fit_slope
+from pagedkv.evaluation.texts import Segment, Text, cut
+from pagedkv.evaluation.variants import REFERENCE, Variant, require_different
+from pagedkv.models import unwrap, wrap
+
+BIN = 64
+"""Positions whose KL a row tells as one number."""
+
+SLACK = 1.5
+"""Memory of a variant's caches, at most, over that of a 16-bit cache."""
+
+TIME_IS_UP = "the time was up"
+
+LOGITS_AT_ONCE = 8
+"""Arrays of a call's logits in float32 that a comparison may need at a time."""
+
+Say = Callable[[str], None]
+Watch = Callable[[str, int, int], None]
+"""Called with what is being done, tokens done, and tokens in all."""
+
+
+@dataclass
+class Evaluation:
+    """What a comparison needs.
+
+    Attributes:
+        name: of the model, for rows.
+        model: of mlx-lm, not wrapped.
+        texts: to be read.
+        variants: to be compared with the model's own cache.
+        settings: lengths and legs.
+        result: where rows go.
+        deadline: a leg ends where it is when this passes, as its rows say; others are skipped.
+        say: called with one line before each leg.
+        watch: called as tokens are read.
+    """
+
+    name: str
+    model: Any
+    texts: Sequence[Text]
+    variants: Sequence[Variant]
+    settings: EvalSettings
+    result: Result
+    deadline: Deadline
+    say: Say = lambda line: None
+    watch: Watch = lambda label, done, total: None
+
+    def run(self) -> None:
+        """Run everything; a variant that fails is a failed row.
+
+        Raises:
+            ConfigError: if a text is too short, a label comes twice, or the model's layers cannot
+                be paged, or nothing would be quantized.
+            OSError: if the result cannot be written.
+        """
+        self._require_sense()
+        settings = self.settings
+        pieces = [cut(t, settings.tokens, settings.segments, settings.offset) for t in self.texts]
+        self._require_paging()
+        self._runnable = [self._as_it_runs(variant) for variant in self.variants]
+        self._reference = Variant(f"mlx-lm {self._probe()}")
+        for segments in pieces:
+            for leg in settings.legs:
+                for segment in segments:
+                    self._leg(leg, segment)
+        self.result.write_positions()
+
+    @property
+    def beyond(self) -> int:
+        """The first position of which some of the context may be quantized, for all rows alike."""
+        return max((v.precise_tokens for v in self.variants), default=0)
+
+    def _require_sense(self) -> None:
+        require_different(self.variants)
+        if self.settings.tokens <= self.beyond:
+            raise ConfigError(
+                f"{self.settings.tokens:,} tokens all stay in 16 bit ({self.beyond:,} hot or "
+                f"sinks): give more tokens, or fewer hot_tokens"
+            )
+
+    def _require_paging(self) -> None:
+        ours = next((v.config for v in self.variants if v.config is not None), None)
+        if ours is not None:
+            wrap(self.model, ours).close()
+            unwrap(self.model)
+
+    def _as_it_runs(self, variant: Variant) -> Variant:
+        """The variant; if MLX has no product for it here, with another one, and a note of that."""
+        if variant.bits is None:
+            return variant
+        why = product_fails(self.model, variant.bits)
+        if not why:
+            return variant
+        note = f"attended dequantized, since the quantized product does not run: {why}"
+        return replace(variant, dequantized=True, note=note)
+
+    def _probe(self) -> str:
+        """The type of the model's own cache, as text; also learns what a token takes there."""
+        with opened(Variant(REFERENCE), self.model) as caches:
+            logits = self.model(mx.array([[1]]), cache=caches)  # lazy: nothing is computed
+            self._vocabulary = int(logits.shape[-1])
+            self._token_bytes, dtype = token_bytes(caches)
+        return short_dtype(dtype or logits.dtype)
+
+    def _leg(self, leg: str, segment: Segment) -> None:
+        head: Row = {
+            "model": self.name,
+            "text": segment.text,
+            "segment": segment.number,
+            "leg": leg,
+            "tokens": self.settings.tokens,
+        }
+        if self.result.has(head):
+            return
+        for first, group in self._groups():
+            if self.deadline.passed:
+                rows = [skipped(_row(head, v), TIME_IS_UP) for v in group]
+            else:
+                count = self.settings.segments
+                which = f", segment {segment.number + 1} of {count}" if count > 1 else ""
+                self.say(f"{leg}, {segment.text}{which}: {', '.join(v.label for v in group)}")
+                rows = self._attempt(leg, segment, group, head)
+            self.result.add(rows if first else rows[1:])  # the reference once
+            release()
+
+    def _groups(self) -> Iterator[tuple[bool, list[Variant]]]:
+        """The reference with as many variants as fit in memory beside it, again and again."""
+        settings = self.settings
+        each = SLACK * self._token_bytes * settings.tokens
+        logits = LOGITS_AT_ONCE * 4 * self._vocabulary * settings.chunk
+        room = mx.get_memory_limit() - mx.get_active_memory() - logits - each
+        most = max(1, int(room / max(1, each)))
+        for start in range(0, max(1, len(self._runnable)), most):
+            yield start == 0, [self._reference, *self._runnable[start : start + most]]
+
+    def _attempt(
+        self, leg: str, segment: Segment, group: Sequence[Variant], head: Row
+    ) -> list[Row]:
+        try:
+            return self._measure(leg, segment, group, head)
+        except Exception as e:  # the reference's: without it nothing can be said of the others
+            note = f"the model does not run: {first_words(e)}"
+            return [failed(_row(head, variant), note) for variant in group]
+
+    def _measure(
+        self, leg: str, segment: Segment, group: Sequence[Variant], head: Row
+    ) -> list[Row]:
+        total = self.settings.tokens
+        rows: list[Row] = []
+        with ExitStack() as stack:
+            readers: list[Reader] = []
+            for variant in group:
+                try:
+                    caches = stack.enter_context(opened(variant, self.model))
+                except ConfigError as e:
+                    rows.append(failed(_row(head, variant), f"does not run: {first_words(e)}"))
+                    continue
+                readers.append(Reader(variant, self.model, caches))
+            stack.enter_context(hooked())
+            reference, *others = readers
+            work = Leg(
+                segment.tokens,
+                reference,
+                others,
+                self.settings,
+                lambda done: self.watch(f"{leg}, {segment.text}", done, total),
+                self.deadline,
+            )
+            work.run(leg)
+            if not work.losses:
+                return [skipped(_row(head, v), TIME_IS_UP) for v in group]
+            if work.reached < total:
+                head = {**head, "tokens": work.reached, "cut_short": True}
+            rows = [*(self._finished(leg, head, work, reader) for reader in readers), *rows]
+        order = [variant.label for variant in group]
+        return sorted(rows, key=lambda row: order.index(row["what"]))
+
+    def _finished(self, leg: str, head: Row, work: Leg, reader: Reader) -> Row:
+        row = _row(head, reader.variant)
+        series = work.series(reader)
+        if series is None or reader.footprint is None:
+            return failed(row, f"does not run: {reader.error}")
+        if not series.finite:
+            return failed(row, f"not finite at {series.broken:,} of {series.kl.size:,} positions")
+        row |= series.summary(self.beyond) | reader.footprint.to_dict()
+        row["seconds"] = reader.seconds
+        if reader.variant.kind == REFERENCE:
+            return succeeded(row)
+        if leg == DECODE and series.kl.size >= 2 * self.settings.block:
+            row |= self._slope(series)
+        if reader.footprint.pages == 0:
+            row["note"] = "nothing was quantized: no page was full"
+        if row.get("cut_short"):
+            row["note"] = f"{TIME_IS_UP} after {row['tokens']:,} tokens"
+        self.result.keep(row, series)
+        return succeeded(row | {"kl_bin": BIN, "kl_binned": series.binned_kl(BIN)})
+
+    def _slope(self, series: Series) -> Row:
+        settings = self.settings
+        found = fit_slope(series.kl, settings.seed, settings.block, settings.resamples)
+        return {
+            "slope_per_1000": 1000 * found.slope,
+            "slope_per_1000_low": 1000 * found.low,
+            "slope_per_1000_high": 1000 * found.high,
+        }
+
+
+def _row(head: Row, variant: Variant) -> Row:
+    """What a row says of its variant."""
+    config = variant.config
+    return {
+        **head,
+        "what": variant.label,
+        "kind": variant.kind,
+        "kv": config.kv if config else None,
+        "precise_tokens": variant.precise_tokens,
+        "note": variant.note,
+    }

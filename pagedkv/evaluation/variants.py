@@ -1,0 +1,105 @@
+"""What is compared with the model's own cache: a label, and the settings behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pagedkv.bench.contenders import QUANTIZED_GROUP
+from pagedkv.config import TierConfig
+from pagedkv.errors import ConfigError
+
+UNIFORM, LADDER, MLX_LM, REFERENCE = "uniform", "ladder", "mlx-lm", "reference"
+PRECISIONS = ("fp16", "K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K3V3", "K2V2")
+MLX_LM_BITS = (2, 3, 4, 5, 6, 8)
+MEMORY = "1TB"
+"""Budget of pages: as many as there are. It is taken as needed; on disk no bit would change."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row to be: one way to keep keys and values.
+
+    Attributes:
+        label: of its rows; unlike all others'.
+        config: of a paged cache of ours; None for a cache of mlx-lm's.
+        bits: of mlx-lm's quantized cache; None for its 16-bit one.
+        dequantized: attend what that cache stores in plain numbers, where MLX has no quantized
+            product.
+        note: for its rows.
+    """
+
+    label: str
+    config: TierConfig | None = None
+    bits: int | None = None
+    dequantized: bool = False
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``"uniform"`` or ``"ladder"`` if it is ours, ``"mlx-lm"`` or ``"reference"`` else."""
+        if self.config is None:
+            return REFERENCE if self.bits is None else MLX_LM
+        return LADDER if len(self.config.ladder.steps) > 1 else UNIFORM
+
+    @property
+    def precise_tokens(self) -> int:
+        """Tokens at both ends that are in 16 bit whatever the text is."""
+        config = self.config
+        return 0 if config is None else config.hot_tokens + config.sink_tokens
+
+
+def paged_variants(texts: Sequence[str], base: TierConfig) -> list[Variant]:
+    """Rows of ours.
+
+    Args:
+        texts: each one ladder (``"fp16:1024,K8V4:4096,K4V4"``), or precisions with commas between
+            them (``"K8V4,K4V4"``), a row each.
+        base: all else; its budgets are replaced by ones that hold everything in memory.
+
+    Raises:
+        ConfigError: if one is no precision and no ladder, or comes twice.
+    """
+    labels = [label.strip() for text in texts for label in _split(text)]
+    found = []
+    for label in labels:
+        if not label:
+            raise ConfigError(f"{','.join(texts)!r} has an empty precision: write K8V4,K4V4")
+        config = replace(base, kv=label, warm=MEMORY, cold=0, cold_dir=None, keep_free=0)
+        found.append(Variant(str(config.ladder), config))
+    require_different(found)
+    return found
+
+
+def _split(text: str) -> list[str]:
+    return [text] if ":" in text else text.split(",")
+
+
+def mlx_lm_variants(bits: Sequence[int]) -> list[Variant]:
+    """Rows of mlx-lm's own quantized cache, in groups of 64.
+
+    Args:
+        bits: of each.
+
+    Raises:
+        ConfigError: if MLX has no such bits.
+    """
+    for each in bits:
+        if each not in MLX_LM_BITS:
+            offered = ", ".join(map(str, MLX_LM_BITS))
+            raise ConfigError(f"mlx-lm's cache has {offered} bits, got {each}")
+    found = [Variant(f"mlx-lm {each} bit g{QUANTIZED_GROUP}", bits=each) for each in bits]
+    require_different(found)
+    return found
+
+
+def require_different(variants: Sequence[Variant]) -> None:
+    """Check that no label comes twice.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    labels = [variant.label for variant in variants]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is given twice: once is enough")

@@ -1,0 +1,221 @@
+"""`pagedkv eval` as a user calls it: tables, JSON, CSV, files, and what it says of bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pagedkv.bench.result import OK
+from pagedkv.cli import loading, main
+from pagedkv.errors import ConfigError
+from pagedkv.evaluation import plots, read_result, report
+from tests.models import byte_model
+
+Document = dict[str, Any]
+SMALL = ("--page-tokens", "256", "--hot-tokens", "64", "--sink-tokens", "4")
+SHORT = ("--tokens", "640", "--decode-tokens", "128", "--chunk", "128")
+LABELS = ["mlx-lm fp32", "K8V8", "K2V2", "K8V8:256,K2V2", "mlx-lm 8 bit g64"]
+
+
+def call(*argv: str) -> tuple[int, str, str]:
+    """Run a command; its exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return byte_model(tmp_path_factory.mktemp("model") / "", larger=True)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(f"Line {i * i} of a book about {i % 7}.\n" for i in range(100)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(
+    model: str, book: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Document, Path, str]:
+    """One run: its JSON, its folder, and what it said on stderr."""
+    folder = tmp_path_factory.mktemp("eval")
+    code, out, err = call(
+        *("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--output", str(folder)),
+        *("--kv", "K8V8,K2V2", "--kv", "K8V8:256,K2V2", "--mlx-lm", "8", "--segments", "2"),
+        *("--format", "json"),
+    )
+    assert code == 0, err
+    return json.loads(out), folder, err
+
+
+def test_json_has_everything_that_made_it(
+    run: tuple[Document, Path, str], model: str, book: str
+) -> None:
+    document, folder, _ = run
+    assert read_result(folder / "result.json") == document
+    settings = document["settings"]
+    assert settings["command"].startswith(f"pagedkv eval --model {model} --text")
+    assert settings["model"] == Path(model).name
+    assert settings["texts"][0]["name"] == "book.txt"
+    assert [v["what"] for v in settings["variants"]] == LABELS[1:]
+    assert settings["variants"][0]["config"]["hot_tokens"] == 64
+    assert (settings["tokens"], settings["seed"], settings["block"]) == (640, 0, 64)
+    assert all(document["machine"][name] for name in ("device", "mlx", "mlx_lm", "pagedkv"))
+    places = [(r["leg"], r["segment"], r["what"]) for r in document["rows"]]
+    assert places == [(g, s, w) for g in ("prefill", "decode") for s in (0, 1) for w in LABELS]
+    failed = [row["what"] for row in document["rows"] if row["status"] != OK]
+    assert set(failed) == {"mlx-lm 8 bit g64"}  # heads of 32 channels
+    assert [r["segments"] for r in document["summary"] if r["what"] == "K8V8"] == [2, 2]
+
+
+def test_positions_are_the_rows_behind_the_means(run: tuple[Document, Path, str]) -> None:
+    document, folder, _ = run
+    arrays = np.load(folder / "result-positions.npz")
+    for row in document["rows"]:
+        if row["status"] != OK or row["kind"] == "reference":
+            continue
+        kl = arrays[f"book.txt/{row['segment']}/{row['leg']}/{row['what']}/kl"]
+        assert kl.size == row["positions_all"]
+        assert kl.mean() == pytest.approx(row["kl_mean_all"], rel=1e-4)
+        assert kl[-row["positions"] :].mean() == pytest.approx(row["kl_mean"], rel=1e-4)
+        if row["leg"] == "decode":
+            slope = 1000 * np.polyfit(np.arange(kl.size), kl, 1)[0]
+            assert row["slope_per_1000"] == pytest.approx(slope, rel=1e-3)
+        assert np.mean(row["kl_binned"]) == pytest.approx(row["kl_mean_all"], rel=1e-4)
+
+
+def test_tables_have_the_spread_and_the_report_is_markdown(
+    run: tuple[Document, Path, str], monkeypatch: pytest.MonkeyPatch, model: str, book: str
+) -> None:
+    document, folder, _ = run
+    page = (folder / "report.md").read_text()
+    assert page == report.page(document)
+    assert page.count("| --- | --- | ---: |") == 2
+    assert "mean of 2 segments" in page
+    assert "positions from 68 on" in page
+    row = next(r for r in document["summary"] if (r["leg"], r["what"]) == ("prefill", "K2V2"))
+    low, high = report.small(row["kl_mean_min"]), report.small(row["kl_mean_max"])
+    assert f"| {report.small(row['kl_mean'])} ({low} to {high}) |" in page
+
+
+def test_plots_or_a_hint(run: tuple[Document, Path, str], tmp_path: Path) -> None:
+    document, folder, err = run
+    drawn = {path.name for path in folder.glob("*.svg")}
+    if importlib.util.find_spec("matplotlib") is None:
+        assert drawn == set()
+        assert plots.HINT in err
+        return
+    name = document["settings"]["model"]
+    assert drawn == {
+        f"pareto-prefill-{name}.svg",
+        f"pareto-decode-{name}.svg",
+        f"kl-by-position-book.txt-{name}.svg",
+    }
+    for path in plots.draw(document["rows"], tmp_path):
+        text = path.read_text()
+        assert text == (folder / path.name).read_text()  # the same rows, the same bytes
+        assert "K8V8:256,K2V2" in text
+    pareto = (folder / f"pareto-prefill-{name}.svg").read_text()
+    assert "one precision, book.txt" in pareto
+    assert "ladder, book.txt" in pareto
+
+
+def test_the_front_has_what_nothing_beats() -> None:
+    points = [(4.0, 3.0), (1.0, 9.0), (2.0, 9.5), (3.0, 2.0), (5.0, 1.0), (5.0, 4.0)]
+    assert plots.front(points) == [(1.0, 9.0), (3.0, 2.0), (5.0, 1.0)]
+
+
+def test_table_and_csv(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--quiet")
+    more = ("--kv", "K4V4", "--mlx-lm", "none")
+    code, out, err = call(*command, *more, "--format", "table")
+    assert (code, err) == (0, "")
+    prefill, decode = (table.splitlines() for table in out.strip().split("\n\n"))
+    assert prefill[0].startswith("Prefill: the text in chunks")
+    assert prefill[1].split()[:5] == ["text", "cache", "bits", "bytes/token", "memory"]
+    assert [line.split()[1] for line in prefill[2:]] == ["mlx-lm", "K4V4"]
+    assert "KL per 1,000 tokens" in decode[1]
+    code, out, _ = call(*command, *more, "--legs", "decode", "--format", "csv")
+    found = list(csv.DictReader(io.StringIO(out)))
+    assert [row["what"] for row in found] == ["mlx-lm fp32", "K4V4"]
+    assert float(found[1]["slope_per_1000_low"]) < float(found[1]["slope_per_1000_high"])
+    assert "kl_binned" not in found[0]
+
+
+def test_built_in_texts_and_two_of_one_name(model: str, book: str, tmp_path: Path) -> None:
+    short = ("--tokens", "80", "--legs", "prefill", "--kv", "K8V8", "--mlx-lm", "none", *SMALL)
+    code, out, _ = call("eval", "--model", model, *short, "--format", "json", "--quiet")
+    assert [t["name"] for t in json.loads(out)["settings"]["texts"]] == ["english", "python"]
+    assert code == 0
+    other = tmp_path / "book.txt"
+    other.write_text("x" * 100)
+    command = ("eval", "--model", model, *short, "--text", book, "--text", str(other))
+    _, out, _ = call(*command, "--format", "json", "--quiet")
+    assert [t["name"] for t in json.loads(out)["settings"]["texts"]] == [book, str(other)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--tokens", "100K"), "it has 2,854 tokens"),
+        (("--kv", "K5V4"), "unknown precision K5V4"),
+        (("--kv", "K4V4,K4V4"), "K4V4 is given twice"),
+        (("--legs", "prefill,speed"), "got speed"),
+        (("--mlx-lm", "8,7"), "got 7"),
+        (("--mlx-lm", "eight"), "give bits such as 8,4, or none"),
+        (("--text", "/nowhere.txt"), "cannot read the text file"),
+        (("--text", "english", "--text", "english"), "given twice"),
+        (("--decode-tokens", "640"), "fewer decode_tokens"),
+        (("--hot-tokens", "0"), "hot_tokens is a number"),
+    ],
+)
+def test_bad_input_is_one_line_with_a_hint(
+    model: str, book: str, argv: tuple[str, ...], says: str
+) -> None:
+    text = () if "--text" in argv else ("--text", book)
+    code, out, err = call("eval", "--model", model, *SHORT, *text, *argv)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("pagedkv: error: ")
+    assert says in err.splitlines()[-1]
+
+
+def test_nothing_measured_is_no_success(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--format", "table")
+    code, out, _ = call(*command, "--max-seconds", "0", "--quiet")
+    assert code == 1
+    assert "the time was up" in out
+    assert "nothing was measured" in out
+
+
+def test_help_says_how_ladders_are_given() -> None:
+    code, out, _ = call("eval", "--help")
+    assert code == 0
+    assert "--kv takes precisions with commas between them, a row each, or one ladder" in out
+    assert "examples:" in out
+
+
+def test_the_models_own_type_is_kept(model: str) -> None:
+    loaded, _ = loading.load_model(model, "auto", lambda line: None)
+    loaded.set_dtype(mx.bfloat16)
+    loading.cast_model(loaded, loading.MODELS_OWN, lambda line: None)
+    assert loaded.layers[0].self_attn.q_proj.weight.dtype == mx.bfloat16
+
+
+def test_other_files_are_no_results(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text('{"schema": 1, "benchmark": "pagedkv bench"}')
+    with pytest.raises(ConfigError, match="no result of pagedkv eval"):
+        read_result(path)
