@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -70,8 +70,8 @@ def build(
 
 SLACK = 8
 """Tokens that a prompt may be shorter than asked for; never longer."""
-_PADDING = 2
-"""Sentences of which the first words fill what is left."""
+_PADDING = 3
+"""Sentences of which the first letters fill what is left."""
 
 
 class _Prompt:
@@ -82,8 +82,8 @@ class _Prompt:
         self._before, self._after = frame or ("", "\n")
         self._special = frame is None
         self._pieces: list[str] = []
-        padding = islice(prose(random.Random(len(puzzle.question))), _PADDING)
-        self._words = " ".join(padding).replace(".", "").split()
+        sentences = islice(prose(random.Random(len(puzzle.question))), _PADDING)
+        self._padding = " ".join(sentences).replace(".", "")
 
     def encode(self, text: str) -> list[int]:
         """Tokens, with those that the tokenizer begins a text with unless the template has them."""
@@ -105,8 +105,10 @@ class _Prompt:
         count = self._pieces_of(tokens - least)
         while count and self._length(count, 0) > tokens:  # joined, they may need more tokens
             count -= 1
-        words = _largest(len(self._words), lambda n: self._length(count, n) <= tokens)
-        return self._text(count, words)
+        letters = self._letters_of(tokens - self._length(count, 0))
+        while letters and self._length(count, letters) > tokens:
+            letters -= 1
+        return self._text(count, letters)
 
     def _pieces_of(self, tokens: int) -> int:
         """How many pieces of filler have about so many tokens; they are made as they are wanted."""
@@ -117,18 +119,28 @@ class _Prompt:
             tokens -= len(self._tokenizer.encode(joined, add_special_tokens=False))
         return len(self._pieces)
 
-    def _length(self, pieces: int, words: int) -> int:
-        return len(self.encode(self._text(pieces, words)[0]))
+    def _letters_of(self, tokens: int) -> int:
+        """How many letters of padding have about so many tokens."""
+        low, high = 0, len(self._padding)
+        while low < high:
+            middle = (low + high + 1) // 2
+            piece = self._padding[:middle] + "." + self._puzzle.joint
+            fits = len(self._tokenizer.encode(piece, add_special_tokens=False)) <= tokens
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
-    def _text(self, pieces: int, words: int) -> tuple[str, int]:
+    def _length(self, pieces: int, letters: int) -> int:
+        return len(self.encode(self._text(pieces, letters)[0]))
+
+    def _text(self, pieces: int, letters: int) -> tuple[str, int]:
         """The prompt, and where its question begins.
 
         Args:
             pieces: of filler.
-            words: of padding.
+            letters: of padding.
         """
         puzzle = self._puzzle
-        padding = [" ".join(self._words[:words]) + "."] if words else []
+        padding = [self._padding[:letters] + "."] if letters else []
         body = puzzle.joint.join(_placed([*padding, *self._pieces[:pieces]], puzzle.facts))
         context = f"{self._before}{puzzle.intro}\n\n{body}\n\n"
         return f"{context}{puzzle.question}{self._after}{puzzle.lead}", len(context)
@@ -140,15 +152,6 @@ def _placed(pieces: Sequence[str], facts: Sequence[tuple[float, str]]) -> list[s
     for place, fact in sorted(facts, key=lambda each: each[0], reverse=True):
         placed.insert(round(place * len(pieces)), fact)
     return placed
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `most` that fits, if 0 does and all below one that fits do."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -23,18 +23,18 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Contains:
-    """Right if the first line has the answer as a whole word or number, in whatever case.
+    """The share of answers that the first line has as whole words or numbers, in whatever case.
 
     Attributes:
-        answer: a word or a number.
+        answers: words or numbers.
     """
 
-    answer: str
+    answers: tuple[str, ...]
 
     def score(self, text: str) -> float:
-        """1 if it is there, else 0. ``"481"`` is not in ``"4813"``."""
-        pattern = rf"(?<!\w){re.escape(self.answer)}(?!\w)"
-        return float(re.search(pattern, _first_line(text), re.IGNORECASE) is not None)
+        """1 if all are there, 0 if none is. ``"481"`` is not in ``"4813"``."""
+        line = text.strip().partition("\n")[0]
+        return mean([float(_has(line, answer)) for answer in self.answers])
 
     def finished(self, text: str) -> bool:
         """After the first line."""
@@ -83,8 +83,8 @@ class Records:
         return found
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _has(line: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", line, re.IGNORECASE) is not None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -82,7 +82,7 @@ def _needle(rng: random.Random, depth: float, distractors: int = 0) -> Puzzle:
         f"What is the special magic number for {keys[0]}?",
         f"The special magic number for {keys[0]} is",
         (str(numbers[0]),),
-        Contains(str(numbers[0])),
+        Contains((str(numbers[0]),)),
         12,
     )
 
@@ -111,7 +111,7 @@ def _key_value(rng: random.Random, depth: float) -> Puzzle:
         f"What is the value of {asked}?",
         f"{asked}:",
         (str(number),),
-        Contains(str(number)),
+        Contains((str(number),)),
         12,
     )
 
@@ -119,7 +119,8 @@ def _key_value(rng: random.Random, depth: float) -> Puzzle:
 def _variables(rng: random.Random, depth: float) -> Puzzle:
     """Two chains of assignments, one of them solved in the prompt.
 
-    The first assignment is at the depth, the others are between it and the end.
+    The first assignment is at the depth, the others are between it and the end. The score is the
+    share of the steps from the last name back to the number that are right.
     """
     hops = rng.randint(1, MOST_HOPS)
     names = rng.sample(NOUNS, 2 * (hops + 1))
@@ -132,6 +133,7 @@ def _variables(rng: random.Random, depth: float) -> Puzzle:
         for i, assignment in enumerate(chain)
     ]
     solved = ", ".join(reversed(shown))
+    steps = (*reversed(names[:hops]), str(values[0]))
     return Puzzle(
         "Assignments of variables are hidden in the following text. Remember them.",
         tuple(facts),
@@ -139,8 +141,8 @@ def _variables(rng: random.Random, depth: float) -> Puzzle:
         " ",
         "Follow the assignments of two variables back to their numbers.",
         f"{solved}\nVAR {names[hops]} =",
-        (str(values[0]),),
-        Contains(str(values[0])),
+        steps,
+        Contains(steps),
         48,
     )
 
@@ -165,7 +167,7 @@ def _aggregation(rng: random.Random, depth: float) -> Puzzle:
         "Which word got the most votes?",
         "Most votes are for",
         (words[0],),
-        Contains(words[0]),
+        Contains((words[0],)),
         8,
     )
 
