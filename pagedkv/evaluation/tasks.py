@@ -117,7 +117,7 @@ def _key_value(rng: random.Random, depth: float) -> Puzzle:
 
 
 def _variables(rng: random.Random, depth: float) -> Puzzle:
-    """Two chains of assignments, one of them solved in the prompt.
+    """A chain of assignments, and another one of the same length that nobody asks for.
 
     The first assignment is at the depth, the others are between it and the end. The score is the
     share of the steps from the last name back to the number that are right.
@@ -126,21 +126,21 @@ def _variables(rng: random.Random, depth: float) -> Puzzle:
     names = rng.sample(NOUNS, 2 * (hops + 1))
     values = _numbers(rng, 2)
     asked = _chain(names[: hops + 1], values[0])
-    shown = _chain(names[hops + 1 :], values[1])
+    other = _chain(names[hops + 1 :], values[1])
     facts = [
         (start + (1 - start) * i / (hops + 1), f"{assignment}.")
-        for chain, start in ((asked, depth), (shown, rng.random()))
+        for chain, start in ((asked, depth), (other, rng.random()))
         for i, assignment in enumerate(chain)
     ]
-    solved = ", ".join(reversed(shown))
     steps = (*reversed(names[:hops]), str(values[0]))
     return Puzzle(
         "Assignments of variables are hidden in the following text. Remember them.",
         tuple(facts),
         prose(rng),
         " ",
-        "Follow the assignments of two variables back to their numbers.",
-        f"{solved}\nVAR {names[hops]} =",
+        f"Follow VAR {names[hops]} from assignment to assignment, back to its number. "
+        "Answer in this form: VAR a = VAR b, VAR b = VAR c, VAR c = number",
+        f"VAR {names[hops]} =",
         steps,
         Contains(steps),
         48,
