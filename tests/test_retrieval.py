@@ -137,8 +137,16 @@ def test_all_tasks_run_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert not pager.users and not pager.layer_pagers
         assert pager.open_cold is None and pager.open_reader is None
     assert not hook.installed() and pagedkv.models.wrapping_of(model) is None
-    rows = json.loads(json.dumps(result.to_dict()))["outcomes"]
-    assert rows[0]["cell"] == {"task": "needle", "tokens": 1400, "depth": 50, "seed": 0}
+    document = json.loads(json.dumps(result.to_dict()))
+    assert [tiers and tiers["kv"] for tiers in document["tiers"]] == [None, "K8V8", "K8V8"]
+    assert len(document["text"]) == 16
+    assert document["outcomes"][0]["cell"] == {
+        "task": "needle",
+        "tokens": 1400,
+        "depth": 50,
+        "seed": 0,
+    }
+    assert result.rows()[0].keys() >= {"cache", "task", "tokens", "depth", "seed", "score"}
     assert "spread" in retrieval_report(result)
 
 
@@ -219,7 +227,7 @@ def made_up(scores: dict[str, list[float | None]], task: str = "needle") -> Retr
     ]
     depths = tuple(10 * i for i in range(len(next(iter(scores.values())))))
     grid = Grid((task,), (1024,), depths)
-    return RetrievalResult(grid, tuple(scores), tuple(outcomes), True)
+    return RetrievalResult(grid, tuple(scores), (None,) * len(scores), tuple(outcomes), True)
 
 
 def test_lost_and_gained_are_counted_by_pairs() -> None:

@@ -22,6 +22,7 @@ from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.evaluation.prompts import Example, build
 from pagedkv.evaluation.tasks import TASKS
+from pagedkv.evaluation.text import digest
 from pagedkv.models import unwrap, wrap, wrapping_of
 
 BASELINE = "fp16"
@@ -126,18 +127,25 @@ class RetrievalResult:
     Attributes:
         grid: that was asked for.
         caches: labels; the first one is what others are compared with.
+        tiers: of each; None is mlx-lm's own cache.
         outcomes: of each cell the baseline's first.
         complete: whether all cells were run.
     """
 
     grid: Grid
     caches: tuple[str, ...]
+    tiers: tuple[TierConfig | None, ...]
     outcomes: tuple[Outcome, ...]
     complete: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; `text` names the built-in text."""
+        return {**asdict(self), "text": digest()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One level of names for each outcome, for CSV."""
+        rows = [asdict(outcome) for outcome in self.outcomes]
+        return [{"cache": row.pop("cache"), **row.pop("cell"), **row} for row in rows]
 
 
 def run_retrieval(
@@ -178,15 +186,21 @@ def run_retrieval(
         outcomes += [_outcome(model, tokenizer, cache, cell, example, grid) for cache in caches]
         if progress:
             progress(done + 1, len(cells))
-    labels = tuple(cache.label for cache in caches)
-    return RetrievalResult(grid, labels, tuple(outcomes), len(outcomes) == len(cells) * len(caches))
+    complete = len(outcomes) == len(cells) * len(caches)
+    return RetrievalResult(
+        grid,
+        tuple(cache.label for cache in caches),
+        tuple(cache.config for cache in caches),
+        tuple(outcomes),
+        complete,
+    )
 
 
 class _Caches:
     """Makes empty caches of one kind for a model, one after the other."""
 
     def __init__(self, model: Any, label: str, config: TierConfig | None) -> None:
-        self.label = label
+        self.label, self.config = label, config
         self._model, self._wrapping = model, None
         if config is not None:
             with wrap(model, config):

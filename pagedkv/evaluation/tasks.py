@@ -19,6 +19,8 @@ DISTRACTORS = 4
 RECORDS = 6
 MOST_HOPS = 3
 VOTES = (8, 3, 2)
+_EXAMPLE = ("lamp", "cat", "train", "ship")  # none of the words that variables are named by
+_NUMBERS = range(20_000, 100_000)  # five digits, and not the example's 12345
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,14 @@ def _variables(rng: random.Random, depth: float) -> Puzzle:
         for chain, start in ((asked, depth), (other, rng.random()))
         for i, assignment in enumerate(chain)
     ]
+    example = " = ".join(f"VAR {name}" for name in _EXAMPLE[: hops + 1])
     steps = (*reversed(names[:hops]), str(values[0]))
     return Puzzle(
         "Assignments of variables are hidden in the following text. Remember them.",
         tuple(facts),
         prose(rng),
         " ",
-        f"Follow VAR {names[hops]} from assignment to assignment, back to its number. "
-        "Answer in this form: VAR a = VAR b, VAR b = VAR c, VAR c = number",
+        f"Follow the assignments back to the number. For example: {example} = 12345",
         f"VAR {names[hops]} =",
         steps,
         Contains(steps),
@@ -213,11 +215,11 @@ TASKS: dict[str, Task] = {
 
 
 def _number(rng: random.Random) -> int:
-    return rng.randint(10_000, 99_999)
+    return rng.choice(_NUMBERS)
 
 
 def _numbers(rng: random.Random, count: int) -> list[int]:
-    return rng.sample(range(10_000, 100_000), count)
+    return rng.sample(_NUMBERS, count)
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
