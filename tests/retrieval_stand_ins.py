@@ -28,6 +28,16 @@ class Characters:
         return TEMPLATE.format(messages[0]["content"])
 
 
+class Uneven(Characters):
+    """Every hundredth character is two tokens: a text has more than its pieces one by one."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = super().encode(text, add_special_tokens)
+        return [
+            i for at, one in enumerate(ids, 1) for i in ([one, one] if at % 100 == 0 else [one])
+        ]
+
+
 class Words:
     """A token per word and mark, with the blank before it; two line feeds are one; and a first."""
 

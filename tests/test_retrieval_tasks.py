@@ -13,9 +13,9 @@ from pagedkv.evaluation.prompts import SLACK, Example, build
 from pagedkv.evaluation.scoring import Contains, Records, mean
 from pagedkv.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, TASKS, VOTES
 from pagedkv.evaluation.text import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
-from tests.retrieval_stand_ins import Characters, Words
+from tests.retrieval_stand_ins import Characters, Uneven, Words
 
-CASES = [(kind, tokens) for kind in (Characters, Words) for tokens in (2048, 5000)]
+CASES = [(kind, tokens) for kind in (Characters, Uneven, Words) for tokens in (2048, 5000)]
 
 
 def text_of(tokenizer: Any, example: Example) -> str:
