@@ -87,8 +87,9 @@ def test_the_other_way_round_it_is_gained() -> None:
 def test_the_question_is_a_call_of_its_own() -> None:
     model = Looker()
     grid = replace(NEEDLE, lengths=(1500,), depths=(50,))
-    run(model, [("fp16", None)], grid)
+    result = run(model, [("fp16", None)], grid)
     calls = model.calls
+    assert sum(calls[:4]) == result.outcomes[0].prompt_tokens
     assert calls[:2] == [512, 512] and 300 < calls[2] < 512
     assert 80 < calls[3] < 120  # "What is …? The special magic number for … is"
     assert set(calls[4:]) == {1}
@@ -310,6 +311,13 @@ def test_heat_map_as_text() -> None:
         ["100 %", "1.00", "1.00"],
     ]
     assert text_table(result, "fp16")[1][0] == ["0 %", "1.00", "1.00"]
+
+
+def test_a_square_holds_all_cells_of_its_depth_and_length() -> None:
+    result = made_up({"fp16": [1, 1, 0], "other": [1, 0, 0]})
+    together = [replace(o, cell=replace(o.cell, depth=50)) for o in result.outcomes]
+    _, rows = text_table(replace(result, outcomes=tuple(together)), "other")
+    assert rows == [["50 %", "0.33 -1"]]
 
 
 def test_heat_maps_are_drawn_the_same_each_time(tmp_path: Path) -> None:
