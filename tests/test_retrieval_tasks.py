@@ -11,7 +11,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.evaluation import prompts
 from pagedkv.evaluation.prompts import SLACK, Example, build
 from pagedkv.evaluation.scoring import Contains, Records, mean
-from pagedkv.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, TASKS, VOTES
+from pagedkv.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, ROUNDS, TASKS
 from pagedkv.evaluation.text import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
 from tests.retrieval_stand_ins import Characters, Uneven, Words
 
@@ -73,13 +73,14 @@ def test_every_record_is_in_the_text_once_and_the_first_is_shown(seed: int) -> N
     assert text.endswith('}\n{"name": "')
 
 
-def test_the_most_votes_are_for_the_answer() -> None:
+def test_the_answer_won_most_rounds() -> None:
     tokenizer = Characters()
     example = build("aggregation", tokenizer, 3000, 0, seed=1)
-    votes = [part.split(".")[0] for part in text_of(tokenizer, example).split("One vote for ")[1:]]
-    counts = sorted((votes.count(word) for word in set(votes)), reverse=True)
-    assert tuple(counts) == VOTES
-    assert votes.count(example.answers[0]) == VOTES[0]
+    text = text_of(tokenizer, example)
+    winners = [part.split(".")[0] for part in text.split("The winner of the round is ")[1:]]
+    counts = sorted((winners.count(word) for word in set(winners)), reverse=True)
+    assert tuple(counts) == ROUNDS
+    assert winners.count(example.answers[0]) == ROUNDS[0]
 
 
 @pytest.mark.parametrize("task", ["needle", "multikey", "kv"])
@@ -216,10 +217,11 @@ def test_word_lists_have_no_word_twice() -> None:
         (" 48,213", 0),
         (" 48231", 0),
         (" 10000\n48213", 0),
+        (" 10000. 48213", 0),
         ("", 0),
     ],
 )
-def test_a_number_is_right_if_it_is_there_as_a_whole_in_the_first_line(
+def test_a_number_is_right_if_it_is_there_as_a_whole_in_the_first_sentence(
     text: str, score: float
 ) -> None:
     assert Contains(("48213",)).score(text) == score
@@ -238,10 +240,10 @@ def test_of_several_answers_the_share_counts() -> None:
     assert judge.score(" VAR kettle = 1") == 0
 
 
-def test_an_answer_of_one_line_is_finished_with_the_line() -> None:
+def test_an_answer_is_finished_with_its_sentence() -> None:
     judge = Contains(("apple",))
     assert not judge.finished("\n apple")
-    assert judge.finished("\n apple\n")
+    assert judge.finished("\n apple\n") and judge.finished(" apple.")
 
 
 RECORD = Records((("Ann", 11111), ("Bob", 22222), ("Cid", 33333)), ("name", "code"), '{"name": "')

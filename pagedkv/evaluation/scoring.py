@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+_END = re.compile(r"[.\n]")
+
 
 class Judge(Protocol):
     """Scores the text that a model wrote after the prompt."""
@@ -23,7 +25,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Contains:
-    """The share of answers that the first line has as whole words or numbers, in whatever case.
+    """The share of answers in the first sentence, as whole words or numbers, in whatever case.
+
+    What follows is not looked at: small models go on, and name everything sooner or later.
 
     Attributes:
         answers: words or numbers.
@@ -33,12 +37,12 @@ class Contains:
 
     def score(self, text: str) -> float:
         """1 if all are there, 0 if none is. ``"481"`` is not in ``"4813"``."""
-        line = text.strip().partition("\n")[0]
-        return mean([float(_has(line, answer)) for answer in self.answers])
+        sentence = _END.split(text.lstrip(), maxsplit=1)[0]
+        return mean([float(_has(sentence, answer)) for answer in self.answers])
 
     def finished(self, text: str) -> bool:
-        """After the first line."""
-        return "\n" in text.lstrip()
+        """After the first sentence, or a line without an end."""
+        return _END.search(text.lstrip()) is not None
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Records:
         return found
 
 
-def _has(line: str, answer: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", line, re.IGNORECASE) is not None
+def _has(sentence: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", sentence, re.IGNORECASE) is not None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from pagedkv.evaluation.text import ADJECTIVES, NAMES, NOUNS, prose, vocabulary
 DISTRACTORS = 4
 RECORDS = 6
 MOST_HOPS = 3
-VOTES = (8, 3, 2)
+ROUNDS = (9, 2, 2)
 _EXAMPLE = ("lamp", "cat", "train", "ship")  # none of the words that variables are named by
 _NUMBERS = range(20_000, 100_000)  # five digits, and not the example's 12345
 
@@ -156,18 +156,21 @@ def _chain(names: Sequence[str], value: int) -> list[str]:
 
 
 def _aggregation(rng: random.Random, depth: float) -> Puzzle:
-    """Votes are spread over the text; which word has the most?"""
-    words = rng.sample(NOUNS, len(VOTES))
-    votes = [word for word, count in zip(words, VOTES, strict=True) for _ in range(count)]
-    rng.shuffle(votes)
-    facts = tuple(((i + 0.5) / len(votes), f"One vote for {word}.") for i, word in enumerate(votes))
+    """Winners are spread over the text; which word comes most often?"""
+    words = rng.sample(NOUNS, len(ROUNDS))
+    winners = [word for word, count in zip(words, ROUNDS, strict=True) for _ in range(count)]
+    rng.shuffle(winners)
+    facts = tuple(
+        ((i + 0.5) / len(winners), f"The winner of the round is {word}.")
+        for i, word in enumerate(winners)
+    )
     return Puzzle(
-        "Votes are hidden in the following text. Count them.",
+        "The winners of rounds are hidden in the following text. Count them.",
         facts,
         prose(rng),
         " ",
-        "Which word got the most votes?",
-        "Most votes are for",
+        "Who won most often?",
+        "Most often, the winner of the round is",
         (words[0],),
         Contains((words[0],)),
         8,
