@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import cache as stock
 
 import pagedkv
 from pagedkv import hook
@@ -75,6 +76,18 @@ def test_what_rounding_destroys_is_lost() -> None:
     lost = {o.cell.depth for o in result.outcomes if o.score == 0}
     assert {0, 50} <= lost
     assert all(o.score == 1 for o in result.outcomes if o.cache == "fp16")
+
+
+def test_other_kinds_of_caches_are_made_by_a_function() -> None:
+    class Forgetful(stock.KVCache):  # type: ignore[misc]
+        def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+            keys, values = super().update_and_fetch(keys, values)
+            return keys[:, :, -600:], values[:, :, -600:]
+
+    result = run(Looker(), [("forgetful", lambda: [Forgetful()])], NEEDLE)
+    assert result.tiers == (None, None)
+    scores = {(o.cache, o.cell.depth): o.score for o in result.outcomes}
+    assert scores["forgetful", 0] == 0 and scores["forgetful", 100] == scores["fp16", 0] == 1
 
 
 def test_the_other_way_round_it_is_gained() -> None:

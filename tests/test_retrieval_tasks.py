@@ -9,10 +9,10 @@ import pytest
 
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation import prompts
+from pagedkv.evaluation.haystack import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
 from pagedkv.evaluation.prompts import SLACK, Example, build
 from pagedkv.evaluation.scoring import Contains, Records, mean
 from pagedkv.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, ROUNDS, TASKS
-from pagedkv.evaluation.text import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
 from tests.retrieval_stand_ins import Characters, Uneven, Words
 
 CASES = [(kind, tokens) for kind in (Characters, Uneven, Words) for tokens in (2048, 5000)]

@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 from pagedkv.errors import ConfigError
+from pagedkv.evaluation.haystack import prose
 from pagedkv.evaluation.scoring import Judge
 from pagedkv.evaluation.tasks import TASKS, Puzzle
-from pagedkv.evaluation.text import prose
 
 _MARK = "\u241e"  # stands for the user's words when a chat template is taken apart
 

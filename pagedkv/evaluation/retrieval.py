@@ -20,13 +20,15 @@ from pagedkv import hook
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.evaluation.haystack import digest
 from pagedkv.evaluation.prompts import Example, build
 from pagedkv.evaluation.tasks import TASKS
-from pagedkv.evaluation.text import digest
 from pagedkv.models import unwrap, wrap, wrapping_of
 
 BASELINE = "fp16"
-Configs = Sequence[tuple[str, TierConfig | None]]
+CacheMaker = Callable[[], list[Any]]
+"""Makes an empty cache of another kind, such as mlx-lm's quantized one: one per layer."""
+Configs = Sequence[tuple[str, TierConfig | CacheMaker | None]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class RetrievalResult:
     Attributes:
         grid: that was asked for.
         caches: labels; the first one is what others are compared with.
-        tiers: of each; None is mlx-lm's own cache.
+        tiers: of each; None for caches that are not paged.
         outcomes: of each cell the baseline's first.
         complete: whether all cells were run.
     """
@@ -162,8 +164,8 @@ def run_retrieval(
     Args:
         model: of mlx-lm, not wrapped; it is not wrapped afterwards either.
         tokenizer: of the model, as `mlx_lm.load` returns it.
-        configs: labels and tiers; None is mlx-lm's own cache. The first one is the baseline;
-            mlx-lm's is put in front if it is not there.
+        configs: labels and tiers; None is mlx-lm's own cache, a function makes another kind. The
+            first one is the baseline; mlx-lm's is put in front if None is not there.
         grid: of cells; the default one if None.
         progress: called with the number of cells done and of all.
         max_seconds: no cell is begun after so long.
@@ -199,22 +201,23 @@ def run_retrieval(
 class _Caches:
     """Makes empty caches of one kind for a model, one after the other."""
 
-    def __init__(self, model: Any, label: str, config: TierConfig | None) -> None:
-        self.label, self.config = label, config
-        self._model, self._wrapping = model, None
-        if config is not None:
+    def __init__(self, model: Any, label: str, config: TierConfig | CacheMaker | None) -> None:
+        self.label = label
+        self.config: TierConfig | None = None
+        self._wrapping: Any = None
+        if isinstance(config, TierConfig):
+            self.config = config
             with wrap(model, config):
                 self._wrapping = wrapping_of(model)
             unwrap(model)
+        self._make = config if callable(config) else lambda: _own_cache(model)
 
     @contextmanager
     def opened(self) -> Iterator[list[Any]]:
         """An empty cache; its memory and files are given back at the end."""
         try:
             if self._wrapping is None:
-                from mlx_lm.models.cache import make_prompt_cache
-
-                yield make_prompt_cache(self._model)
+                yield self._make()
                 return
             hook.install()
             try:
@@ -224,6 +227,12 @@ class _Caches:
                 hook.uninstall()
         finally:
             mx.clear_cache()
+
+
+def _own_cache(model: Any) -> list[Any]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return list(make_prompt_cache(model))
 
 
 def _caches(model: Any, configs: Configs) -> list[_Caches]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
+from pagedkv.evaluation.haystack import ADJECTIVES, NAMES, NOUNS, prose, vocabulary
 from pagedkv.evaluation.scoring import Contains, Judge, Records
-from pagedkv.evaluation.text import ADJECTIVES, NAMES, NOUNS, prose, vocabulary
 
 DISTRACTORS = 4
 RECORDS = 6
