@@ -97,6 +97,15 @@ def test_the_other_way_round_it_is_gained() -> None:
     assert (needle.lost, needle.gained) == (0, 4)
 
 
+def test_the_baseline_is_run_first_wherever_it_stands() -> None:
+    grid = replace(NEEDLE, lengths=(1500,), depths=(50,))
+    for configs in ([("16 bit", SIXTEEN), ("own", None)], [("own", None), ("16 bit", SIXTEEN)]):
+        result = run(Looker(), configs, grid)
+        assert result.caches == ("own", "16 bit")
+        assert [outcome.cache for outcome in result.outcomes] == ["own", "16 bit"]
+    assert run(Looker(), [], grid).caches == ("fp16",)
+
+
 def test_the_question_is_a_call_of_its_own() -> None:
     model = Looker()
     grid = replace(NEEDLE, lengths=(1500,), depths=(50,))

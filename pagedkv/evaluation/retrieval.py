@@ -164,8 +164,8 @@ def run_retrieval(
     Args:
         model: of mlx-lm, not wrapped; it is not wrapped afterwards either.
         tokenizer: of the model, as `mlx_lm.load` returns it.
-        configs: labels and tiers; None is mlx-lm's own cache, a function makes another kind. The
-            first one is the baseline; mlx-lm's is put in front if None is not there.
+        configs: labels and tiers; None is mlx-lm's own cache, a function makes another kind.
+            mlx-lm's own is the baseline and run first, asked for or not.
         grid: of cells; the default one if None.
         progress: called with the number of cells done and of all.
         max_seconds: no cell is begun after so long.
@@ -238,8 +238,8 @@ def _own_cache(model: Any) -> list[Any]:
 def _caches(model: Any, configs: Configs) -> list[_Caches]:
     if wrapping_of(model):
         raise ConfigError("the model is wrapped: unwrap it, so that it can have mlx-lm's cache too")
-    if not configs or configs[0][1] is not None:
-        configs = [(BASELINE, None), *configs]
+    first = next((each for each in configs if each[1] is None), (BASELINE, None))
+    configs = [first, *(each for each in configs if each is not first)]
     labels = [label for label, _ in configs]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two caches have the same label: {', '.join(labels)}")
