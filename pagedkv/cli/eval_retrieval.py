@@ -1,0 +1,88 @@
+"""Options of ``pagedkv eval`` for retrieval tasks."""
+
+from __future__ import annotations
+
+import argparse
+
+from pagedkv.cli.options import parse_tokens
+from pagedkv.errors import ConfigError
+from pagedkv.evaluation.retrieval import Grid
+from pagedkv.evaluation.tasks import TASKS
+
+_DEFAULT = Grid()
+
+
+def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tasks`` and what decides their cells."""
+    group = parser.add_argument_group(
+        "retrieval",
+        "Facts are hidden in a text and asked for. The same prompt goes to every cache; what the "
+        "fp16 cache answers better is lost.",
+    )
+    group.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help=f"of {', '.join(TASKS)}, or all",
+    )
+    group.add_argument(
+        "--lengths",
+        metavar="TOKENS,...",
+        help=f"of prompt and answer, such as 1K,8K (default: {_listed(_DEFAULT.lengths)})",
+    )
+    group.add_argument(
+        "--depths",
+        metavar="PERCENT,...",
+        help=f"how deep in the text the fact is (default: {_listed(_DEFAULT.depths)})",
+    )
+    group.add_argument(
+        "--examples",
+        metavar="N",
+        type=int,
+        help=f"prompts for each task, length and depth (default: {_DEFAULT.examples})",
+    )
+    group.add_argument(
+        "--task-seed", metavar="N", type=int, help=f"of the prompts (default: {_DEFAULT.seed})"
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="ask in the model's chat template, if it has one"
+    )
+
+
+def retrieval_grid(args: argparse.Namespace) -> Grid | None:
+    """The cells that the options ask for; None if they ask for no tasks.
+
+    Raises:
+        ConfigError: naming the option and what would do.
+    """
+    if args.tasks is None:
+        return None
+    names = tuple(TASKS) if args.tasks.strip() == "all" else _split(args.tasks)
+    return Grid(
+        tasks=names,
+        lengths=_lengths(args.lengths),
+        depths=_DEFAULT.depths if args.depths is None else _depths(args.depths),
+        examples=_DEFAULT.examples if args.examples is None else args.examples,
+        seed=_DEFAULT.seed if args.task_seed is None else args.task_seed,
+        chat=args.chat,
+    )
+
+
+def _lengths(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return _DEFAULT.lengths
+    return tuple(parse_tokens(part, "--lengths") for part in _split(text))
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    parts = [part.removesuffix("%").strip() for part in _split(text)]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--depths {text!r}: write percentages, such as 0,25,50,75,100")
+    return tuple(map(int, parts))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))
