@@ -16,7 +16,7 @@ from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ColdStoreError, OutOfPagesError, ShapeError
-from pagedkv.tiers import HotBuffer, LayerPager, Page
+from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
 
 if TYPE_CHECKING:
     from pagedkv.layer import PagedLayerCache
@@ -88,6 +88,11 @@ class LayerPages:
     def shape(self) -> KVShape | None:
         """Heads and channels; None before the first tokens."""
         return self._pager.shape if self._pager else None
+
+    @property
+    def treatment(self) -> Treatment | None:
+        """What is done to keys and values in pages; None for nothing or before the first tokens."""
+        return self._pager.treatment if self._pager else None
 
     @property
     def page_tokens(self) -> int:

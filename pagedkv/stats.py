@@ -74,6 +74,8 @@ class CacheStats:
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
             the hook, either with the number of rows of a batch, or the class name of a cache that
             was left as it is; of several in a layer, ``"CacheList(paged, ArraysCache)"``.
+        treatments: per layer what is done to keys and values before they are quantized, and why;
+            ``"none"`` for a layer without pages.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
         process_bytes: resident memory of the process.
     """
@@ -110,6 +112,7 @@ class CacheStats:
     prefixes_remembered: int
     prefix_reuse: str
     layers: tuple[str, ...]
+    treatments: tuple[str, ...]
     mlx_active_bytes: int
     mlx_peak_bytes: int
     mlx_cache_bytes: int
@@ -195,6 +198,7 @@ def collect(cache: PagedCache) -> CacheStats:
         prefixes_remembered=len(cache.context.prefixes),
         prefix_reuse=obstacle(cache) or "on",
         layers=tuple(_kind(layer) for layer in cache),
+        treatments=tuple(_treatment(layer) for layer in cache),
         mlx_active_bytes=mx.get_active_memory(),
         mlx_peak_bytes=mx.get_peak_memory(),
         mlx_cache_bytes=mx.get_cache_memory(),
@@ -284,6 +288,11 @@ def _skipped(cache: PagedCache) -> SkipCounters | None:
 
 def _elements(shape: KVShape) -> int:
     return shape.kv_heads * (shape.key_dim + shape.value_dim)
+
+
+def _treatment(layer: Any) -> str:
+    first = next(rows_of([layer]), None)
+    return str(first.treatment) if first is not None and first.treatment else "none"
 
 
 def _kind(layer: Any) -> str:

@@ -116,6 +116,7 @@ def balanced(spread: Spread, shape: KVShape) -> Treatment:
         tuple(scale_steps(head) for head in keys),
         tuple(scale_steps(head) for head in values),
         shape,
+        f"largest key channel {spread.outlier:.1f} times the median",
     )
 
 

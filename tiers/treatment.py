@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,7 @@ class Treatment:
         key_steps: scales of key channels, per KV head.
         value_steps: likewise of values.
         shape: what the layer caches per token.
+        reason: why it was chosen, for people.
     """
 
     rotation: str
@@ -59,6 +60,7 @@ class Treatment:
     key_steps: Steps
     value_steps: Steps
     shape: KVShape
+    reason: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -84,7 +86,7 @@ class Treatment:
         """A rotation of all heads without scales."""
         keys = ((0,) * shape.key_dim,) * shape.kv_heads
         values = ((0,) * shape.value_dim,) * shape.kv_heads
-        return cls(rotation, seed, keys, values, shape)
+        return cls(rotation, seed, keys, values, shape, "asked for")
 
     def only(self, keys: bool, values: bool) -> Treatment:
         """The same for keys or values alone."""
@@ -99,6 +101,16 @@ class Treatment:
     def changes(self) -> bool:
         """Whether any head is transformed."""
         return any(head is not None for head in (*self.key_steps, *self.value_steps))
+
+    def __str__(self) -> str:
+        parts = [("keys", self.key_steps), ("values", self.value_steps)]
+        told = []
+        for name, heads in parts:
+            scaled = any(head and any(head) for head in heads)
+            if any(head is not None for head in heads):
+                told.append(f"{name} {'scaled and rotated' if scaled else 'rotated'}")
+        text = f"{', '.join(told) or 'none'} ({self.rotation})"
+        return f"{text}: {self.reason}" if self.reason else text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

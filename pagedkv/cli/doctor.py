@@ -88,11 +88,24 @@ def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
     """How each layer of a model would be cached; its weights are not run."""
     model, _ = load_model(args.model, args.dtype, Notes(args.quiet), lazy=True)
     with wrapped(model, config) as cache:
-        kinds = cache.stats().layers
+        stats = cache.stats()
+    kinds = stats.layers
     for kind in dict.fromkeys(kinds):
         layers = [i for i, other in enumerate(kinds) if other == kind]
         value = f"{len(layers)} of {len(kinds)} layers: {_ranges(layers)}"
         yield Row(kind, *_verdict(kind, value))
+    for treatment in dict.fromkeys(text.partition(":")[0] for text in stats.treatments):
+        which = [i for i, text in enumerate(stats.treatments) if text.startswith(treatment)]
+        reasons = [stats.treatments[i].partition(": ")[2] for i in which]
+        yield Row(
+            "treatment", OK, f"{treatment}: layers {_ranges(which)}", max(reasons, key=_times)
+        )
+
+
+def _times(reason: str) -> float:
+    """The number in a reason such as ``"largest key channel 31.0 times the median"``."""
+    found = re.search(r"([\d.]+) times", reason)
+    return float(found[1]) if found else 0.0
 
 
 def _verdict(kind: str, value: str) -> tuple[str, str, str]:

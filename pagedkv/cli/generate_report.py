@@ -79,6 +79,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
             f"active, {format_size(s.mlx_peak_bytes)} peak, {format_size(s.mlx_cache_bytes)} kept",
         ),
         ("layers", _layers(s.layers)),
+        ("treatment", _treatments(s.treatments)),
     ]
 
 
@@ -142,6 +143,11 @@ def _speed(result: Generation) -> str:
         f"({speed:,.1f}/s)"
     )
     return ", ".join(parts)
+
+
+def _treatments(told: tuple[str, ...]) -> str:
+    """What is done, without each layer's own reason."""
+    return _layers(tuple(text.partition(":")[0] for text in told))
 
 
 def _layers(kinds: tuple[str, ...]) -> str:
