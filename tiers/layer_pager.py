@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -132,6 +132,7 @@ class LayerPager:
         self.layer = layer
         self.shape = shape
         self.hot_dtype = hot_dtype
+        self.treatment: Any = None
         self.precisions = budget.ladder.beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
