@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pagedkv.bench.report import MISSING, Column
+from pagedkv.bench.report import MISSING, Column, markdown_table
 from pagedkv.bench.result import OK, Row
 from pagedkv.evaluation.result import summary
 from pagedkv.evaluation.settings import DECODE, LEGS, PREFILL
@@ -127,8 +127,7 @@ def markdown(leg: str, rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     heads = [column.heading for column in columns]
-    rule = ["---" if column.left else "---:" for column in columns]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
+    return markdown_table(heads, lines, {i for i, column in enumerate(columns) if column.left})
 
 
 def page(document: dict[str, Any]) -> str:

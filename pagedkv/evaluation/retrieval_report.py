@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from pagedkv.bench.report import markdown_table
 from pagedkv.evaluation.heat_map import text_table
 from pagedkv.evaluation.retrieval import Outcome, RetrievalResult
 from pagedkv.evaluation.retrieval_comparison import ALL, Comparison, compare, pairs
@@ -43,7 +42,7 @@ def comparison_rows(result: RetrievalResult) -> tuple[tuple[str, ...], list[list
 
 def _comparisons(result: RetrievalResult) -> str:
     headings, rows = comparison_rows(result)
-    return _table(headings, rows, left=2) if rows else ""
+    return markdown_table(headings, rows, range(2)) if rows else ""
 
 
 def _row(comparison: Comparison) -> list[str]:
@@ -66,7 +65,7 @@ def _row(comparison: Comparison) -> list[str]:
 def _heat_map(result: RetrievalResult, cache: str) -> str:
     headings, rows = text_table(result, cache)
     what = "mean score" if cache == result.caches[0] else "mean score, and cells lost"
-    return f"{cache}, {what}:\n\n{_table(headings, rows, left=1)}" if rows else ""
+    return f"{cache}, {what}:\n\n{markdown_table(headings, rows, range(1))}" if rows else ""
 
 
 def _lost(result: RetrievalResult) -> str:
@@ -88,7 +87,7 @@ def _lost(result: RetrievalResult) -> str:
     ]
     headings = ("cache", "task", "tokens", "depth", "seed", "right", "baseline wrote", "it wrote")
     more = f"\n\nand {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
-    return f"Lost:\n\n{_table(headings, rows, left=len(headings))}{more}"
+    return f"Lost:\n\n{markdown_table(headings, rows, range(len(headings)))}{more}"
 
 
 def _errors(result: RetrievalResult) -> str:
@@ -98,7 +97,7 @@ def _errors(result: RetrievalResult) -> str:
         return ""
     headings = ("cache", "task", "tokens", "depth", "seed", "error")
     title = f"Without a score, {len(failed)} in all:"
-    return f"{title}\n\n{_table(headings, rows, left=len(headings))}"
+    return f"{title}\n\n{markdown_table(headings, rows, range(len(headings)))}"
 
 
 def _place(outcome: Outcome) -> list[str]:
@@ -111,9 +110,3 @@ def _code(text: str) -> str:
     """Text as code in a cell: one line, and nothing that ends the cell."""
     line = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
     return f"`{line}`" if line else "-"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Markdown; the first `left` columns are text, the others numbers."""
-    rule = ["---" if i < left else "---:" for i in range(len(headings))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
