@@ -13,8 +13,8 @@ from typing import Any
 
 from pagedkv.bench.plots import STYLE, available, file_name
 from pagedkv.bench.settings import short_tokens
-from pagedkv.evaluation.retrieval import RetrievalResult
 from pagedkv.evaluation.retrieval_comparison import Square, squares
+from pagedkv.evaluation.retrieval_result import RetrievalResult
 
 _INCHES = 0.9  # per length
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pagedkv.bench.report import markdown_table
 from pagedkv.evaluation.heat_map import text_table
-from pagedkv.evaluation.retrieval import Outcome, RetrievalResult
 from pagedkv.evaluation.retrieval_comparison import ALL, Comparison, compare, pairs
+from pagedkv.evaluation.retrieval_result import Outcome, RetrievalResult
 from pagedkv.evaluation.tasks import TASKS
 
 MOST_LOST = 20
@@ -26,12 +26,15 @@ def retrieval_report(result: RetrievalResult) -> str:
         f"difference of mean scores. `in pages` counts cells in which part of the text was in "
         f"pages when the question came; in the others everything was 16 bit.",
         _comparisons(result),
+        *(f"{c}: {note}." for c, note in zip(result.caches, result.notes, strict=False) if note),
         *(_heat_map(result, cache) for cache in result.caches),
         _lost(result),
         _errors(result),
     ]
     if not result.complete:
-        parts.insert(1, "Not all cells were run: the time was up.")
+        run = len({outcome.cell for outcome in result.outcomes})
+        all_ = len(result.grid.cells())
+        parts.insert(1, f"{run} of {all_} cells were run: the time was up.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
