@@ -19,7 +19,7 @@ from pagedkv.backends import (
     sink_partial,
 )
 from pagedkv.errors import ShapeError
-from pagedkv.tiers import HotTokens, LayerPager, Run
+from pagedkv.tiers import HotTokens, LayerPager, Run, Treatment
 from pagedkv.tiers.reader import Batch
 
 stock_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
@@ -224,20 +224,36 @@ def attend(
     if length > DECODE_TOKENS and not slow_dense:
         per_token = view.hot.keys.shape[1] * (view.hot.keys.shape[3] + view.hot.values.shape[3])
         if view.tokens * per_token * q.dtype.size <= scratch_bytes:
-            keys, values = _dense(view, q.dtype, backend)
-            return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+            keys, values, treatment = _dense(view, q.dtype, backend)
+            if treatment is None:
+                return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+            treated = _rows(q, view, treatment.page_queries).astype(q.dtype)
+            out = stock_attention(treated, keys, values, scale=scale, mask=mask, sinks=sinks)
+            return _rows(out, view, treatment.own_values).astype(q.dtype)
     return _Tiles(view, q, scale, mask, backend).attend(sinks)
 
 
-def _dense(view: KVView, dtype: mx.Dtype, backend: Backend) -> tuple[mx.array, mx.array]:
-    """All keys and values of the view, by a kernel where there is one."""
+def _rows(x: mx.array, view: KVView, change: Callable[[mx.array], mx.array]) -> mx.array:
+    """Queries or outputs ``[1, query_heads, L, dim]``, changed as rows of their KV heads."""
+    heads = view.hot.keys.shape[1]
+    return change(x.reshape(heads, -1, x.shape[3])).reshape(*x.shape[:3], -1)
+
+
+def _dense(
+    view: KVView, dtype: mx.Dtype, backend: Backend
+) -> tuple[mx.array, mx.array, Treatment | None]:
+    """All keys and values of the view, by a kernel where there is one.
+
+    Returns:
+        Keys, values, and how they are treated: a kernel leaves them as pages hold them.
+    """
     if isinstance(backend, KernelBackend):
         assert view.pager is not None
         dense = backend.fused.expand(view.pager, view.entries, view.hot, view.sinks, dtype)
         if dense is not None:
             keys, values = (without(x, view.sinks, view.hidden) for x in dense)
-            return keys, values
-    return view.dense(dtype)
+            return keys, values, view.pager.treatment
+    return (*view.dense(dtype), None)
 
 
 def without(x: mx.array, start: int, count: int) -> mx.array:

@@ -90,11 +90,11 @@ class DequantizeBackend:
 
     def scores(self, q: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
         """See `Backend.scores`."""
-        return q @ codec.keys(records, mx.float32)
+        return q @ codec.page_keys(records, mx.float32)
 
     def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
         """See `Backend.weigh`."""
-        return p @ codec.values(records, mx.float32)
+        return p @ codec.page_values(records, mx.float32)
 
 
 class QuantizedBackend(DequantizeBackend):
@@ -203,13 +203,18 @@ def page_partial(
         records: uint32 ``[pages, page_bytes / 4]``.
         mask: added to the scores: float32, broadcastable to ``[pages, kv_heads, rows, tokens]``.
     """
+    if codec.treatment:
+        q = codec.treatment.page_queries(q)
     scores = backend.scores(q, codec, records)
     if mask is not None:
         scores = scores + mask
     peak = scores.max(axis=(0, 3), keepdims=True)
     p = mx.exp(scores - mx.maximum(peak, FLOOR))
     total = p.sum(axis=(0, 3), keepdims=True)
-    return Partial(peak[0], total[0], backend.weigh(p, codec, records).sum(axis=0))
+    out = backend.weigh(p, codec, records).sum(axis=0)
+    if codec.treatment:
+        out = codec.treatment.own_values(out)
+    return Partial(peak[0], total[0], out)
 
 
 def dense_partial(q: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> Partial:

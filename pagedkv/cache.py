@@ -17,6 +17,7 @@ from pagedkv.layer import PagedLayerCache
 from pagedkv.stats import CacheStats, collect, rows_of
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
+from pagedkv.tiers.treatment import ROTATIONS
 from pagedkv.window import WindowedLayerCache
 
 
@@ -46,7 +47,9 @@ class PagedCache(list[Any]):
                 ``cold_dir`` and found again; without one they cannot be.
         """
         config = config or TierConfig()
-        pager = Pager(config.budget(), layers, identity=config.store_identity(model, layers))
+        rotation = config.treatment if config.treatment in ROTATIONS else ""
+        identity = config.store_identity(model, layers, rotation)
+        pager = Pager(config.budget(), layers, identity=identity, rotation=rotation)
         context = SequenceContext(config, pager, fingerprint=model)
         if pager.has_cold:
             pager.cold  # noqa: B018  # a bad directory shows here and not in the middle of a text

@@ -12,8 +12,10 @@ from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.sequence import StoreIdentity
+from pagedkv.tiers.treatment import ROTATIONS
 
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
+TREATMENTS = ("auto", "none", *ROTATIONS)
 DURABILITIES = ("process", "power")
 KEPT_TOKENS = 4
 """First tokens that a cache of `max_kv_size` keeps for ever, as in mlx-lm."""
@@ -63,6 +65,10 @@ class TierConfig:
             took is given back. 0 never looks.
         prefix_salt: mixed into what prefixes are found by: sequences with different salts share
             nothing.
+        treatment: what is done to keys and values before they are quantized to less than 8 bits,
+            and undone around attention: ``"auto"`` scales and rotates channels by what the model's
+            weights say (nothing where they are not known, such as in a standalone cache),
+            ``"hadamard"`` and ``"fourier"`` rotate all without scaling, ``"none"`` leaves them.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -88,6 +94,7 @@ class TierConfig:
     bounds: int | str = "256MiB"
     keep_free: int | str = "512MB"
     prefix_salt: str = ""
+    treatment: str = "auto"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -111,6 +118,10 @@ class TierConfig:
         if self.hot_dtype not in (None, "model", "float16", "bfloat16"):
             raise ConfigError(
                 f"hot_dtype is None, 'model', 'float16' or 'bfloat16', got {self.hot_dtype!r}"
+            )
+        if self.treatment not in TREATMENTS:
+            raise ConfigError(
+                f"treatment is one of {', '.join(TREATMENTS)}, got {self.treatment!r}"
             )
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
@@ -154,17 +165,20 @@ class TierConfig:
             keep_free=parse_size(self.keep_free, "keep_free"),
         )
 
-    def store_identity(self, model: str, layers: int) -> StoreIdentity | None:
+    def store_identity(self, model: str, layers: int, treatments: str = "") -> StoreIdentity | None:
         """What names the store of flushed sequences; None if nothing is to last.
 
         Args:
             model: the model's fingerprint or name; empty for none.
             layers: layers that are paged.
+            treatments: names what is done to keys and values; empty for nothing.
         """
         if self.cold_dir is None or not model or not parse_size(self.cold, "cold"):
             return None
         if self.max_kv_size is not None:  # other tokens are in such pages
             model = f"{model} max_kv_size={self.max_kv_size}"
+        if treatments:
+            model = f"{model} treatment={treatments}"
         return StoreIdentity(
             model, layers, str(self.ladder), self.sink_tokens, self.page_tokens, self.hot_dtype
         )

@@ -25,8 +25,9 @@ from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.prefixes import Prefixes
-from pagedkv.streams import replaced, streams
+from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import HotTokens, Pager
+from pagedkv.treatments import choose_treatments, digest_of
 
 _WRAPPED = "_pagedkv_wrapping"
 
@@ -134,10 +135,9 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
             f"a way that can be paged (they use {names}): there is nothing to page"
         )
     name = fingerprint(model)
-    identity = config.store_identity(name, len(pageable))
     wrapping = Wrapping(
         config,
-        Pager(config.budget(), len(pageable), identity=identity),
+        Pager(config.budget(), len(pageable)),
         stock,
         name,
         _context_limit(model),
@@ -146,6 +146,9 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     hook.install()
     try:
         wrapping.probes = _probe(model, kinds, pageable)
+        pager = wrapping.pager
+        pager.treatments = choose_treatments(model, config, _plain_layers(kinds, wrapping.probes))
+        pager.identity = config.store_identity(name, len(pageable), digest_of(pager.treatments))
         cache = wrapping.make_cache()
         if wrapping.pager.has_cold:
             wrapping.pager.cold  # noqa: B018  # a bad directory shows here, not in mid-text
@@ -157,6 +160,13 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     object.__setattr__(model, _WRAPPED, wrapping)
     object.__setattr__(model, "make_cache", wrapping.make_cache)
     return cache
+
+
+def _plain_layers(kinds: list[Any], probes: dict[int, LayerProbe]) -> dict[int, KVShape]:
+    """What layers with one cache each keep, by number: streams and layers have the same then."""
+    if any(inner_caches(cache) is not None for cache in kinds):
+        return {}
+    return {number: probe.shape for number, probe in probes.items()}
 
 
 def _wrapped_already(earlier: Wrapping, config: TierConfig) -> PagedCache | None:
@@ -218,7 +228,7 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
         )
     wrapping = wrapping_of(model)
     if wrapping is None:
-        cache = wrap(model, config or TierConfig(**metas[0]["config"]))
+        cache = wrap(model, config or state.saved_config(metas[0]))
     else:
         cache = wrapping.make_cache()
     try:

@@ -106,6 +106,8 @@ class ColdSelection:
         heads = int(view.hot.keys.shape[1])
         rows = (q.astype(mx.float32) * scale).reshape(heads, -1, q.shape[3])
         floor = _hot_log_mass(view, rows, int(q.shape[2]), mask, sinks)
+        if pager.treatment:
+            rows = pager.treatment.page_queries(rows)
         bounds = pager.bounds.upper(rows, (e.page for e in cold))
         # Shares of the floor; a page that could be anything is infinite.
         with np.errstate(over="ignore"):
@@ -117,6 +119,8 @@ class ColdSelection:
         if out:
             self._weight = _share(sums[out - 1]).astype(np.float32)
             self._value_peak = bounds.value_peak[order[:out]].max(axis=0)
+            if pager.treatment:
+                self._value_peak = self._value_peak * pager.treatment.output_gain
         self._count(pager, cold)
         gone = sum(e.tokens for e in cold if e.page in self._out)
         entries = self.expected(view.entries)

@@ -24,7 +24,7 @@ from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.config import TierConfig
 from pagedkv.errors import CacheStateError, PagedKVError
 from pagedkv.streams import inner_caches
-from pagedkv.tiers import Pager, Run
+from pagedkv.tiers import Pager, Run, Treatment
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -91,6 +91,8 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
         meta["shape"] = [shape.kv_heads, shape.key_dim, shape.value_dim]
         meta["dtype"] = str(cache._dtype).removeprefix("mlx.core.")
         meta["page_tokens"] = cache._pager.page_tokens
+        if treatment := cache._pager.treatment:
+            meta["treatment"] = treatment.to_dict()
         pages = cache._pager.pages
         meta["pages"] = [
             [str(pages[e.page].precision), pages[e.page].position, e.tokens] for e in cache._table
@@ -133,6 +135,11 @@ def parse_meta(value: Any) -> dict[str, Any]:
     return dict(meta)
 
 
+def saved_config(meta: dict[str, Any]) -> TierConfig:
+    """The settings with which a cache was saved; before there were treatments, without one."""
+    return TierConfig(**{"treatment": "none", **meta["config"]})
+
+
 def restore_into(cache: PagedLayerCache, value: Any) -> None:
     """Fill a blank layer cache from a state, with tiers of its own (shared by its file's layers).
 
@@ -147,11 +154,13 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     key = meta["sequence"]
     context = _loading.get(key)
     if context is None or any(c.layer == meta["layer"] for c in context.alive()):
-        config = TierConfig(**meta["config"])
+        config = saved_config(meta)
         context = SequenceContext(config, Pager(config.budget(), meta["layers"]))
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
         _loading[key] = context
     try:
+        if "shape" in meta and (treatment := _treatment(meta, KVShape(*meta["shape"]))):
+            context.pager.treatments[meta["layer"]] = treatment
         cache.start_from(context, meta)
     except (KeyError, TypeError) as e:
         raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
@@ -178,6 +187,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                 f"saved pages hold {meta['page_tokens']} tokens and this cache's hold "
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
             )
+        _require_treatment(cache._pager.treatment, _treatment(meta, shape), cache.layer)
         cache.accept_window(meta.get("window", {}), int(meta["offset"]))
         if cache.sink_tokens != meta["sink_tokens"]:
             raise CacheStateError(
@@ -209,6 +219,20 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
         raise CacheStateError(
             f"layer {cache.layer}: {cache._hot.used} hot, {cache._table.tokens} paged and "
             f"{cache.dropped} dropped tokens are not the {cache.offset} that were saved"
+        )
+
+
+def _treatment(meta: dict[str, Any], shape: KVShape) -> Treatment | None:
+    saved = meta.get("treatment")
+    return Treatment.from_dict(saved, shape) if saved else None
+
+
+def _require_treatment(mine: Treatment | None, saved: Treatment | None, layer: int) -> None:
+    if mine != saved:
+        told = [f"{t.rotation} {t.digest}" if t else "none" for t in (saved, mine)]
+        raise CacheStateError(
+            f"layer {layer}: the saved pages' treatment is {told[0]} and this cache's {told[1]}: "
+            f"wrap the model with the treatment that the file was made with"
         )
 
 

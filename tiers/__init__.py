@@ -15,6 +15,7 @@ from pagedkv.tiers.pager import Pager
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.records import ColdRecord, PageIdentity
 from pagedkv.tiers.sequence import LayerState, SequenceState, StoreIdentity
+from pagedkv.tiers.treatment import Treatment
 from pagedkv.tiers.warm import WarmSlab
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StoreIdentity",
     "StoredSequence",
     "TierBudget",
+    "Treatment",
     "WarmSlab",
     "codec_for",
 ]

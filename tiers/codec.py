@@ -1,9 +1,12 @@
 """Page codecs: 16-bit keys and values in, page records out, and back.
 
 A record is a page's bytes as uint32 words, the same in memory and on NVMe; the arrays inside it
-are ordinary MLX affine-quantized triples (`mx.quantize`, w = code · scale + bias), laid out by
-`PageGeometry`. Keys are stored transposed so that each channel has its own scale and bias for 64
-tokens (per-channel keys as in KIVI, arXiv:2402.02750), values have theirs per token.
+are ordinary MLX affine-quantized triples (what `mx.quantize` gives, w = code · scale + bias), laid
+out by `PageGeometry`. Keys are stored transposed so that each channel has its own scale and bias
+for 64 tokens (per-channel keys as in KIVI, arXiv:2402.02750), values have theirs per token.
+
+Where a layer has a `Treatment`, all its pages hold treated keys and values: `page_keys` and
+`page_values` give them as they are there, `keys` and `values` as they came.
 """
 
 from __future__ import annotations
@@ -14,8 +17,19 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.precision import GROUP_TOKENS
+from pagedkv.tiers.treatment import Treatment
 
 FLOAT16_MAX = 65504.0
+LEAST_SCALE = 2.0**-24
+"""The smallest number above zero in float16."""
+
+TRIMMED = {2: 10, 3: 40}
+"""By bits, the part of a group's range that its codes leave out at either end: one in so many.
+
+With few codes a smaller step is worth more than the ends. One in ten gave the least KL at 2 bits,
+one in forty at 3, none from 4 on; a search for the least squared error of each group gave more than
+those (`docs/design.md`).
+"""
 
 
 class QuantizedTriple(NamedTuple):
@@ -48,6 +62,7 @@ class PageCodec(Protocol):
     """Turns the tokens of one layer into page records of one geometry, and back."""
 
     geometry: PageGeometry
+    treatment: Treatment | None
 
     def encode(self, keys: mx.array, values: mx.array) -> mx.array:
         """Seal whole pages.
@@ -61,34 +76,73 @@ class PageCodec(Protocol):
         """
         ...
 
+    def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Keys as the pages hold them, transposed: ``[pages, kv_heads, key_dim, tokens]``."""
+        ...
+
+    def page_values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Values as the pages hold them: ``[pages, kv_heads, tokens, value_dim]``."""
+        ...
+
     def keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Keys of the pages, transposed: ``[pages, kv_heads, key_dim, tokens]``."""
+        """Keys as they came, transposed like `page_keys`."""
         ...
 
     def values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Values of the pages: ``[pages, kv_heads, tokens, value_dim]``."""
+        """Values as they came."""
         ...
 
 
 class _Layout:
     """Shared by both codecs: parts into words and words into parts."""
 
-    def __init__(self, geometry: PageGeometry, hot_dtype: mx.Dtype) -> None:
+    def __init__(
+        self, geometry: PageGeometry, hot_dtype: mx.Dtype, treatment: Treatment | None = None
+    ) -> None:
         self.geometry = geometry
+        self.treatment = treatment
         self._dtypes = {"uint32": mx.uint32, "float16": mx.float16, "hot": hot_dtype}
         self._parts = {part.name: part for part in geometry.parts}
 
-    def _pages(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """To ``[pages, kv_heads, key_dim, tokens]``, ``[pages, kv_heads, tokens, value_dim]``."""
+    def _pages(
+        self, keys: mx.array, values: mx.array, dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        """What pages hold, in a 16-bit type.
+
+        Returns:
+            ``[pages, kv_heads, key_dim, tokens]`` and ``[pages, kv_heads, tokens, value_dim]``.
+        """
         heads, length, _ = keys.shape
         tokens = self.geometry.tokens
         if length % tokens:
             raise ValueError(f"{length} tokens are not whole pages of {tokens}")
         split = (heads, length // tokens, tokens, -1)
-        return (
-            keys.reshape(split).transpose(1, 0, 3, 2),
-            values.reshape(split).transpose(1, 0, 2, 3),
-        )
+        keys, values = (x.reshape(split).swapaxes(0, 1) for x in (keys, values))
+        if self.treatment:
+            # Page by page, so that no page depends on how many are sealed together.
+            keys, values = self.treatment.page_keys(keys), self.treatment.page_values(values)
+        return to_16_bit(keys, dtype).swapaxes(2, 3), to_16_bit(values, dtype)
+
+    def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_keys`."""
+        raise NotImplementedError
+
+    def page_values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_values`."""
+        raise NotImplementedError
+
+    def keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.keys`."""
+        if self.treatment is None:
+            return self.page_keys(records, dtype)
+        rows = self.page_keys(records, mx.float32).swapaxes(2, 3)
+        return self.treatment.own_keys(rows).swapaxes(2, 3).astype(dtype)
+
+    def values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.values`."""
+        if self.treatment is None:
+            return self.page_values(records, dtype)
+        return self.treatment.own_values(self.page_values(records, mx.float32)).astype(dtype)
 
     def _join(self, arrays: list[mx.array]) -> mx.array:
         pages = arrays[0].shape[0]
@@ -106,21 +160,19 @@ class _Layout:
 
 
 class AffineCodec(_Layout):
-    """Keys and values quantized with `mx.quantize`, each with its own bits (2, 3, 4 or 8)."""
+    """Keys and values quantized, each with its own bits (2, 3, 4 or 8)."""
 
     def encode(self, keys: mx.array, values: mx.array) -> mx.array:
         """See `PageCodec.encode`. Inputs beyond float16's range are clamped to it."""
-        keys, values = self._pages(to_16_bit(keys, mx.float16), to_16_bit(values, mx.float16))
+        keys, values = self._pages(keys, values, mx.float16)
         extra = self.geometry.padded_value_dim - self.geometry.shape.value_dim
         if extra:
             values = mx.pad(values, [(0, 0)] * 3 + [(0, extra)])
         precision = self.geometry.precision
         return self._join(
             [
-                *mx.quantize(keys, group_size=GROUP_TOKENS, bits=precision.key_bits),
-                *mx.quantize(
-                    values, group_size=self.geometry.value_group, bits=precision.value_bits
-                ),
+                *quantize(keys, GROUP_TOKENS, precision.key_bits),
+                *quantize(values, self.geometry.value_group, precision.value_bits),
             ]
         )
 
@@ -139,40 +191,87 @@ class AffineCodec(_Layout):
         )
         return QuantizedTriple(codes, scales, biases, group, bits)
 
-    def keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """See `PageCodec.keys`."""
+    def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_keys`."""
         return self.key_triple(records).dequantize(dtype)
 
-    def values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """See `PageCodec.values`."""
+    def page_values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_values`."""
         values = self.value_triple(records).dequantize(dtype)
         return values[..., : self.geometry.shape.value_dim]
 
 
 class Sixteen(_Layout):
-    """Keys and values in the cache's 16-bit type, bit for bit."""
+    """Keys and values in the cache's 16-bit type, bit for bit unless they are treated."""
 
-    def __init__(self, geometry: PageGeometry, hot_dtype: mx.Dtype) -> None:
+    def __init__(
+        self, geometry: PageGeometry, hot_dtype: mx.Dtype, treatment: Treatment | None = None
+    ) -> None:
         # A float32 hot tier (hot_dtype="model") still has 16-bit pages.
-        super().__init__(geometry, mx.float16 if hot_dtype == mx.float32 else hot_dtype)
+        dtype = mx.float16 if hot_dtype == mx.float32 else hot_dtype
+        super().__init__(geometry, dtype, treatment)
 
     def encode(self, keys: mx.array, values: mx.array) -> mx.array:
         """See `PageCodec.encode`."""
-        dtype = self._dtypes["hot"]
-        keys, values = self._pages(to_16_bit(keys, dtype), to_16_bit(values, dtype))
-        return self._join([keys, values])
+        return self._join([*self._pages(keys, values, self._dtypes["hot"])])
 
-    def keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """See `PageCodec.keys`."""
+    def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_keys`."""
         return self._part(records, "keys").astype(dtype)
 
-    def values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
-        """See `PageCodec.values`."""
+    def page_values(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `PageCodec.page_values`."""
         return self._part(records, "values").astype(dtype)
 
 
+def quantize(x: mx.array, group: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Affine codes as `mx.dequantize` reads them, by rounding between a group's ends.
+
+    `mx.quantize` moves the scale so that zero and the larger end are exact; that costs a fifth of
+    the KL of 4-bit keys (`docs/design.md`). The ends of the range are left out where there are few
+    codes, see `TRIMMED`. Scale and bias are rounded to float16 first, then codes are chosen. Every
+    operation rounds once and none can be fused, so that kernels give the same bits.
+
+    Args:
+        x: float16, the last axis a multiple of `group`.
+        group: neighbours that share a scale and a bias.
+        bits: of a code: 2, 3, 4 or 8.
+
+    Returns:
+        uint32 codes, lowest bits first along the last axis; float16 scales and biases, one per
+        group.
+    """
+    numbers = x.astype(mx.float32).reshape(*x.shape[:-1], -1, group)
+    low, high = numbers.min(axis=-1, keepdims=True), numbers.max(axis=-1, keepdims=True)
+    steps, parts = 2**bits - 1, TRIMMED.get(bits)
+    width, bias = high - low, low
+    if parts:
+        width, bias = (parts - 2) * width, ((parts - 1) * low + high) / parts
+    scale = mx.maximum(width / (steps * (parts or 1)), LEAST_SCALE).astype(mx.float16)
+    bias = bias.astype(mx.float16)
+    codes = mx.round((numbers - bias.astype(mx.float32)) / scale.astype(mx.float32))
+    codes = mx.clip(codes, 0, steps).astype(mx.uint32).reshape(x.shape)
+    return _packed(codes, bits), scale[..., 0], bias[..., 0]
+
+
+def _packed(codes: mx.array, bits: int) -> mx.array:
+    """Codes side by side in words, the last axis a multiple of 32."""
+    in_word = 8 if bits == 3 else 32 // bits
+    parts = codes.reshape(*codes.shape[:-1], -1, in_word)
+    words = (parts << (bits * mx.arange(in_word, dtype=mx.uint32))).sum(axis=-1)
+    if bits != 3:
+        return words
+    a, b, c, d = (words[..., i::4] for i in range(4))  # 24 bits each: three words of four
+    whole = mx.stack([a | b << 24, b >> 8 | c << 16, c >> 16 | d << 8], axis=-1)
+    return whole.reshape(*whole.shape[:-2], -1)
+
+
 def codec_for(
-    shape: KVShape, tokens: int, precision: Precision, hot_dtype: mx.Dtype
+    shape: KVShape,
+    tokens: int,
+    precision: Precision,
+    hot_dtype: mx.Dtype,
+    treatment: Treatment | None = None,
 ) -> AffineCodec | Sixteen:
     """The codec of a layer's pages at one precision.
 
@@ -181,10 +280,11 @@ def codec_for(
         tokens: tokens per page.
         precision: bits of keys and values, or 16 bit.
         hot_dtype: type of the cache's hot tier, kept as it is by 16-bit pages.
+        treatment: of the layer's keys and values; None for none.
     """
     geometry = PageGeometry(shape, tokens, precision)
     kind = AffineCodec if precision.quantized else Sixteen
-    return kind(geometry, hot_dtype)
+    return kind(geometry, hot_dtype, treatment)
 
 
 def _on_gpu() -> bool:

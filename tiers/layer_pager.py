@@ -30,6 +30,7 @@ from pagedkv.tiers.kept_pages import KeptPages
 from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
+from pagedkv.tiers.treatment import Treatment
 from pagedkv.tiers.warm import WarmSlab
 
 if TYPE_CHECKING:
@@ -126,16 +127,18 @@ class LayerPager:
         shape: KVShape,
         hot_dtype: mx.Dtype,
         span: int | None = None,
+        treatment: Treatment | None = None,
     ) -> None:
         budget = pager.budget
         self._pager = pager
         self.layer = layer
         self.shape = shape
         self.hot_dtype = hot_dtype
+        self.treatment = treatment
         self.precisions = budget.ladder.beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
-            p: codec_for(shape, self.page_tokens, p, hot_dtype) for p in self.precisions
+            p: codec_for(shape, self.page_tokens, p, hot_dtype, treatment) for p in self.precisions
         }
         # A run's length is a matter of geometry alone, so that budgets change no result.
         largest = max(codec.geometry.page_bytes for codec in self.codecs.values())

@@ -19,6 +19,7 @@ from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
+from pagedkv.tiers.treatment import Treatment, treated_parts
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 
@@ -52,6 +53,8 @@ class Pager:
         pressure: says whether memory is short.
         relief: asked in turn when there is no room for pages: each gives up a sequence that it
             keeps for later, and says whether it had one.
+        treatments: of layers' keys and values, to be set before a layer's first page.
+        rotation: of layers that have none of those; empty for none.
     """
 
     budget: TierBudget
@@ -64,6 +67,8 @@ class Pager:
     workers: Workers = field(default_factory=lambda: ThreadWorkers())
     pressure: Pressure = field(init=False)
     relief: list[Callable[[], bool]] = field(default_factory=list)
+    treatments: dict[int, Treatment] = field(default_factory=dict)
+    rotation: str = ""
 
     def __post_init__(self) -> None:
         self.pressure = Pressure(self.budget.keep_free)
@@ -87,10 +92,20 @@ class Pager:
             ConfigError: if the warm budget holds no page of this shape.
         """
         if layer not in self._layer_pagers:
-            self._layer_pagers[layer] = LayerPager(self, layer, shape, hot_dtype, span)
+            self._layer_pagers[layer] = LayerPager(
+                self, layer, shape, hot_dtype, span, self._treatment(layer, shape)
+            )
             if self._cold:
                 self._cold.budget.reserve = self._checkpoint_reserve()
         return self._layer_pagers[layer]
+
+    def _treatment(self, layer: int, shape: KVShape) -> Treatment | None:
+        """Of a layer, if it is to have one and its keys and values are what was expected."""
+        treatment = self.treatments.get(layer)
+        if treatment is None and self.rotation:
+            parts = treated_parts(self.budget.ladder.beyond(self.budget.hot_tokens), self.rotation)
+            treatment = Treatment.plain(shape, self.rotation).only(*parts) if any(parts) else None
+        return treatment if treatment and treatment.shape == shape else None
 
     @property
     def layer_pagers(self) -> list[LayerPager]:

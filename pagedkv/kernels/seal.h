@@ -1,4 +1,4 @@
-// Sealing: 16-bit keys and values to pages, with the arithmetic of `mx.quantize` on the CPU.
+// Sealing: 16-bit keys and values to pages, with the arithmetic of `pagedkv.tiers.codec`.
 //
 // One threadgroup seals 64 tokens of one head; its SIMD groups share no memory and never wait for
 // each other. A lane holds runs of 32 numbers, for which codes of any width fill whole words: 32
@@ -41,16 +41,16 @@ FN Edges joined(Edges e, u32 mask) {
   return {-max_of(-e.low, -simd_shuffle_xor(e.low, mask)), max_of(e.high, simd_shuffle_xor(e.high, mask))};
 }
 
-// MLX's rule: the edge with the larger magnitude becomes exact, and so does zero: the scale is the
-// edge divided by its own code. A scale is negative where the bias is the upper edge.
-template <int BITS> FN Affine affine(Edges e) {
-  constexpr float steps = (1 << BITS) - 1;
-  float width = max_of(divide(e.high - e.low, steps), 1e-7f);
-  bool lower = max_of(e.low, -e.low) > max_of(e.high, -e.high);
-  float scale = lower ? width : -width, edge = lower ? e.low : e.high;
-  float code = round_even(divide(edge, scale));
-  if (code == 0.0f) return {scale, 0.0f};
-  return {divide(edge, code), edge};
+// The ends of a group, or what is left of it where one part in TRIM is left out at either end, in
+// float16. Every operation rounds once and none can be fused with another.
+template <int BITS, int TRIM> FN Affine affine(Edges e) {
+  float width = e.high - e.low, bias = e.low;
+  if (TRIM) {
+    width = float(TRIM - 2) * width;
+    bias = divide(float(TRIM - 1) * e.low + e.high, float(TRIM));
+  }
+  float scale = max_of(divide(width, float(((1 << BITS) - 1) * (TRIM ? TRIM : 1))), 5.9604644775390625e-8f);
+  return {half_to_float(float_to_half(scale)), half_to_float(float_to_half(bias))};
 }
 
 // a / b in correct rounding from 1 / b in correct rounding (Markstein: after the first step the
@@ -109,7 +109,7 @@ FN void seal_keys(int lane, int turn, BUFFER keys, OUTPUT out, u64 page, int hea
     int row = head * KEY_DIM + channel + c;
     u64 to = page + u64(row) * Page::key_row + (2 * group + upper) * KEY_BITS;
     if constexpr (Page::coded) {
-      Affine a = affine<KEY_BITS>(joined(edges(runs[c]), 16));
+      Affine a = affine<KEY_BITS, KEY_TRIM>(joined(edges(runs[c]), 16));
       Codes codes = encode<KEY_BITS>(runs[c], a);
       if (there) {
         store_words<KEY_BITS>(out, to, codes.w);
@@ -141,7 +141,7 @@ FN void seal_values(int item, BUFFER values, OUTPUT out, u64 page, int head, int
   if constexpr (Page::coded) {
     Edges e = edges(numbers);
     if (VALUE_GROUP == 64) e = joined(e, 1);
-    Affine a = affine<VALUE_BITS>(e);
+    Affine a = affine<VALUE_BITS, VALUE_TRIM>(e);
     Codes codes = encode<VALUE_BITS>(numbers, a);
     store_words<VALUE_BITS>(out, to, codes.w);
     if (run % (VALUE_GROUP / 32) == 0) {

@@ -12,6 +12,7 @@ from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.kernels.decode import PARAMS
 from pagedkv.kernels.launch import Launcher, device_words
 from pagedkv.kernels.source import LANES, KernelText, page_constants, specialize
+from pagedkv.tiers.codec import TRIMMED
 
 MAX_WARPS = 8
 
@@ -43,6 +44,8 @@ class SealSpec:
             f"CONSTANT int WARPS = {self.warps};",
             f"CONSTANT int KEY_BITS = {geometry.precision.key_bits};",
             f"CONSTANT int VALUE_BITS = {geometry.precision.value_bits};",
+            f"CONSTANT int KEY_TRIM = {TRIMMED.get(geometry.precision.key_bits, 0)};",
+            f"CONSTANT int VALUE_TRIM = {TRIMMED.get(geometry.precision.value_bits, 0)};",
             f"CONSTANT int PAGE_WORDS = {geometry.page_bytes // 4};",
             f"CONSTANT bool HOT_BFLOAT = {str(self.hot_bfloat).lower()};",
         ]
