@@ -18,7 +18,7 @@ from pagedkv.bench.result import OK
 from pagedkv.bench.timing import Deadline
 from pagedkv.cli import loading, main
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import plots, read_result, report, retrieval
+from pagedkv.evaluation import Evaluation, plots, read_result, report, retrieval
 from pagedkv.evaluation.haystack import digest
 from pagedkv.evaluation.retrieval_result import RetrievalResult
 from tests.models import byte_model
@@ -290,6 +290,7 @@ def test_the_time_holds_for_legs_and_tasks(
         (("--tasks", "poem"), "unknown tasks ['poem']"),
         (("--tasks", "needle", "--lengths", "8K"), "made for 4,096 tokens"),
         (("--tasks", "records", "--lengths", "300"), "300 tokens are too few"),
+        (("--tasks", "kv", "--legs", "prefill", "--lengths", "5K"), "made for 4,096 tokens"),
         (("--tasks", "all", "--tokens", "2K"), "--tokens is about legs"),
         (("--tasks", "all", "--text", "english"), "--text is about legs"),
         (("--lengths", "2K"), "--lengths is about tasks: give --tasks needle,"),
@@ -302,6 +303,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(
     model: str, argv: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retrieval, "_outcome", None)
+    monkeypatch.setattr(Evaluation, "run", None)
     code, out, err = call("eval", "--model", model, *argv)
     assert (code, out) == (1, "")
     assert says in err.splitlines()[-1]
