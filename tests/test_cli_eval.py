@@ -170,6 +170,23 @@ def test_built_in_texts_and_two_of_one_name(model: str, book: str, tmp_path: Pat
     assert [t["name"] for t in json.loads(out)["settings"]["texts"]] == [book, str(other)]
 
 
+def test_a_row_for_each_treatment(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--legs", "prefill")
+    more = ("--kv", "K8V8,K4V4", "--kv", "K8V8:256,K2V2", "--treatment", "none, hadamard")
+    code, out, err = call(*command, *more, "--mlx-lm", "none", "--format", "json")
+    assert code == 0, err
+    document = json.loads(out)
+    rows = {row["what"]: row for row in document["rows"][1:]}
+    ladder = "K8V8:256,K2V2"
+    labels = ["K8V8", "K4V4 none", "K4V4 hadamard", f"{ladder} none", f"{ladder} hadamard"]
+    assert list(rows) == labels == [v["what"] for v in document["settings"]["variants"]]
+    treatments = ["auto", "none", "hadamard", "none", "hadamard"]
+    assert [v["config"]["treatment"] for v in document["settings"]["variants"]] == treatments
+    assert [row["treatment"] for row in rows.values()] == treatments
+    assert rows["K4V4 none"]["kl_mean"] != rows["K4V4 hadamard"]["kl_mean"]
+    assert all(row["pages"] for row in rows.values())
+
+
 # Retrieval tasks
 
 CELLS = ("--tasks", "needle,aggregation", "--lengths", "1400,2K", "--depths", "0,50")
@@ -317,6 +334,8 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(
         (("--kv", "K4V4,K4V4"), "K4V4 is given twice"),
         (("--legs", "prefill,speed"), "got speed"),
         (("--mlx-lm", "8,7"), "got 7"),
+        (("--treatment", "none,salt"), "treatment is one of"),
+        (("--kv", "K4V4", "--treatment", "none,none"), "K4V4 none is given twice"),
         (("--mlx-lm", "eight"), "give bits such as 8,4, or none"),
         (("--text", "/nowhere.txt"), "cannot read the text file"),
         (("--text", "english", "--text", "english"), "given twice"),

@@ -19,7 +19,7 @@ from pagedkv.cli.eval_retrieval import (
 from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model, read_text
 from pagedkv.cli.options import parse_tokens, tier_config
 from pagedkv.cli.output import Notes, Progress, Table, add_output_options, choose_format, emit
-from pagedkv.config import BACKENDS
+from pagedkv.config import BACKENDS, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation import (
     BUILT_IN,
@@ -109,6 +109,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="BITS,...",
         help=f"rows for mlx-lm's own quantized cache, group 64; none for none (default: {MLX_LM} "
         f"beside legs; with tasks, those that are given)",
+    )
+    group.add_argument(
+        "--treatment",
+        metavar="NAME,...",
+        help=f"what is done to keys and values before they are quantized, a row each: "
+        f"{', '.join(TREATMENTS)} (default: {TierConfig().treatment})",
     )
     for flag, text in (
         ("--hot-tokens", "newest tokens kept in 16 bit"),
@@ -220,7 +226,8 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
     """The rows; `stock` are the bits of mlx-lm's cache if none are given."""
     names = ("hot_tokens", "sink_tokens", "page_tokens", "hot_dtype", "backend")
     base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
-    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base)
+    treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
+    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments)
     return [*ours, *mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))]
 
 

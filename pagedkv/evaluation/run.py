@@ -216,6 +216,7 @@ def _row(head: Row, variant: Variant) -> Row:
         "what": variant.label,
         "kind": variant.kind,
         "kv": config.kv if config else None,
+        "treatment": config.treatment if config else None,
         "precise_tokens": variant.precise_tokens,
         "note": variant.note,
     }
