@@ -9,11 +9,12 @@ A part of a model is DIR/MODEL-PART.json, with its tables in Markdown and its pl
 prefill    all precisions, some ladders and mlx-lm's quantized cache, both texts read in chunks
 decode     some of them, token by token after a prompt, with the slope of KL by position
 segments   some of them over several pieces of the English text, for the spread
+retrieval  facts hidden in a text and asked for (docs/retrieval.md), 120 cells a model
 
 Parts run the most important first, each for all models; --seconds is for all of them together,
 models included: a leg that is under way then ends where it is, and its rows say so. Started again
-it goes on; legs that are complete are not measured again. `page` needs no GPU and nothing but the
-JSON files: it prints the tables again and draws the plots.
+it goes on; legs that are complete, and cells that were run, are not measured again. `page` needs no
+GPU and nothing but the JSON files: it prints the tables again and draws the plots.
 """
 
 from __future__ import annotations
@@ -42,16 +43,25 @@ from pagedkv.evaluation import (
     Result,
     Text,
     built_in_text,
+    heat_map,
     mlx_lm_variants,
     paged_variants,
     read_result,
 )
 from pagedkv.evaluation.plots import HINT, available, draw
 from pagedkv.evaluation.report import page
+from pagedkv.evaluation.result import RETRIEVAL
+from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
+from pagedkv.evaluation.retrieval_rows import Retrieval
 from pagedkv.evaluation.variants import PRECISIONS
 
 LADDERS = ("K8V4:2048,K4V4", "fp16:1024,K8V4:4096,K4V2", "K4V4:2048,K2V2")
 MLX_LM = (8, 4)
+K = 1024
+
+
+Opened = tuple[Any, Any, Callable[[str], Text]]
+"""A model, its tokenizer, and the built-in texts as its tokens."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,45 @@ class Part:
     segments: int = 1
 
 
-PARTS = {
+@dataclass(frozen=True)
+class Cells:
+    """Retrieval tasks.
+
+    Attributes:
+        kv: rows of ours.
+        tasks: the most important first.
+        lengths: of prompts; a model gets the first ones that it was made for.
+        examples: of each task, length and depth.
+    """
+
+    kv: tuple[str, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[tuple[int, ...], ...]
+    examples: int = 1
+
+    def grid(self, lengths: tuple[int, ...], seed: int) -> Grid:
+        """The cells; the text is read in the chunks that mlx-lm reads prompts in."""
+        return Grid(self.tasks, lengths, examples=self.examples, seed=seed)
+
+    def lengths_of(self, model: Any) -> tuple[int, ...]:
+        """What a model was made for."""
+        limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+        fitting = [some for some in self.lengths if limit is None or max(some) <= limit]
+        return (fitting or self.lengths[-1:])[0]
+
+
+PARTS: dict[str, Part | Cells] = {
     "prefill": Part(PREFILL, (",".join(PRECISIONS), *LADDERS), MLX_LM),
     "decode": Part(DECODE, ("K8V4,K4V4,K2V2", LADDERS[0])),
     "segments": Part(PREFILL, ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
+    "retrieval": Cells(
+        ("K4V4", LADDERS[0]),
+        ("needle", "multikey", "kv", "records"),
+        (
+            (K, 2 * K, 4 * K, 8 * K, 12 * K, 16 * K),
+            (K, 2 * K, 3 * K, 4 * K, 5 * K, 7 * K),
+        ),
+    ),
 }
 """The most important first."""
 
@@ -93,17 +138,23 @@ def settings(part: Part, args: argparse.Namespace) -> EvalSettings:
     )
 
 
-def complete(path: Path, chosen: EvalSettings) -> bool:
+def complete(path: Path, part: Part | Cells, args: argparse.Namespace) -> bool:
     """Whether a part was measured to its end, and in the same way."""
     if not path.exists():
         return False
     document = read_result(path)
+    if isinstance(part, Cells):
+        told = document["settings"][RETRIEVAL]
+        lengths = tuple(told["lengths"])
+        same = lengths in part.lengths and to_json(part.grid(lengths, args.seed)) == told
+        return same and document.get(RETRIEVAL, {}).get("complete", False)
+    chosen = settings(part, args)
     same = {**document["settings"], **to_json(chosen)} == document["settings"]
     rows = document["rows"]
     return same and not any(row["status"] == SKIPPED or row.get("cut_short") for row in rows)
 
 
-def to_json(chosen: EvalSettings) -> dict[str, Any]:
+def to_json(chosen: EvalSettings | Grid) -> dict[str, Any]:
     """Settings as they come back from a file: lists for tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.to_dict().items()}
 
@@ -111,26 +162,38 @@ def to_json(chosen: EvalSettings) -> dict[str, Any]:
 def measure(
     name: str,
     part: str,
-    opener: Callable[[], tuple[Any, list[Text]]],
+    opener: Callable[[], Opened],
     args: argparse.Namespace,
     deadline: Deadline,
 ) -> None:
     """Measure one part of one model, unless it is there already."""
-    plan, chosen = PARTS[part], settings(PARTS[part], args)
-    path = args.out / f"{name}-{part}.json"
-    if complete(path, chosen):
+    plan, path = PARTS[part], args.out / f"{name}-{part}.json"
+    if complete(path, plan, args):
         say(f"{path}: measured before")
         return
-    model, texts = opener()
-    tiers = TierConfig(page_tokens=args.page_tokens)
-    variants = [*paged_variants(plan.kv, tiers), *mlx_lm_variants(plan.bits)]
-    texts = [text for text in texts if text.name in plan.texts]
-    head = record(name, model, chosen, variants, texts, command(args))
-    result = Result(head, args.out, path.name)
+    model, tokenizer, text_of = opener()
+    variants = paged_variants(plan.kv, TierConfig(page_tokens=args.page_tokens))
+    if isinstance(plan, Cells):
+        grid = plan.grid(plan.lengths_of(model), args.seed)
+        head = record(name, model, None, variants, [], command(args), grid)
+        result = resumed(head, path)
+        Retrieval(model, tokenizer, variants, grid, result, deadline, say).run()
+    else:
+        chosen = settings(plan, args)
+        variants += mlx_lm_variants(plan.bits)
+        texts = list(map(text_of, plan.texts))
+        head = record(name, model, chosen, variants, texts, command(args))
+        result = resumed(head, path)
+        Evaluation(name, model, texts, variants, chosen, result, deadline, say).run()
+    report(path)
+
+
+def resumed(head: dict[str, Any], path: Path) -> Result:
+    """A result that goes on where an earlier run's file ends."""
+    result = Result(head, path.parent, path.name)
     if before := result.resume():
         say(f"{path}: going on after {before} rows")
-    Evaluation(name, model, texts, variants, chosen, result, deadline, say).run()
-    report(path)
+    return result
 
 
 def report(path: Path) -> None:
@@ -140,6 +203,8 @@ def report(path: Path) -> None:
     path.with_suffix(".md").write_text(tables, encoding="utf-8")
     print(f"\n{path.stem}\n\n{tables}", flush=True)
     draw(document["rows"], path.with_suffix(""))
+    if RETRIEVAL in document:
+        heat_map.draw(RetrievalResult.from_dict(document[RETRIEVAL]), path.with_suffix(""))
 
 
 def command(args: argparse.Namespace) -> str:
@@ -184,9 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [part for part in PARTS if part in args.part or "all" in args.part]
 
     @cache
-    def opened(path: str) -> tuple[Any, list[Text]]:
+    def opened(path: str) -> Opened:
         model, tokenizer = load_model(path, args.dtype, say)
-        return model, [Text.of(text, built_in_text(text), tokenizer) for text in BUILT_IN]
+        return model, tokenizer, cache(lambda text: Text.of(text, built_in_text(text), tokenizer))
 
     code = 0
     try:

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from pagedkv.bench.result import OK
+from pagedkv.bench.timing import Deadline
 from pagedkv.cli import loading, main
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import plots, read_result, report
+from pagedkv.evaluation import Evaluation, plots, read_result, report, retrieval
+from pagedkv.evaluation.haystack import digest
+from pagedkv.evaluation.retrieval_result import RetrievalResult
 from tests.models import byte_model
 
 Document = dict[str, Any]
@@ -167,6 +170,162 @@ def test_built_in_texts_and_two_of_one_name(model: str, book: str, tmp_path: Pat
     assert [t["name"] for t in json.loads(out)["settings"]["texts"]] == [book, str(other)]
 
 
+def test_a_row_for_each_treatment(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--legs", "prefill")
+    more = ("--kv", "K8V8,K4V4", "--kv", "K8V8:256,K2V2", "--treatment", "none, hadamard")
+    code, out, err = call(*command, *more, "--mlx-lm", "none", "--format", "json")
+    assert code == 0, err
+    document = json.loads(out)
+    rows = {row["what"]: row for row in document["rows"][1:]}
+    ladder = "K8V8:256,K2V2"
+    labels = ["K8V8", "K4V4 none", "K4V4 hadamard", f"{ladder} none", f"{ladder} hadamard"]
+    assert list(rows) == labels == [v["what"] for v in document["settings"]["variants"]]
+    treatments = ["auto", "none", "hadamard", "none", "hadamard"]
+    assert [v["config"]["treatment"] for v in document["settings"]["variants"]] == treatments
+    assert [row["treatment"] for row in rows.values()] == treatments
+    assert rows["K4V4 none"]["kl_mean"] != rows["K4V4 hadamard"]["kl_mean"]
+    assert all(row["pages"] for row in rows.values())
+
+
+# Retrieval tasks
+
+CELLS = ("--tasks", "needle,aggregation", "--lengths", "1400,2K", "--depths", "0,50")
+
+
+@pytest.fixture(scope="module")
+def asked(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
+    """One run of tasks alone: its JSON and its folder."""
+    folder = tmp_path_factory.mktemp("tasks")
+    code, out, err = call(
+        *("eval", "--model", model, *SMALL, *CELLS, "--task-seed", "3", "--chat"),
+        *("--kv", "fp16,K2V2", "--mlx-lm", "8", "--chunk", "512"),
+        *("--output", str(folder), "--format", "json"),
+    )
+    assert code == 0, err
+    return json.loads(out), folder
+
+
+def test_tasks_alone_are_run_for_the_same_rows(asked: tuple[Document, Path], model: str) -> None:
+    document, folder = asked
+    assert read_result(folder / "result.json") == document
+    assert document["rows"] == [] and document["settings"]["texts"] == []
+    assert "legs" not in document["settings"]
+    found = document["retrieval"]
+    grid = {"tasks": ["needle", "aggregation"], "lengths": [1400, 2048], "depths": [0, 50]}
+    more = {"examples": 1, "seed": 3, "chat": True, "chunk": 512, "text": digest()}
+    assert document["settings"]["retrieval"] == found["grid"] == grid | more
+    assert found["caches"] == ["mlx-lm fp32", "fp16", "K2V2", "mlx-lm 8 bit g64"]
+    assert found["complete"] and len(found["outcomes"]) == 2 * 2 * 2 * 4
+    assert found["tiers"][2]["hot_tokens"] == 64 and found["tiers"][2]["kv"] == "K2V2"
+    for outcome in found["outcomes"]:
+        ours = outcome["cache"] in ("fp16", "K2V2")
+        assert (outcome["paged_tokens"] > 500) == ours
+        fails = outcome["cache"] == "mlx-lm 8 bit g64"  # heads of 32 channels
+        assert (outcome["score"] is None) == bool(outcome["error"]) == fails
+    wrote = {
+        label: [o["text"] for o in found["outcomes"] if o["cache"] == label]
+        for label in found["caches"]
+    }
+    assert all(wrote["fp16"]) and wrote["K2V2"] != wrote["mlx-lm fp32"]
+    assert found["notes"][3].startswith("attended dequantized")
+    places = [(c["cache"], c["task"]) for c in found["comparisons"]]
+    tasks = ("needle", "aggregation", "all")
+    assert places == [(label, task) for label in found["caches"][1:] for task in tasks]
+    again = json.loads(json.dumps(RetrievalResult.from_dict(found).to_dict()))
+    assert again == {name: value for name, value in found.items() if name != "comparisons"}
+
+
+def test_the_report_and_the_plots_have_the_tasks(asked: tuple[Document, Path]) -> None:
+    document, folder = asked
+    page = (folder / "report.md").read_text()
+    assert page == report.page(document)
+    assert page.startswith("Retrieval: facts hidden in a text and asked for, ")
+    assert ", 1400, 2K tokens.\n\n" in page
+    assert "| K2V2 | one needle | 4 | 4 |" in page
+    assert "K2V2, mean score, and cells lost:" in page
+    assert "mlx-lm 8 bit g64: attended dequantized" in page
+    assert "Without a score, 8 in all:" in page
+    if plots.available():
+        drawn = {path.name for path in folder.glob("*.svg")}
+        assert drawn == {
+            "retrieval-0-mlx-lm-fp32.svg",
+            "retrieval-1-fp16.svg",
+            "retrieval-2-K2V2.svg",
+        }
+
+
+def test_tasks_beside_legs_as_a_table_and_csv(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--legs", "prefill")
+    command += ("--tasks", "needle", "--lengths", "1400", "--depths", "50", "--quiet")
+    code, out, err = call(*command, "--kv", "K4V4", "--format", "table")
+    assert (code, err) == (0, "")
+    prefill, lost = (table.splitlines() for table in out.strip().split("\n\n"))
+    assert [line.split()[1] for line in prefill[2:]] == ["mlx-lm", "K4V4", "mlx-lm", "mlx-lm"]
+    assert lost[0].startswith("Retrieval: facts hidden")
+    assert lost[1].split()[:5] == ["cache", "task", "cells", "in", "pages"]
+    assert [line.split()[0] for line in lost[2:]] == ["K4V4", "K4V4"]  # mlx-lm's was not asked for
+    code, out, _ = call(*command, "--kv", "K4V4", "--mlx-lm", "none", "--format", "csv")
+    found = list(csv.DictReader(io.StringIO(out)))
+    assert [(r["leg"], r["text"], r["what"]) for r in found] == [
+        ("prefill", "book.txt", "mlx-lm fp32"),
+        ("prefill", "book.txt", "K4V4"),
+        ("retrieval", "needle", "K4V4"),
+        ("retrieval", "all", "K4V4"),
+    ]
+    assert (found[2]["cells"], found[2]["paged_cells"], found[2]["kl_mean"]) == ("1", "1", "")
+    assert float(found[2]["difference"]) == float(found[2]["score"]) - float(
+        found[2]["baseline_score"]
+    )
+
+
+def test_the_time_holds_for_legs_and_tasks(
+    model: str, book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, *CELLS, "--quiet")
+    more = ("--legs", "prefill", "--kv", "K8V8", "--mlx-lm", "none", "--format", "table")
+    code, out, _ = call(*command, *more, "--max-seconds", "0")
+    assert code == 1
+    assert "nothing was measured" in out
+    assert "the time was up after 0 of 8 cells" in out
+    real, run_cells = retrieval._outcome, []
+
+    def outcome(*args: Any) -> Any:
+        run_cells.append(args[3])
+        if len(run_cells) == 6:
+            monkeypatch.setattr(Deadline, "passed", True)
+        return real(*args)
+
+    monkeypatch.setattr(retrieval, "_outcome", outcome)
+    code, out, _ = call(*command, *more, "--max-seconds", "1000")
+    assert code == 0
+    assert "the time was up after 3 of 8 cells" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--tasks", "poem"), "unknown tasks ['poem']"),
+        (("--tasks", "needle", "--lengths", "8K"), "made for 4,096 tokens"),
+        (("--tasks", "records", "--lengths", "300"), "300 tokens are too few"),
+        (("--tasks", "kv", "--legs", "prefill", "--lengths", "5K"), "made for 4,096 tokens"),
+        (("--tasks", "all", "--tokens", "2K"), "--tokens is about legs"),
+        (("--tasks", "all", "--text", "english"), "--text is about legs"),
+        (("--lengths", "2K"), "--lengths is about tasks: give --tasks needle,"),
+        (("--chat",), "--chat is about tasks"),
+        (("--task-seed", "0"), "--task-seed is about tasks"),
+        (("--legs", ""), "legs are prefill and decode"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_runs(
+    model: str, argv: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "_outcome", None)
+    monkeypatch.setattr(Evaluation, "run", None)
+    code, out, err = call("eval", "--model", model, *argv)
+    assert (code, out) == (1, "")
+    assert says in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -175,6 +334,8 @@ def test_built_in_texts_and_two_of_one_name(model: str, book: str, tmp_path: Pat
         (("--kv", "K4V4,K4V4"), "K4V4 is given twice"),
         (("--legs", "prefill,speed"), "got speed"),
         (("--mlx-lm", "8,7"), "got 7"),
+        (("--treatment", "none,salt"), "treatment is one of"),
+        (("--kv", "K4V4", "--treatment", "none,none"), "K4V4 none is given twice"),
         (("--mlx-lm", "eight"), "give bits such as 8,4, or none"),
         (("--text", "/nowhere.txt"), "cannot read the text file"),
         (("--text", "english", "--text", "english"), "given twice"),

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pagedkv.bench.timing import Deadline
-from pagedkv.evaluation import EvalSettings, Evaluation, read_result
+from pagedkv.evaluation import EvalSettings, Evaluation, read_result, retrieval
 from tests.models import lively, random_tokens, tiny_llama
+from tests.retrieval_stand_ins import Characters
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--tokens", "640", "--decode-tokens", "128", "--chunk", "128", "--page-tokens", "256")
@@ -101,6 +102,66 @@ def test_the_campaign_goes_on_where_its_time_was_up(
     (tmp_path / "two-decode.md").unlink()
     assert script.main(["--part", "page", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "two-decode.md").read_text() == tables
+
+
+def test_the_campaign_asks_for_200_facts_and_more(script: Any) -> None:
+    cells = script.PARTS["retrieval"]
+    assert cells.kv == ("K4V4", "K8V4:2048,K4V4")
+    assert cells.tasks == ("needle", "multikey", "kv", "records")
+    count = 0
+    for limit, longest in ((8192, 7 * 1024), (32768, 16 * 1024)):
+        model = tiny_llama(max_position_embeddings=limit)
+        lengths = cells.lengths_of(model)
+        assert (min(lengths), max(lengths)) == (1024, longest)
+        count += len(cells.grid(lengths, 0).cells())
+    assert count >= 200
+
+
+def test_cells_that_were_run_are_not_run_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = ((2048, 4096), (1400,))
+    parts = {"retrieval": script.Cells(("K4V4", "K8V8:256,K2V2"), ("needle", "kv"), lengths)}
+    monkeypatch.setattr(script, "PARTS", parts)
+    model = tiny_llama(heads=2, kv_heads=1, dim=128, max_position_embeddings=2000)
+    monkeypatch.setattr(script, "load_model", lambda *rest: (model, Characters()))
+    real, asked, most = retrieval._outcome, list[tuple[str, int, int]](), 16
+
+    def outcome(*args: Any) -> Any:
+        cell = args[3]
+        asked.append((cell.task, cell.tokens, cell.depth))
+        if len(asked) == most:
+            monkeypatch.setattr(Deadline, "passed", True)
+        return real(*args)
+
+    monkeypatch.setattr(retrieval, "_outcome", outcome)
+    path = tmp_path / "one-retrieval.json"
+    page_tokens = ("--page-tokens", "256")
+    command = ("--part", "all", "--model", "one=/x", "--out", str(tmp_path), *page_tokens)
+    assert script.main(command) == 0
+    cut = read_result(path)["retrieval"]
+    assert not cut["complete"] and len(cut["outcomes"]) == 6 * 3
+    assert "6 of 10 cells were run" in (tmp_path / "one-retrieval.md").read_text()
+
+    monkeypatch.setattr(Deadline, "passed", False)
+    most = 0
+    assert script.main(command) == 0
+    cells = [(t, n, d) for n in (1400,) for t in ("needle", "kv") for d in range(0, 101, 25)]
+    assert asked == [cell for cell in cells for _ in range(3)]
+    whole = read_result(path)["retrieval"]
+    assert whole["complete"] and whole["outcomes"][: 6 * 3] == cut["outcomes"]
+    assert whole["caches"] == ["mlx-lm fp32", "K4V4", "K8V8:256,K2V2"]
+    paged = [o["paged_tokens"] for o in whole["outcomes"] if o["cache"] != "mlx-lm fp32"]
+    assert min(paged) >= 256
+    assert script.main(command) == 0
+    assert len(asked) == 30  # all of it was there
+    assert script.main((*command, "--seed", "1")) == 1  # other cells: not into the same file
+
+    tables = (tmp_path / "one-retrieval.md").read_text()
+    assert "| K8V8:256,K2V2 | key and value | 5 | 5 |" in tables
+    (tmp_path / "one-retrieval.md").unlink()
+    assert script.main(["--part", "page", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "one-retrieval.md").read_text() == tables
 
 
 def test_models_need_a_name(script: Any, tmp_path: Path, capsys: Any) -> None:

@@ -16,14 +16,17 @@ from mlx_lm.models import cache as stock
 
 import pagedkv
 from pagedkv import hook
+from pagedkv.bench import plots
+from pagedkv.bench.timing import Deadline
 from pagedkv.cli.eval_retrieval import add_retrieval_arguments, retrieval_grid
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import heat_map, retrieval
+from pagedkv.evaluation import retrieval
 from pagedkv.evaluation.bootstrap import paired_interval
 from pagedkv.evaluation.heat_map import draw, text_table
-from pagedkv.evaluation.retrieval import Cell, Grid, Outcome, RetrievalResult, run_retrieval
+from pagedkv.evaluation.retrieval import run_retrieval
 from pagedkv.evaluation.retrieval_comparison import ALL, compare, squares
 from pagedkv.evaluation.retrieval_report import retrieval_report
+from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
 from pagedkv.evaluation.tasks import TASKS
 from tests.retrieval_stand_ins import Characters, Looker
 
@@ -162,7 +165,7 @@ def test_all_tasks_run_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not hook.installed() and pagedkv.models.wrapping_of(model) is None
     document = json.loads(json.dumps(result.to_dict()))
     assert [tiers and tiers["kv"] for tiers in document["tiers"]] == [None, "K8V8", "K8V8"]
-    assert len(document["text"]) == 16
+    assert len(document["grid"]["text"]) == 16
     assert document["outcomes"][0]["cell"] == {
         "task": "needle",
         "tokens": 1400,
@@ -198,7 +201,7 @@ def test_a_cache_that_is_too_small_is_an_error_in_its_cells_alone() -> None:
 
 
 def test_a_run_can_be_cut_short() -> None:
-    result = run(Looker(), [("16 bit", SIXTEEN)], NEEDLE, max_seconds=0)
+    result = run(Looker(), [("16 bit", SIXTEEN)], NEEDLE, deadline=Deadline(0))
     assert not result.complete and not result.outcomes
     assert "the time was up" in retrieval_report(result)
     assert draw(result, Path("nowhere")) == []
@@ -326,7 +329,7 @@ def test_nothing_has_no_interval() -> None:
 def test_heat_map_as_text() -> None:
     result = run(Looker(), [("window", WINDOW)], NEEDLE)
     headings, rows = text_table(result, "window")
-    assert headings == ["depth", "1,500", "2K"]
+    assert headings == ["depth", "1500", "2K"]
     assert rows == [
         ["0 %", "0.00 -1", "0.00 -1"],
         ["50 %", "0.00 -1", "0.00 -1"],
@@ -356,7 +359,7 @@ def test_without_matplotlib_there_are_no_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(heat_map, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert draw(made_up({"fp16": [1]}), tmp_path / "a") == []
     assert not (tmp_path / "a").exists()
 

@@ -16,7 +16,7 @@ HINT = "no plots: they need matplotlib (pip install 'pagedkv[plots]')"
 
 GIB = 2**30
 
-_STYLE = {"svg.hashsalt": "pagedkv", "svg.fonttype": "none", "font.size": 9}
+STYLE = {"svg.hashsalt": "pagedkv", "svg.fonttype": "none", "font.size": 9}
 _SIZE = (6.4, 4.0)  # inches
 
 
@@ -41,7 +41,7 @@ def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
         return []
     measured = [row for row in rows if row["status"] == OK]
     folder.mkdir(parents=True, exist_ok=True)
-    with import_module("matplotlib").rc_context(_STYLE):
+    with import_module("matplotlib").rc_context(STYLE):
         return list(_figures(measured, folder))
 
 
@@ -61,7 +61,7 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
             mine = [r for r in rows if r["part"] == part and r["model"] == model]
             for name in names:
                 yield _whole_model(part, str(model), name, mine).save(
-                    folder / f"{part}-{_FILE[name]}-{_safe(str(model))}.svg"
+                    folder / f"{part}-{_FILE[name]}-{file_name(str(model))}.svg"
                 )
 
 
@@ -80,8 +80,9 @@ def _whole_model(part: str, model: str, name: str, rows: Sequence[Row]) -> _Figu
     return _Figure(f"{part}, {model}", "tokens/s").lines(rows, name)
 
 
-def _safe(name: str) -> str:
-    words = "".join(c if c.isalnum() or c == "." else " " for c in name).split()
+def file_name(text: str) -> str:
+    """A text as part of a file's name: letters, digits and points, hyphens for the rest."""
+    words = "".join(c if c.isalnum() or c == "." else " " for c in text).split()
     return "-".join(words)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from pagedkv.bench.result import OK, Row
@@ -40,6 +40,20 @@ def digits(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], left: Container[int]
+) -> str:
+    """Rows of text as a Markdown table.
+
+    Args:
+        headings: of the columns.
+        rows: cells, one per heading.
+        left: columns that are aligned to the left; the others are numbers.
+    """
+    rule = ["---" if i in left else "---:" for i in range(len(headings))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
 
 
 def _text(name: str, heading: str | None = None) -> Column:
@@ -244,5 +258,4 @@ def markdown(part: str, rows: Iterable[Row]) -> str:
     if not lines:
         return ""
     heads = [column.heading for column in columns]
-    rule = ["---" if column.left else "---:" for column in columns]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
+    return markdown_table(heads, lines, {i for i, column in enumerate(columns) if column.left})

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pagedkv.bench.result import OK, Row
 from pagedkv.bench.timing import Deadline
+from pagedkv.cli.eval_retrieval import (
+    add_retrieval_arguments,
+    retrieval_grid,
+    retrieval_table,
+)
 from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model, read_text
 from pagedkv.cli.options import parse_tokens, tier_config
 from pagedkv.cli.output import Notes, Progress, Table, add_output_options, choose_format, emit
-from pagedkv.config import BACKENDS
+from pagedkv.config import BACKENDS, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation import (
     BUILT_IN,
@@ -24,14 +30,19 @@ from pagedkv.evaluation import (
     Text,
     Variant,
     built_in_text,
+    heat_map,
     mlx_lm_variants,
     paged_variants,
 )
 from pagedkv.evaluation.plots import HINT, available, draw
-from pagedkv.evaluation.report import cells, page, title
+from pagedkv.evaluation.report import cells, page, retrieval_title, title
+from pagedkv.evaluation.result import RETRIEVAL
+from pagedkv.evaluation.retrieval_result import Grid
+from pagedkv.evaluation.retrieval_rows import Retrieval, comparison_rows
 from pagedkv.evaluation.variants import PRECISIONS, REFERENCE
 
 NONE = "none"
+MLX_LM = "8,4"
 REPORT_FILE = "report.md"
 
 _EPILOG = """\
@@ -45,13 +56,18 @@ and CSV. "bits" counts scales, padding and 16-bit tokens, at the end of the text
 Without --text two built-in texts are read: english (the help topics of Python's manual) and python
 (source code of the standard library).
 
+With --tasks, facts are hidden in a text and asked for, and answers are compared; without --legs
+beside them, only the tasks are run.
+
 --kv takes precisions with commas between them, a row each, or one ladder; repeat it for more.
 
 examples:
   pagedkv eval --model demo --tokens 2048 --decode-tokens 512
   pagedkv eval --model owner/name --text book.txt --kv K8V4,K4V4 --kv fp16:1024,K8V4:4096,K4V4
   pagedkv eval --model owner/name --tokens 8K --segments 4 --output results --format table
+  pagedkv eval --model owner/name --tasks all --lengths 4K,16K --examples 4 --kv K8V4,K4V4
 """
+_OF_LEGS = ("text", "tokens", "decode_tokens", "decode_step", "segments", "offset", "seed")
 _COUNTS = ("tokens", "chunk", "decode_tokens", "decode_step", "segments", "offset", "seed")
 
 
@@ -68,6 +84,7 @@ def add_parser(commands: Any) -> None:
     add_model_options(parser, dtypes=(*DTYPES, MODELS_OWN))
     _add_what(parser)
     _add_how(parser)
+    add_retrieval_arguments(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -89,9 +106,15 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mlx-lm",
-        default="8,4",
         metavar="BITS,...",
-        help="rows for mlx-lm's own quantized cache, group 64; none for none (default: 8,4)",
+        help=f"rows for mlx-lm's own quantized cache, group 64; none for none (default: {MLX_LM} "
+        f"beside legs; with tasks, those that are given)",
+    )
+    group.add_argument(
+        "--treatment",
+        metavar="NAME,...",
+        help=f"what is done to keys and values before they are quantized, a row each: "
+        f"{', '.join(TREATMENTS)} (default: {TierConfig().treatment})",
     )
     for flag, text in (
         ("--hot-tokens", "newest tokens kept in 16 bit"),
@@ -109,11 +132,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
     defaults = EvalSettings()
     group.add_argument(
-        "--legs", metavar="LEG,...", help=f"{' and '.join(LEGS)} (default: {','.join(LEGS)})"
+        "--legs",
+        metavar="LEG,...",
+        help=f"{' and '.join(LEGS)} (default: {','.join(LEGS)}; none with --tasks)",
     )
     for flag, metavar, text in (
         ("--tokens", "N", "of each text, or of each segment of it"),
-        ("--chunk", "N", "tokens per call of a prompt"),
         ("--decode-tokens", "N", "of these, the last so many are read one by one in decode"),
         ("--decode-step", "N", "tokens per call of decode, 1 to 8"),
         ("--segments", "N", "disjoint pieces of each text, for the spread"),
@@ -123,7 +147,16 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default = getattr(defaults, flag.removeprefix("--").replace("-", "_"))
         group.add_argument(flag, metavar=metavar, help=f"{text} (default: {default})")
     group.add_argument(
-        "--max-seconds", type=float, metavar="S", help="stop where it is after this long"
+        "--chunk",
+        metavar="N",
+        help=f"tokens per call of a prompt (default: {defaults.chunk}, in tasks {Grid().chunk} "
+        f"as mlx-lm has it)",
+    )
+    group.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="stop where it is after this long, legs and tasks together",
     )
     group.add_argument(
         "--output",
@@ -135,42 +168,67 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 if nothing could be measured."""
     say = Notes(args.quiet)
-    settings, variants = _settings(args), _variants(args)
-    sources = _sources(args.text or BUILT_IN)
+    settings, grid = _settings(args), _grid(args)
+    variants, of_tasks = _variants(args, MLX_LM if settings else NONE), _variants(args, NONE)
+    sources = _sources(args.text or BUILT_IN) if settings else []
     folder = Path(args.output).expanduser() if args.output else None
     model, tokenizer = load_model(args.model, args.dtype, say)
     texts = [Text.of(name, text, tokenizer) for name, text in sources]
     name = short_name(args.model)
-    head = record(name, model, settings, variants, texts, shlex.join(["pagedkv", *args.argv]))
-    result = Result(head, folder)
+    command = shlex.join(["pagedkv", *args.argv])
+    result = Result(record(name, model, settings, variants, texts, command, grid), folder)
     deadline = Deadline(args.max_seconds)
     with _Watch(args.quiet) as watch:
-        work = Evaluation(
-            name, model, texts, variants, settings, result, deadline, say, watch.update
+        tasks = grid and Retrieval(
+            model, tokenizer, of_tasks, grid, result, deadline, say, watch.update
         )
-        work.run()
+        if tasks:
+            tasks.require()  # not after an hour of legs
+        if settings:
+            Evaluation(
+                name, model, texts, variants, settings, result, deadline, say, watch.update
+            ).run()
+        if tasks:
+            tasks.run()
     if folder:
         write_figures(result, folder, say)
-    rows = [{k: v for k, v in row.items() if k != "kl_binned"} for row in result.rows]
-    emit(choose_format(args.format), result.document(), _tables(result.rows), rows)
-    return 0 if any(_compared(row) for row in result.rows) else 1
+    emit(choose_format(args.format), result.document(), _tables(result, name), _flat(result, name))
+    return 0 if measured(result) else 1
 
 
-def _settings(args: argparse.Namespace) -> EvalSettings:
-    given: dict[str, Any] = {}
+def _settings(args: argparse.Namespace) -> EvalSettings | None:
+    """How legs are run; None if only tasks are."""
+    if args.tasks is not None and args.legs is None:
+        if given := [name for name in _OF_LEGS if getattr(args, name) is not None]:
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} is about legs, and with --tasks alone none are "
+                f"run: give --legs {','.join(LEGS)} too"
+            )
+        return None
+    given_counts: dict[str, Any] = {}
     for name in _COUNTS:
         if (value := getattr(args, name)) is not None:
-            given[name] = parse_tokens(value, name)
-    if args.legs:
-        given["legs"] = tuple(leg.strip() for leg in args.legs.split(","))
-    return EvalSettings(**given)
+            given_counts[name] = parse_tokens(value, name)
+    if args.legs is not None:
+        given_counts["legs"] = tuple(leg.strip() for leg in args.legs.split(","))
+    return EvalSettings(**given_counts)
 
 
-def _variants(args: argparse.Namespace) -> list[Variant]:
+def _grid(args: argparse.Namespace) -> Grid | None:
+    """The cells of tasks; None if none are run."""
+    grid = retrieval_grid(args)
+    if grid is None or args.chunk is None:
+        return grid
+    return replace(grid, chunk=parse_tokens(args.chunk, "chunk"))
+
+
+def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
+    """The rows; `stock` are the bits of mlx-lm's cache if none are given."""
     names = ("hot_tokens", "sink_tokens", "page_tokens", "hot_dtype", "backend")
     base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
-    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base)
-    return [*ours, *mlx_lm_variants(_bits(args.mlx_lm))]
+    treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
+    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments)
+    return [*ours, *mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))]
 
 
 def _bits(text: str) -> list[int]:
@@ -204,27 +262,30 @@ def short_name(given: str) -> str:
 def record(
     name: str,
     model: Any,
-    settings: EvalSettings,
+    settings: EvalSettings | None,
     variants: Sequence[Variant],
     texts: Sequence[Text],
     command: str,
+    grid: Grid | None = None,
 ) -> dict[str, Any]:
     """What a result says of how it was made.
 
     Args:
         name: of the model.
         model: of mlx-lm.
-        settings: of the comparison.
+        settings: of the legs; None if there are none.
         variants: that were compared.
         texts: that were read.
         command: that did it.
+        grid: of retrieval tasks; None if there are none.
     """
     return {
         "command": command,
         "model": name,
         "model_type": getattr(getattr(model, "args", None), "model_type", type(model).__name__),
         "layers": len(model.layers),
-        **settings.to_dict(),
+        **(settings.to_dict() if settings else {}),
+        **({RETRIEVAL: grid.to_dict()} if grid else {}),
         "texts": [
             {"name": text.name, "tokens": len(text.tokens), "sha256": text.digest} for text in texts
         ],
@@ -246,36 +307,49 @@ def write_figures(result: Result, folder: Path, say: Notes) -> None:
         say(HINT)
         return
     files = draw(result.rows, folder)
+    if result.retrieval is not None:
+        files += heat_map.draw(result.retrieval, folder)
     say(f"{len(files)} plots in {folder}")
 
 
-def _tables(rows: Sequence[Row]) -> list[Table]:
-    tables = []
+def _flat(result: Result, model: str) -> list[Row]:
+    """Rows for CSV."""
+    rows = [{k: v for k, v in row.items() if k != "kl_binned"} for row in result.rows]
+    return rows + (comparison_rows(result.retrieval, model) if result.retrieval else [])
+
+
+def _tables(result: Result, model: str) -> list[Table]:
+    tables, rows = [], result.rows
     for leg in LEGS:
         columns, lines = cells(leg, rows)
         if lines:
             left = frozenset(i for i, column in enumerate(columns) if column.left)
             heads = [column.heading for column in columns]
             tables.append(Table(heads, lines, left, title(leg, rows)))
+    if result.retrieval is not None:
+        words = retrieval_title(model, result.retrieval)
+        tables.append(retrieval_table(result.retrieval, words))
     return tables
 
 
-def _compared(row: Row) -> bool:
-    return bool(row["status"] == OK and row["kind"] != REFERENCE)
+def measured(result: Result) -> bool:
+    """Whether anything was compared with the model's own cache."""
+    rows = any(row["status"] == OK and row["kind"] != REFERENCE for row in result.rows)
+    return rows or (result.retrieval is not None and any(result.retrieval.scored))
 
 
 class _Watch:
-    """A progress line that begins anew with every leg."""
+    """A progress line that begins anew with every leg, and with the tasks."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet, self._label, self._done = quiet, "", 0
         self._line: Progress | None = None
 
-    def update(self, label: str, done: int, total: int) -> None:
-        """Show how far a leg is."""
+    def update(self, label: str, done: int, total: int, unit: str = "tokens") -> None:
+        """Show how far it is."""
         if self._line is None or label != self._label or done <= self._done:
             self.close()
-            self._label, self._line = label, Progress(label, total, quiet=self._quiet)
+            self._label, self._line = label, Progress(label, total, unit, self._quiet)
         self._done = done
         self._line.update(done)
 

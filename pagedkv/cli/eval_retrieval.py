@@ -1,15 +1,19 @@
-"""Options of ``pagedkv eval`` for retrieval tasks."""
+"""Retrieval tasks of ``pagedkv eval``: their options and their table."""
 
 from __future__ import annotations
 
 import argparse
 
 from pagedkv.cli.options import parse_tokens
+from pagedkv.cli.output import Table
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation.retrieval import Grid
+from pagedkv.evaluation.retrieval_report import comparison_rows
+from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
+from pagedkv.evaluation.run import TIME_IS_UP
 from pagedkv.evaluation.tasks import TASKS
 
 _DEFAULT = Grid()
+_CELLS = ("--lengths", "--depths", "--examples", "--task-seed", "--chat")
 
 
 def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +21,12 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "retrieval",
         "Facts are hidden in a text and asked for. The same prompt goes to every cache; what the "
-        "fp16 cache answers better is lost.",
+        "model's own cache answers better is lost.",
     )
     group.add_argument(
         "--tasks",
         metavar="NAME,...",
-        help=f"of {', '.join(TASKS)}, or all",
+        help=f"of {', '.join(TASKS)}, or all; without --legs, only these are run",
     )
     group.add_argument(
         "--lengths",
@@ -54,7 +58,11 @@ def retrieval_grid(args: argparse.Namespace) -> Grid | None:
     Raises:
         ConfigError: naming the option and what would do.
     """
+    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in _CELLS}
+    given = [flag for flag, value in values.items() if value is not None and value is not False]
     if args.tasks is None:
+        if given:
+            raise ConfigError(f"{given[0]} is about tasks: give --tasks {','.join(TASKS)}, or all")
         return None
     names = tuple(TASKS) if args.tasks.strip() == "all" else _split(args.tasks)
     return Grid(
@@ -65,6 +73,20 @@ def retrieval_grid(args: argparse.Namespace) -> Grid | None:
         seed=_DEFAULT.seed if args.task_seed is None else args.task_seed,
         chat=args.chat,
     )
+
+
+def retrieval_table(result: RetrievalResult, title: str) -> Table:
+    """What every cache lost, for a terminal.
+
+    Args:
+        result: of a run.
+        title: of the table.
+    """
+    headings, lines = comparison_rows(result)
+    run, cells = len({outcome.cell for outcome in result.outcomes}), len(result.grid.cells())
+    if not result.complete:
+        title += f"; {TIME_IS_UP} after {run} of {cells} cells"
+    return Table(headings, lines, frozenset({0, 1}), title)
 
 
 def _lengths(text: str | None) -> tuple[int, ...]:

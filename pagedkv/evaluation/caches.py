@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from pagedkv import hook
+from pagedkv.bench.settings import short_dtype
 from pagedkv.cache import PagedCache
-from pagedkv.evaluation.quantized import quantized_caches, stored_in
+from pagedkv.evaluation.quantized import product_fails, quantized_caches, stored_in
 from pagedkv.evaluation.variants import Variant
 from pagedkv.models import unwrap, wrap
 from pagedkv.streams import streams
@@ -28,7 +29,7 @@ def opened(variant: Variant, model: Any) -> Iterator[list[Any]]:
         ConfigError: if the model's layers cannot have such caches.
     """
     if variant.config is None:
-        yield _stock(variant, model)
+        yield stock_caches(variant, model)
         return
     cache = wrap(model, variant.config)
     unwrap(model)
@@ -46,12 +47,52 @@ def hooked() -> Iterator[None]:
         hook.uninstall()
 
 
-def _stock(variant: Variant, model: Any) -> list[Any]:
+def own_caches(model: Any) -> list[Any]:
+    """Empty caches as mlx-lm makes them, in 16 bit."""
     from mlx_lm.models.cache import make_prompt_cache
 
+    return list(make_prompt_cache(model))
+
+
+def stock_caches(variant: Variant, model: Any) -> list[Any]:
+    """Empty caches of mlx-lm's own kinds."""
     if variant.bits is None:
-        return list(make_prompt_cache(model))
+        return own_caches(model)
     return quantized_caches(model, variant.bits, variant.dequantized)
+
+
+def as_it_runs(variant: Variant, model: Any) -> Variant:
+    """The variant; if MLX has no product for it here, with another one, and a note of that."""
+    if variant.bits is None:
+        return variant
+    why = product_fails(model, variant.bits)
+    if not why:
+        return variant
+    note = f"attended dequantized, since the quantized product does not run: {why}"
+    return replace(variant, dequantized=True, note=note)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What one token shows of a model's own cache.
+
+    Attributes:
+        label: of its rows: mlx-lm, and the type of its keys.
+        token_bytes: that a token takes in all layers together.
+        vocabulary: of the model.
+    """
+
+    label: str
+    token_bytes: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> Own:
+        """Look at a model; nothing is computed."""
+        caches = own_caches(model)
+        logits = model(mx.array([[1]]), cache=caches)
+        nbytes, dtype = token_bytes(caches)
+        return cls(f"mlx-lm {short_dtype(dtype or logits.dtype)}", nbytes, int(logits.shape[-1]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Text that retrieval tasks hide things in: plain sentences of Python's manual, and word lists.
 
-The manual is ``pydoc_data.topics``, which every CPython carries: no data files, no network. It
-differs between Python versions, so the same seed gives the same text on the same version only.
+The manual is the built-in text `texts.ENGLISH`. It differs between Python versions, so the same
+seed gives the same text on the same version only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import random
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+
+from pagedkv.evaluation.texts import ENGLISH, built_in_text
 
 _SENTENCE = re.compile(r"[A-Z][A-Za-z ,;'-]+[a-z]\.")
 _END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
@@ -44,18 +46,15 @@ NOUNS = _words(
 @lru_cache(maxsize=1)
 def sentences() -> tuple[str, ...]:
     """Every plain English sentence of the manual, once each, in order: letters and commas only."""
-    from pydoc_data.topics import topics  # half a megabyte: only for those who ask
-
     found: dict[str, None] = {}
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            if paragraph.startswith(_MARKUP):
-                continue
-            text = " ".join(paragraph.replace("\u2019", "'").split())
-            for sentence in _END.split(text):
-                words = len(sentence.split())
-                if _SENTENCE.fullmatch(sentence) and _SHORTEST <= words <= _LONGEST:
-                    found[sentence] = None
+    for paragraph in built_in_text(ENGLISH).split("\n\n"):
+        if paragraph.lstrip("\n").startswith(_MARKUP):
+            continue
+        text = " ".join(paragraph.replace("\u2019", "'").split())
+        for sentence in _END.split(text):
+            words = len(sentence.split())
+            if _SENTENCE.fullmatch(sentence) and _SHORTEST <= words <= _LONGEST:
+                found[sentence] = None
     return tuple(found)
 
 

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pagedkv.evaluation.retrieval import RetrievalResult
+from pagedkv.bench.plots import STYLE, available, file_name
+from pagedkv.bench.settings import short_tokens
 from pagedkv.evaluation.retrieval_comparison import Square, squares
+from pagedkv.evaluation.retrieval_result import RetrievalResult
 
-HINT = "no plots: they need matplotlib (pip install 'pagedkv[plots]')"
-
-_STYLE = {"svg.hashsalt": "pagedkv", "svg.fonttype": "none", "font.size": 9}
 _INCHES = 0.9  # per length
-_K = 1024
-
-
-def available() -> bool:
-    """Whether figures can be drawn."""
-    return find_spec("matplotlib") is not None
 
 
 def text_table(result: RetrievalResult, cache: str) -> tuple[list[str], list[list[str]]]:
@@ -34,7 +26,7 @@ def text_table(result: RetrievalResult, cache: str) -> tuple[list[str], list[lis
         ``["depth", "1K", …]``, and cells such as ``"0.83"``, or ``"0.67 -2"`` where two were lost.
     """
     table = squares(result, cache)
-    headings = ["depth", *(_tokens(length) for length in result.grid.lengths)]
+    headings = ["depth", *(short_tokens(length) for length in result.grid.lengths)]
     rows = [
         [_depth(depth), *(_shown(table.get((depth, length))) for length in result.grid.lengths)]
         for depth in _depths(table)
@@ -55,7 +47,7 @@ def draw(result: RetrievalResult, folder: Path) -> list[Path]:
     if not available() or not result.outcomes:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    with import_module("matplotlib").rc_context(_STYLE):
+    with import_module("matplotlib").rc_context(STYLE):
         return list(_figures(result, folder))
 
 
@@ -65,7 +57,7 @@ def _figures(result: RetrievalResult, folder: Path) -> Iterator[Path]:
         if not table:
             continue
         figure = _figure(result, cache, table)
-        path = folder / f"retrieval-{i}-{_safe(cache)}.svg"
+        path = folder / f"retrieval-{i}-{file_name(cache)}.svg"
         figure.savefig(path, format="svg", metadata={"Date": None})
         yield path
 
@@ -90,7 +82,7 @@ def _figure(
                 continue
             lost = f"\nlost {square.lost}" if square.lost else ""
             axes.text(column, row, f"{square.score:.2f}{lost}", ha="center", va="center")
-    axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [short_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [_depth(depth) for depth in depths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("depth")
@@ -112,11 +104,3 @@ def _shown(square: Square | None) -> str:
 
 def _depth(depth: int | None) -> str:
     return "spread" if depth is None else f"{depth} %"
-
-
-def _tokens(count: int) -> str:
-    return f"{count // _K}K" if count % _K == 0 else f"{count:,}"
-
-
-def _safe(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).split())

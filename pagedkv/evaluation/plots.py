@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pagedkv.bench.plots import HINT, available
+from pagedkv.bench.plots import HINT, STYLE, available, file_name
 from pagedkv.bench.result import OK, Row
 from pagedkv.evaluation.result import summary
 from pagedkv.evaluation.settings import DECODE, LEGS
@@ -15,7 +15,6 @@ from pagedkv.evaluation.variants import LADDER, MLX_LM, REFERENCE, UNIFORM
 
 __all__ = ["HINT", "available", "draw", "front"]
 
-_STYLE = {"svg.hashsalt": "pagedkv", "svg.fonttype": "none", "font.size": 9}
 _SIZE = (6.8, 4.4)  # inches
 _MARKS = {UNIFORM: "o", LADDER: "s", MLX_LM: "^"}
 _NAMES = {UNIFORM: "one precision", LADDER: "ladder", MLX_LM: "mlx-lm quantized"}
@@ -37,7 +36,7 @@ def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
         return []
     measured = [row for row in rows if row["status"] == OK and row["kind"] != REFERENCE]
     folder.mkdir(parents=True, exist_ok=True)
-    with import_module("matplotlib").rc_context(_STYLE):
+    with import_module("matplotlib").rc_context(STYLE):
         return list(_figures(measured, folder))
 
 
@@ -56,10 +55,12 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
             mine = [r for r in rows if r["model"] == model and r["leg"] == leg]
             if not mine:
                 continue
-            yield _pareto(mine, f"{leg}, {model}", folder / f"pareto-{leg}-{_safe(model)}.svg")
+            yield _pareto(
+                mine, f"{leg}, {model}", folder / f"pareto-{leg}-{file_name(str(model))}.svg"
+            )
             if leg == DECODE:
                 for text in dict.fromkeys(r["text"] for r in mine):
-                    name = f"kl-by-position-{_safe(text)}-{_safe(model)}.svg"
+                    name = f"kl-by-position-{file_name(str(text))}-{file_name(str(model))}.svg"
                     here = [r for r in mine if r["text"] == text and r["segment"] == 0]
                     if here:
                         yield _by_position(here, f"{leg}, {model}, {text}", folder / name)
@@ -115,8 +116,3 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, format="svg", metadata={"Date": None})
     return path
-
-
-def _safe(name: str) -> str:
-    words = "".join(c if c.isalnum() or c == "." else " " for c in str(name)).split()
-    return "-".join(words)

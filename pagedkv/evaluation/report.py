@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pagedkv.bench.report import MISSING, Column
+from pagedkv.bench.report import MISSING, Column, markdown_table
 from pagedkv.bench.result import OK, Row
-from pagedkv.evaluation.result import summary
+from pagedkv.bench.settings import short_tokens
+from pagedkv.evaluation.result import RETRIEVAL, summary
+from pagedkv.evaluation.retrieval_report import retrieval_report
+from pagedkv.evaluation.retrieval_result import RetrievalResult
 from pagedkv.evaluation.settings import DECODE, LEGS, PREFILL
 from pagedkv.evaluation.variants import REFERENCE
 from pagedkv.sizes import format_size
@@ -127,12 +130,21 @@ def markdown(leg: str, rows: Sequence[Row]) -> str:
     if not lines:
         return ""
     heads = [column.heading for column in columns]
-    rule = ["---" if column.left else "---:" for column in columns]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
+    return markdown_table(heads, lines, {i for i, column in enumerate(columns) if column.left})
 
 
 def page(document: dict[str, Any]) -> str:
-    """A result in Markdown: a paragraph and a table for each leg."""
+    """A result in Markdown: a paragraph and a table for each leg, and what retrieval tasks show."""
     rows = document["rows"]
     parts = [f"{title(leg, rows)}:\n\n{table}" for leg in LEGS if (table := markdown(leg, rows))]
+    if RETRIEVAL in document:
+        result = RetrievalResult.from_dict(document[RETRIEVAL])
+        words = retrieval_title(document["settings"]["model"], result)
+        parts.append(f"{words}.\n\n{retrieval_report(result).rstrip()}")
     return "\n\n".join(parts) + "\n"
+
+
+def retrieval_title(model: str, result: RetrievalResult) -> str:
+    """What the tables of retrieval tasks are about, in words."""
+    lengths = ", ".join(map(short_tokens, result.grid.lengths))
+    return f"Retrieval: facts hidden in a text and asked for, {model}, {lengths} tokens"

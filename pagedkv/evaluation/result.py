@@ -14,12 +14,16 @@ import numpy as np
 from pagedkv.bench.result import OK, SKIPPED, Row, describe_machine, first_words
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.metrics import Series
+from pagedkv.evaluation.retrieval_comparison import compare
+from pagedkv.evaluation.retrieval_result import RetrievalResult
 
 SCHEMA = 1
 NAME = "pagedkv eval"
 RESULT_FILE = "result.json"
 POSITIONS = "-positions.npz"
 """Follows the name of the result's file."""
+RETRIEVAL = "retrieval"
+"""Part of the file that retrieval tasks are in, and what they are called beside legs."""
 IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source")
 KEY = ("model", "text", "leg", "what")
 SUMMED_UP = (
@@ -35,6 +39,7 @@ class Result:
 
     Attributes:
         rows: so far: one per text, segment, leg and variant.
+        retrieval: outcomes of retrieval tasks so far; None if there are none.
     """
 
     def __init__(
@@ -59,15 +64,16 @@ class Result:
             "settings": dict(settings),
         }
         self.rows: list[Row] = []
+        self.retrieval: RetrievalResult | None = None
         self._positions: dict[str, Any] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> int:
-        """Take over the rows of an earlier run that wrote the same file, but for unfinished legs.
+        """Take over what an earlier run wrote to the same file, but for unfinished legs.
 
         Returns:
-            How many rows that were; 0 if there is no file.
+            How many rows and outcomes of retrieval tasks that were; 0 if there is no file.
 
         Raises:
             ConfigError: if the file is of another machine, version or way to measure.
@@ -86,7 +92,9 @@ class Result:
         rows = before["rows"]
         again = {_leg(row) for row in rows if row["status"] == SKIPPED or row.get("cut_short")}
         self.rows = [row for row in rows if _leg(row) not in again]
-        return len(self.rows)
+        if RETRIEVAL in before:
+            self.retrieval = RetrievalResult.from_dict(before[RETRIEVAL])
+        return len(self.rows) + (len(self.retrieval.outcomes) if self.retrieval else 0)
 
     @property
     def _machine(self) -> dict[str, Any]:
@@ -104,6 +112,10 @@ class Result:
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows and write the file."""
         self.rows += rows
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, if there is a folder: the old one is replaced in one step."""
         if self._folder is not None:
             path = self._folder / self._file
             draft = path.with_suffix(".part")
@@ -125,7 +137,11 @@ class Result:
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**self._head, "rows": self.rows, "summary": summary(self.rows)}
+        document = {**self._head, "rows": self.rows, "summary": summary(self.rows)}
+        if self.retrieval is not None:
+            compared = [comparison.to_dict() for comparison in compare(self.retrieval)]
+            document[RETRIEVAL] = {**self.retrieval.to_dict(), "comparisons": compared}
+        return document
 
 
 def _leg(row: Row) -> tuple[Any, ...]:

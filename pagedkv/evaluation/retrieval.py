@@ -11,143 +11,24 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
-from pagedkv import hook
+from pagedkv.bench.result import first_words
+from pagedkv.bench.timing import Deadline
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
-from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.evaluation.haystack import digest
+from pagedkv.errors import ConfigError
+from pagedkv.evaluation.caches import hooked, own_caches
 from pagedkv.evaluation.prompts import Example, build
-from pagedkv.evaluation.tasks import TASKS
+from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
 from pagedkv.models import unwrap, wrap, wrapping_of
 
 BASELINE = "fp16"
 CacheMaker = Callable[[], list[Any]]
 """Makes an empty cache of another kind, such as mlx-lm's quantized one: one per layer."""
 Configs = Sequence[tuple[str, TierConfig | CacheMaker | None]]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which cells are run.
-
-    Attributes:
-        tasks: keys of `tasks.TASKS`.
-        lengths: tokens of prompt and answer.
-        depths: percent of the text before what is asked for.
-        examples: cells for each task, length and depth; tasks without a depth get as many in all.
-        seed: of the first example.
-        chat: use the tokenizer's chat template, if it has one.
-        chunk: tokens per call while the text is read.
-    """
-
-    tasks: tuple[str, ...] = tuple(TASKS)
-    lengths: tuple[int, ...] = (1024, 2048, 4096)
-    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
-    examples: int = 1
-    seed: int = 0
-    chat: bool = False
-    chunk: int = 2048
-
-    def __post_init__(self) -> None:
-        if unknown := [name for name in self.tasks if name not in TASKS]:
-            raise ConfigError(f"unknown tasks {unknown}: there are {', '.join(TASKS)}")
-        if bad := [depth for depth in self.depths if not 0 <= depth <= 100]:
-            raise ConfigError(f"a depth is a percentage from 0 to 100, got {bad}")
-        for name in ("tasks", "lengths", "depths"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name} is a list of different values, got {values}")
-        for name in ("examples", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is a number from 1 up, got {getattr(self, name)}")
-
-    def cells(self) -> list[Cell]:
-        """All cells: short ones first, so that a run that is cut short has some of each task."""
-        return [
-            Cell(task, tokens, depth if TASKS[task].has_depth else None, seed)
-            for tokens in self.lengths
-            for example in range(self.examples)
-            for task in self.tasks
-            for i, depth in enumerate(self.depths)
-            for seed in [self.seed + example * len(self.depths) + i]
-        ]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One prompt.
-
-    Attributes:
-        task: a key of `tasks.TASKS`.
-        tokens: of prompt and answer.
-        depth: in percent; None where it means nothing.
-        seed: of the prompt.
-    """
-
-    task: str
-    tokens: int
-    depth: int | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model made of a cell with one cache.
-
-    Attributes:
-        cache: label of the cache.
-        cell: that was run.
-        prompt_tokens: of the prompt.
-        paged_tokens: tokens in pages when the question came; 0 means that all were 16 bit.
-        answers: what was right.
-        text: what the model wrote.
-        score: from 0 to 1; None if there was an error.
-        seconds: that it took.
-        error: why there is no score, else empty.
-    """
-
-    cache: str
-    cell: Cell
-    prompt_tokens: int
-    paged_tokens: int
-    answers: tuple[str, ...]
-    text: str
-    score: float | None
-    seconds: float
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """Outcomes of a run.
-
-    Attributes:
-        grid: that was asked for.
-        caches: labels; the first one is what others are compared with.
-        tiers: of each; None for caches that are not paged.
-        outcomes: of each cell the baseline's first.
-        complete: whether all cells were run.
-    """
-
-    grid: Grid
-    caches: tuple[str, ...]
-    tiers: tuple[TierConfig | None, ...]
-    outcomes: tuple[Outcome, ...]
-    complete: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `text` names the built-in text."""
-        return {**asdict(self), "text": digest()}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One level of names for each outcome, for CSV."""
-        rows = [asdict(outcome) for outcome in self.outcomes]
-        return [{"cache": row.pop("cache"), **row.pop("cell"), **row} for row in rows]
 
 
 def run_retrieval(
@@ -157,7 +38,9 @@ def run_retrieval(
     grid: Grid | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
-    max_seconds: float | None = None,
+    deadline: Deadline | None = None,
+    before: Sequence[Outcome] = (),
+    keep: Callable[[RetrievalResult], None] | None = None,
 ) -> RetrievalResult:
     """Run every cell on mlx-lm's cache and on each of the others.
 
@@ -168,34 +51,73 @@ def run_retrieval(
             mlx-lm's own is the baseline and run first, asked for or not.
         grid: of cells; the default one if None.
         progress: called with the number of cells done and of all.
-        max_seconds: no cell is begun after so long.
+        deadline: no cell is begun when it has passed.
+        before: outcomes of an earlier run of the same kind; their cells are not run again.
+        keep: called with the result so far after each cell that was run.
 
     Returns:
-        One outcome for each cell and cache; of a cell that is run, all caches'.
+        One outcome for each cell and cache; of a cell that is run, all caches'. What a cache
+        raises is an error in its outcome.
 
     Raises:
         ConfigError: if labels repeat, the model is wrapped, a length is beyond what the model was
             made for or too short for a task, or a cache cannot be made.
     """
-    grid = grid or Grid()
+    grid, deadline = grid or Grid(), deadline or Deadline()
     caches = _caches(model, configs)
-    _require_lengths(model, grid)
-    cells, outcomes, started = grid.cells(), list[Outcome](), time.monotonic()
+    require_cells(model, tokenizer, grid)
+    cells, found = grid.cells(), _complete(before, [cache.label for cache in caches])
+
+    def so_far() -> RetrievalResult:
+        return RetrievalResult(
+            grid,
+            tuple(cache.label for cache in caches),
+            tuple(cache.config for cache in caches),
+            tuple(outcome for cell in cells for outcome in found.get(cell, ())),
+            all(cell in found for cell in cells),
+        )
+
     for done, cell in enumerate(cells):
-        if max_seconds is not None and time.monotonic() - started > max_seconds:
+        if cell in found:
+            continue
+        if deadline.passed:
             break
         example = build(cell.task, tokenizer, cell.tokens, cell.depth or 0, cell.seed, grid.chat)
-        outcomes += [_outcome(model, tokenizer, cache, cell, example, grid) for cache in caches]
+        found[cell] = [_outcome(model, tokenizer, each, cell, example, grid) for each in caches]
+        if keep:
+            keep(so_far())
         if progress:
             progress(done + 1, len(cells))
-    complete = len(outcomes) == len(cells) * len(caches)
-    return RetrievalResult(
-        grid,
-        tuple(cache.label for cache in caches),
-        tuple(cache.config for cache in caches),
-        tuple(outcomes),
-        complete,
-    )
+    return so_far()
+
+
+def require_cells(model: Any, tokenizer: Any, grid: Grid) -> None:
+    """Check that a model was made for the lengths, and that the shortest prompts have room.
+
+    Raises:
+        ConfigError: saying what is too long or too short.
+    """
+    limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < max(grid.lengths):
+        raise ConfigError(
+            f"the model was made for {limit:,} tokens: {max(grid.lengths):,} would say nothing "
+            f"about the cache"
+        )
+    for cell in grid.cells():
+        if cell.tokens == min(grid.lengths):
+            build(cell.task, tokenizer, cell.tokens, cell.depth or 0, cell.seed, grid.chat)
+
+
+def _complete(outcomes: Sequence[Outcome], caches: Sequence[str]) -> dict[Cell, list[Outcome]]:
+    """The outcomes of cells that have one of every cache, in the caches' order."""
+    found: dict[Cell, dict[str, Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.cell, {})[outcome.cache] = outcome
+    return {
+        cell: [by_cache[label] for label in caches]
+        for cell, by_cache in found.items()
+        if set(caches) <= by_cache.keys()
+    }
 
 
 class _Caches:
@@ -210,7 +132,7 @@ class _Caches:
             with wrap(model, config):
                 self._wrapping = wrapping_of(model)
             unwrap(model)
-        self._make = config if callable(config) else lambda: _own_cache(model)
+        self._make = config if callable(config) else lambda: own_caches(model)
 
     @contextmanager
     def opened(self) -> Iterator[list[Any]]:
@@ -219,20 +141,10 @@ class _Caches:
             if self._wrapping is None:
                 yield self._make()
                 return
-            hook.install()
-            try:
-                with self._wrapping.make_cache() as cache:
-                    yield cache
-            finally:
-                hook.uninstall()
+            with hooked(), self._wrapping.make_cache() as cache:
+                yield cache
         finally:
             mx.clear_cache()
-
-
-def _own_cache(model: Any) -> list[Any]:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    return list(make_prompt_cache(model))
 
 
 def _caches(model: Any, configs: Configs) -> list[_Caches]:
@@ -246,15 +158,6 @@ def _caches(model: Any, configs: Configs) -> list[_Caches]:
     return [_Caches(model, label, config) for label, config in configs]
 
 
-def _require_lengths(model: Any, grid: Grid) -> None:
-    limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < max(grid.lengths):
-        raise ConfigError(
-            f"the model was made for {limit:,} tokens: {max(grid.lengths):,} would say nothing "
-            f"about the cache"
-        )
-
-
 def _outcome(
     model: Any, tokenizer: Any, caches: _Caches, cell: Cell, example: Example, grid: Grid
 ) -> Outcome:
@@ -266,8 +169,8 @@ def _outcome(
             paged = _paged_tokens(cache)
             text = _answer(model, tokenizer, cache, example)
             score = example.judge.score(text)
-    except PagedKVError as e:
-        error = f"{type(e).__name__}: {e}"
+    except Exception as e:  # of this cache, as for a text's rows; the others go on
+        error = f"{type(e).__name__}: {first_words(e, 300)}"
         gc.collect()  # the traceback held the cache
     return Outcome(
         caches.label,

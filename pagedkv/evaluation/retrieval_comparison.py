@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pagedkv.evaluation.bootstrap import Interval, paired_interval
-from pagedkv.evaluation.retrieval import Cell, Outcome, RetrievalResult
+from pagedkv.evaluation.retrieval_result import Cell, Outcome, RetrievalResult
 from pagedkv.evaluation.scoring import mean
 
 ALL = "all"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from pagedkv.bench.report import markdown_table
 from pagedkv.evaluation.heat_map import text_table
-from pagedkv.evaluation.retrieval import Outcome, RetrievalResult
 from pagedkv.evaluation.retrieval_comparison import ALL, Comparison, compare, pairs
+from pagedkv.evaluation.retrieval_result import Outcome, RetrievalResult
 from pagedkv.evaluation.tasks import TASKS
 
 MOST_LOST = 20
@@ -27,12 +26,15 @@ def retrieval_report(result: RetrievalResult) -> str:
         f"difference of mean scores. `in pages` counts cells in which part of the text was in "
         f"pages when the question came; in the others everything was 16 bit.",
         _comparisons(result),
+        *(f"{c}: {note}." for c, note in zip(result.caches, result.notes, strict=False) if note),
         *(_heat_map(result, cache) for cache in result.caches),
         _lost(result),
         _errors(result),
     ]
     if not result.complete:
-        parts.insert(1, "Not all cells were run: the time was up.")
+        run = len({outcome.cell for outcome in result.outcomes})
+        all_ = len(result.grid.cells())
+        parts.insert(1, f"{run} of {all_} cells were run: the time was up.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -43,7 +45,7 @@ def comparison_rows(result: RetrievalResult) -> tuple[tuple[str, ...], list[list
 
 def _comparisons(result: RetrievalResult) -> str:
     headings, rows = comparison_rows(result)
-    return _table(headings, rows, left=2) if rows else ""
+    return markdown_table(headings, rows, range(2)) if rows else ""
 
 
 def _row(comparison: Comparison) -> list[str]:
@@ -66,7 +68,7 @@ def _row(comparison: Comparison) -> list[str]:
 def _heat_map(result: RetrievalResult, cache: str) -> str:
     headings, rows = text_table(result, cache)
     what = "mean score" if cache == result.caches[0] else "mean score, and cells lost"
-    return f"{cache}, {what}:\n\n{_table(headings, rows, left=1)}" if rows else ""
+    return f"{cache}, {what}:\n\n{markdown_table(headings, rows, range(1))}" if rows else ""
 
 
 def _lost(result: RetrievalResult) -> str:
@@ -88,7 +90,7 @@ def _lost(result: RetrievalResult) -> str:
     ]
     headings = ("cache", "task", "tokens", "depth", "seed", "right", "baseline wrote", "it wrote")
     more = f"\n\nand {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
-    return f"Lost:\n\n{_table(headings, rows, left=len(headings))}{more}"
+    return f"Lost:\n\n{markdown_table(headings, rows, range(len(headings)))}{more}"
 
 
 def _errors(result: RetrievalResult) -> str:
@@ -98,7 +100,7 @@ def _errors(result: RetrievalResult) -> str:
         return ""
     headings = ("cache", "task", "tokens", "depth", "seed", "error")
     title = f"Without a score, {len(failed)} in all:"
-    return f"{title}\n\n{_table(headings, rows, left=len(headings))}"
+    return f"{title}\n\n{markdown_table(headings, rows, range(len(headings)))}"
 
 
 def _place(outcome: Outcome) -> list[str]:
@@ -111,9 +113,3 @@ def _code(text: str) -> str:
     """Text as code in a cell: one line, and nothing that ends the cell."""
     line = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
     return f"`{line}`" if line else "-"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Markdown; the first `left` columns are text, the others numbers."""
-    rule = ["---" if i < left else "---:" for i in range(len(headings))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from pagedkv.bench.caches import release
 from pagedkv.bench.result import Row, failed, first_words, skipped, succeeded
-from pagedkv.bench.settings import short_dtype
 from pagedkv.bench.timing import Deadline
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation.caches import hooked, opened, token_bytes
+from pagedkv.evaluation.caches import Own, as_it_runs, hooked, opened
 from pagedkv.evaluation.legs import Leg, Reader
 from pagedkv.evaluation.metrics import Series
-from pagedkv.evaluation.quantized import product_fails
 from pagedkv.evaluation.result import Result
 from pagedkv.evaluation.settings import DECODE, EvalSettings
 from pagedkv.evaluation.slope import fit_slope
@@ -79,8 +77,9 @@ class Evaluation:
         settings = self.settings
         pieces = [cut(t, settings.tokens, settings.segments, settings.offset) for t in self.texts]
         self._require_paging()
-        self._runnable = [self._as_it_runs(variant) for variant in self.variants]
-        self._reference = Variant(f"mlx-lm {self._probe()}")
+        self._runnable = [as_it_runs(variant, self.model) for variant in self.variants]
+        self._own = Own.of(self.model)
+        self._reference = Variant(self._own.label)
         for segments in pieces:
             for leg in settings.legs:
                 for segment in segments:
@@ -106,24 +105,6 @@ class Evaluation:
             wrap(self.model, ours).close()
             unwrap(self.model)
 
-    def _as_it_runs(self, variant: Variant) -> Variant:
-        """The variant; if MLX has no product for it here, with another one, and a note of that."""
-        if variant.bits is None:
-            return variant
-        why = product_fails(self.model, variant.bits)
-        if not why:
-            return variant
-        note = f"attended dequantized, since the quantized product does not run: {why}"
-        return replace(variant, dequantized=True, note=note)
-
-    def _probe(self) -> str:
-        """The type of the model's own cache, as text; also learns what a token takes there."""
-        with opened(Variant(REFERENCE), self.model) as caches:
-            logits = self.model(mx.array([[1]]), cache=caches)  # lazy: nothing is computed
-            self._vocabulary = int(logits.shape[-1])
-            self._token_bytes, dtype = token_bytes(caches)
-        return short_dtype(dtype or logits.dtype)
-
     def _leg(self, leg: str, segment: Segment) -> None:
         head: Row = {
             "model": self.name,
@@ -148,8 +129,8 @@ class Evaluation:
     def _groups(self) -> Iterator[tuple[bool, list[Variant]]]:
         """The reference with as many variants as fit in memory beside it, again and again."""
         settings = self.settings
-        each = SLACK * self._token_bytes * settings.tokens
-        logits = LOGITS_AT_ONCE * 4 * self._vocabulary * settings.chunk
+        each = SLACK * self._own.token_bytes * settings.tokens
+        logits = LOGITS_AT_ONCE * 4 * self._own.vocabulary * settings.chunk
         room = mx.get_memory_limit() - mx.get_active_memory() - logits - each
         most = max(1, int(room / max(1, each)))
         for start in range(0, max(1, len(self._runnable)), most):
@@ -235,6 +216,7 @@ def _row(head: Row, variant: Variant) -> Row:
         "what": variant.label,
         "kind": variant.kind,
         "kv": config.kv if config else None,
+        "treatment": config.treatment if config else None,
         "precise_tokens": variant.precise_tokens,
         "note": variant.note,
     }

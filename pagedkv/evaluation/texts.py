@@ -72,7 +72,7 @@ def built_in_text(name: str) -> str:
         ConfigError: if there is no such text.
     """
     if name == ENGLISH:
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics  # half a megabyte: only for those who ask
 
         return "\n\n".join(topics[key] for key in sorted(topics))
     if name == PYTHON:

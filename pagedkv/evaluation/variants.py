@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pagedkv.bench.contenders import QUANTIZED_GROUP
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
+from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
 UNIFORM, LADDER, MLX_LM, REFERENCE = "uniform", "ladder", "mlx-lm", "reference"
 PRECISIONS = ("fp16", "K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K3V3", "K2V2")
@@ -49,16 +50,20 @@ class Variant:
         return 0 if config is None else config.hot_tokens + config.sink_tokens
 
 
-def paged_variants(texts: Sequence[str], base: TierConfig) -> list[Variant]:
+def paged_variants(
+    texts: Sequence[str], base: TierConfig, treatments: Sequence[str] = ()
+) -> list[Variant]:
     """Rows of ours.
 
     Args:
         texts: each one ladder (``"fp16:1024,K8V4:4096,K4V4"``), or precisions with commas between
             them (``"K8V4,K4V4"``), a row each.
         base: all else; its budgets are replaced by ones that hold everything in memory.
+        treatments: values of `TierConfig.treatment`, a row each (``"K4V4 none"``); that of `base`
+            if there are none. What is kept in 8 bits and more is never treated: one row.
 
     Raises:
-        ConfigError: if one is no precision and no ladder, or comes twice.
+        ConfigError: if one is no precision and no ladder, or no treatment, or comes twice.
     """
     labels = [label.strip() for text in texts for label in _split(text)]
     found = []
@@ -66,9 +71,19 @@ def paged_variants(texts: Sequence[str], base: TierConfig) -> list[Variant]:
         if not label:
             raise ConfigError(f"{','.join(texts)!r} has an empty precision: write K8V4,K4V4")
         config = replace(base, kv=label, warm=MEMORY, cold=0, cold_dir=None, keep_free=0)
-        found.append(Variant(str(config.ladder), config))
+        if not treatments or not _treatable(config):
+            found.append(Variant(str(config.ladder), config))
+            continue
+        for treatment in treatments:
+            treated = replace(config, treatment=treatment)
+            found.append(Variant(f"{config.ladder} {treatment}", treated))
     require_different(found)
     return found
+
+
+def _treatable(config: TierConfig) -> bool:
+    """Whether some keys or values are kept in so few bits that they are treated."""
+    return any(treated_parts(config.ladder.steps, ROTATIONS[0]))
 
 
 def _split(text: str) -> list[str]:
