@@ -89,10 +89,10 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     key, matrices = mx.random.key(7), _matrices(spec) if spec.treated else None
     for codec in codecs:
         k, v = _numbers(key, spec, 2 * spec.page_tokens, codec.geometry.shape.value_dim)
-        page = codec.encode(k[0], v[0])
+        page = codec.untreated.encode(k[0], v[0])
         records += [page, page]
-        keys.append(codec.keys(page, mx.float32).swapaxes(2, 3))
-        values.append(codec.values(page, mx.float32))
+        keys.append(codec.page_keys(page, mx.float32).swapaxes(2, 3))
+        values.append(codec.page_values(page, mx.float32))
         if matrices is not None:
             keys[-1] = _product(keys[-1], matrices[0].swapaxes(1, 2))
             values[-1] = _product(values[-1], matrices[1])
@@ -215,10 +215,10 @@ def expand_difference(launcher: Launcher, spec: ExpandSpec, codecs: Codecs) -> f
     records, keys, values = [], [], []
     for codec in codecs:
         k, v = _numbers(mx.random.key(7), spec, spec.page_tokens, spec.shape.value_dim)
-        page = codec.encode(k[0], v[0])
+        page = codec.untreated.encode(k[0], v[0])
         records += [page, page]
-        keys.append(codec.keys(page, mx.float32)[0].swapaxes(1, 2)[:, :LAST_PAGE])
-        values.append(codec.values(page, mx.float32)[0][:, :LAST_PAGE])
+        keys.append(codec.page_keys(page, mx.float32)[0].swapaxes(1, 2)[:, :LAST_PAGE])
+        values.append(codec.page_values(page, mx.float32)[0][:, :LAST_PAGE])
     table = [(kind << PRECISION_SHIFT, LAST_PAGE) for kind in range(len(codecs))]
     dense = expand_pages(launcher, spec, np.array(table, np.uint32), hot, HOT, 4, records)
     worst = 0.0

@@ -76,6 +76,7 @@ class CacheStats:
             was left as it is; of several in a layer, ``"CacheList(paged, ArraysCache)"``.
         treatments: per layer what is done to keys and values before they are quantized, and why;
             ``"none"`` for a layer without pages.
+        treatment_bytes: memory for that, in addition to the budgets.
         mlx_active_bytes, mlx_peak_bytes, mlx_cache_bytes: MLX's own accounts.
         process_bytes: resident memory of the process.
     """
@@ -113,6 +114,7 @@ class CacheStats:
     prefix_reuse: str
     layers: tuple[str, ...]
     treatments: tuple[str, ...]
+    treatment_bytes: int
     mlx_active_bytes: int
     mlx_peak_bytes: int
     mlx_cache_bytes: int
@@ -199,6 +201,7 @@ def collect(cache: PagedCache) -> CacheStats:
         prefix_reuse=obstacle(cache) or "on",
         layers=tuple(_kind(layer) for layer in cache),
         treatments=tuple(_treatment(layer) for layer in cache),
+        treatment_bytes=sum(p.treatment.nbytes for p in pager.layer_pagers if p.treatment),
         mlx_active_bytes=mx.get_active_memory(),
         mlx_peak_bytes=mx.get_peak_memory(),
         mlx_cache_bytes=mx.get_cache_memory(),

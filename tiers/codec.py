@@ -11,7 +11,7 @@ Where a layer has a `Treatment`, all its pages hold treated keys and values: `pa
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -93,6 +93,9 @@ class PageCodec(Protocol):
         ...
 
 
+Layout = TypeVar("Layout", bound="_Layout")
+
+
 class _Layout:
     """Shared by both codecs: parts into words and words into parts."""
 
@@ -103,6 +106,11 @@ class _Layout:
         self.treatment = treatment
         self._dtypes = {"uint32": mx.uint32, "float16": mx.float16, "hot": hot_dtype}
         self._parts = {part.name: part for part in geometry.parts}
+
+    @property
+    def untreated(self: Layout) -> Layout:
+        """The same for keys and values that are as pages hold them already."""
+        return self if self.treatment is None else type(self)(self.geometry, self._dtypes["hot"])
 
     def _pages(
         self, keys: mx.array, values: mx.array, dtype: mx.Dtype
@@ -117,9 +125,9 @@ class _Layout:
         if length % tokens:
             raise ValueError(f"{length} tokens are not whole pages of {tokens}")
         split = (heads, length // tokens, tokens, -1)
+        # Page by page, so that no page depends on how many are treated together.
         keys, values = (x.reshape(split).swapaxes(0, 1) for x in (keys, values))
         if self.treatment:
-            # Page by page, so that no page depends on how many are sealed together.
             keys, values = self.treatment.page_keys(keys), self.treatment.page_values(values)
         return to_16_bit(keys, dtype).swapaxes(2, 3), to_16_bit(values, dtype)
 

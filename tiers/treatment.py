@@ -144,12 +144,12 @@ class Treatment:
 
     # The arrays
 
-    @cached_property
+    @property
     def _query_matrices(self) -> Floats:
         """Q per head, in numbers that float16 holds: kernels keep them so."""
         return self._matrices(self.key_steps, self.shape.key_dim, "key", transpose=False)
 
-    @cached_property
+    @property
     def _output_matrices(self) -> Floats:
         """O per head, likewise."""
         return self._matrices(self.value_steps, self.shape.value_dim, "value", transpose=True)
@@ -165,15 +165,26 @@ class Treatment:
             matrix[:] = rotation.T * undone if transpose else undone[:, None] * rotation
         return out.astype(np.float16).astype(np.float64)
 
-    @cached_property
+    # Made from `words` each time, which takes little: kept, they would be as large as all the rest.
+
+    @property
     def queries(self) -> mx.array:
         """Q, float32 ``[kv_heads, key_dim, key_dim]``: query rows times this meet page keys."""
-        return mx.array(self._query_matrices.astype(np.float32))
+        heads, dim = self.shape.kv_heads, self.shape.key_dim
+        halves = self.words.view(mx.float16)[: heads * dim * dim]
+        return halves.reshape(heads, dim, dim).astype(mx.float32)
 
-    @cached_property
+    @property
     def outputs(self) -> mx.array:
         """O, float32 ``[kv_heads, value_dim, value_dim]``: sums of page values times this."""
-        return mx.array(self._output_matrices.astype(np.float32))
+        heads, dim = self.shape.kv_heads, self.shape.value_dim
+        halves = self.words.view(mx.float16)[-heads * dim * dim :]
+        return halves.reshape(heads, dim, dim).astype(mx.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: float32 A and B, float16 Q and O."""
+        return 6 * self.shape.kv_heads * (self.shape.key_dim**2 + self.shape.value_dim**2)
 
     @cached_property
     def keys(self) -> mx.array:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from pagedkv.config import BACKENDS, DURABILITIES, TierConfig
+from pagedkv.config import BACKENDS, DURABILITIES, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
 
@@ -48,6 +48,11 @@ _TIER_OPTIONS = (
         "memory the machine should have left: with less, pages go to disk early; 0 never looks",
     ),
     ("--prefix-salt", "TEXT", "prompts under different salts share no pages"),
+    (
+        "--treatment",
+        "NAME",
+        f"what is done to keys and values before they are quantized: {', '.join(TREATMENTS)}",
+    ),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )
 _SHOWN = {
