@@ -257,6 +257,7 @@ def quantize(x: mx.array, group: int, bits: int) -> tuple[mx.array, mx.array, mx
         width, bias = (parts - 2) * width, ((parts - 1) * low + high) / parts
     scale = mx.maximum(width / (steps * (parts or 1)), LEAST_SCALE).astype(mx.float16)
     bias = bias.astype(mx.float16)
+    bias = mx.where(bias == 0, mx.array(0, mx.float16), bias)  # no minus zero
     codes = mx.round((numbers - bias.astype(mx.float32)) / scale.astype(mx.float32))
     codes = mx.clip(codes, 0, steps).astype(mx.uint32).reshape(x.shape)
     return _packed(codes, bits), scale[..., 0], bias[..., 0]

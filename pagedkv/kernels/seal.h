@@ -50,7 +50,9 @@ template <int BITS, int TRIM> FN Affine affine(Edges e) {
     bias = divide(float(TRIM - 1) * e.low + e.high, float(TRIM));
   }
   float scale = max_of(divide(width, float(((1 << BITS) - 1) * (TRIM ? TRIM : 1))), 5.9604644775390625e-8f);
-  return {half_to_float(float_to_half(scale)), half_to_float(float_to_half(bias))};
+  u32 half_bias = float_to_half(bias);
+  if (half_bias == 0x8000u) half_bias = 0;  // which zero is the smallest is nobody's rule
+  return {half_to_float(float_to_half(scale)), half_to_float(half_bias)};
 }
 
 // a / b in correct rounding from 1 / b in correct rounding (Markstein: after the first step the
