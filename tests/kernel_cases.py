@@ -51,6 +51,7 @@ class Case:
     together: bool = False
     warps: int = 4
     windowed: bool = False
+    treated: bool = False
 
     @property
     def shape(self) -> KVShape:
@@ -81,6 +82,7 @@ class Case:
             warps=self.warps,
             fetch_ahead=fetch_ahead,
             windowed=self.windowed,
+            treated=self.treated,
         )
 
 
@@ -126,6 +128,61 @@ def codecs(case: Case) -> list:
     ]
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """Random invertible transforms of pages, per KV head, and how the kernels undo them.
+
+    Attributes:
+        keys: multiplies keys on their way to pages, ``[heads, key_dim, key_dim]``.
+        values: likewise, values.
+        queries: what kernels multiply queries by, float16 numbers.
+        outputs: likewise, outputs.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    queries: np.ndarray
+    outputs: np.ndarray
+
+    @property
+    def words(self) -> mx.array:
+        """The matrices as kernels read them."""
+        halves = [x.astype(np.float16).reshape(-1) for x in (self.queries, self.outputs)]
+        return mx.array(np.concatenate(halves).view(np.uint32))
+
+    def undone(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What pages stand for: keys and values ``[heads, tokens, dim]``, float64."""
+        return keys @ self.queries.swapaxes(1, 2), values @ self.outputs
+
+
+@cache
+def treatment(heads: int, key_dim: int, value_dim: int) -> Treatment:
+    """Rotations between channel scales: no transposed or inverse matrix could stand in for them.
+
+    The first channel of keys stays as it is: see `numbers` for what it is there for.
+    """
+    rng = np.random.default_rng(key_dim + 1000 * value_dim)
+
+    def matrices(dim: int) -> np.ndarray:
+        rotation = np.linalg.qr(rng.standard_normal((heads, dim, dim)))[0]
+        before, after = 2.0 ** rng.uniform(-1, 1, (2, heads, dim))
+        return before[:, :, None] * rotation * after[:, None, :]
+
+    def half(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float16).astype(np.float64)
+
+    keys, values = np.zeros((heads, key_dim, key_dim)), matrices(value_dim)
+    keys[:, 0, 0] = 1
+    keys[:, 1:, 1:] = matrices(key_dim - 1)
+    queries, outputs = np.linalg.inv(keys).swapaxes(1, 2), np.linalg.inv(values)
+    return Treatment(keys, values, half(queries), half(outputs))
+
+
+def treatment_of(case: Case) -> Treatment | None:
+    shape = case.shape
+    return treatment(case.heads, shape.key_dim, shape.value_dim) if case.treated else None
+
+
 def numbers(
     rng: np.random.Generator, kind: str, leading: tuple[int, ...], tokens: int, dim: int, keys: bool
 ) -> np.ndarray:
@@ -155,18 +212,22 @@ def pages(
     """Page arrays as the kernel gets them, and per precision the numbers in each page."""
     rng = np.random.default_rng(sum(map(ord, kind)))
     shape = case.shape
+    transforms = treatment_of(case)
     arrays, contents = [], []
     for codec in codecs(case):
         tokens = SLOTS * case.page_tokens
         keys = numbers(rng, kind, (shape.kv_heads,), tokens, shape.key_dim, True)
         values = numbers(rng, kind, (shape.kv_heads,), tokens, shape.value_dim, False)
-        records = np.array(codec.encode(sixteen(keys, case), sixteen(values, case)))
+        if transforms is None:
+            records = np.array(codec.encode(sixteen(keys, case), sixteen(values, case)))
+        else:
+            treated = (mx.array(keys @ transforms.keys), mx.array(values @ transforms.values))
+            records = np.array(codec.encode(*(x.astype(mx.float32) for x in treated)))
         records[:, codec.geometry.payload_bytes // 4 :] = 0xFFFFFFFF  # NaN, if anyone looked
         arrays += [mx.array(records), mx.array(np.roll(records, 1, axis=0))]
         bfloat16 = case.hot_dtype == mx.bfloat16
-        contents.append(
-            [clamped(*reference.page_arrays(r, codec.geometry, bfloat16)) for r in records]
-        )
+        read = [clamped(*reference.page_arrays(r, codec.geometry, bfloat16)) for r in records]
+        contents.append(read if transforms is None else [transforms.undone(*x) for x in read])
     return arrays, contents
 
 
@@ -190,7 +251,9 @@ def plan_of(case: Case, run: Run) -> SplitPlan:
         return SplitPlan(max(1, tiles), 1, max(64, most_hot), 0, 1, case.warps)
     if not run.tiles:
         parallel = case.heads * case.batch * group_count(case.rows)
-        plan = SplitPlan.choose(most_pages, most_hot, parallel, case.page_tokens, 16)
+        plan = SplitPlan.choose(
+            most_pages, most_hot, parallel, case.page_tokens, 16, apart=case.treated
+        )
         return replace(plan, warps=case.warps)
     page_splits = -(-tiles // run.tiles)
     splits = page_splits + -(-most_hot // run.hot_per_split)
@@ -271,6 +334,7 @@ def outputs(launcher: Launcher, case: Case, run: Run) -> tuple[mx.array, np.ndar
         arrays,
         mx.array(sinks),
         run.launches,
+        treatment_of(case),
     )
     return out, np.stack(expected)
 
@@ -290,15 +354,17 @@ def attend(
     sources: list[mx.array],
     sinks: mx.array,
     launches: int,
+    transforms: Treatment | None = None,
 ) -> mx.array:
     """Everything in one launch, or both kernels, the first in several launches if asked."""
     arrays = ((hot[0], hot[1]), sources)
     logits = sinks if spec.has_sinks else None
+    matrices = None if transforms is None else transforms.words
     if _together(spec, launches):
         words, slabs = mx.array(params, mx.uint32).reshape(-1), sources[::2]
         given = (launcher, spec, plan, q, words, table, arrays[0], slabs)
         scratch = mx.full(scratch_words(spec, plan), 0x7FC07E7E, mx.uint32)  # NaN
-        out, turns = attend_and_merge(*given, logits, new_turns(spec), scratch)
+        out, turns = attend_and_merge(*given, logits, new_turns(spec), scratch, matrices)
         assert not turns.any(), "the counters of the next launch do not begin at zero"
         return out
     spec = replace(spec, together=False)
@@ -316,6 +382,7 @@ def attend(
                 table,
                 *arrays,
                 min(each, plan.splits - first),
+                matrices,
             )
         )
     if spec.final:

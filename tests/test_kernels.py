@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from pagedkv.kernels import source
-from pagedkv.kernels.decode import SplitPlan
+from pagedkv.kernels.decode import SplitPlan, attend_splits, table_words
+from tests import kernel_cases
 from tests.emulator import EmulatorError, HostLauncher
-from tests.kernel_cases import KINDS, TOLERANCE, Case, Run, error, outputs
+from tests.kernel_cases import KINDS, TOLERANCE, Case, Run, error, outputs, treatment_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux and g++")
 pytestmark = LINUX
@@ -170,6 +171,49 @@ def test_pages_that_lie_partly_behind_a_window(ahead: bool, case: Case) -> None:
     check(HostLauncher(ahead), case, WINDOW_RUNS)
 
 
+TREATED = [
+    (AHEAD, Case(("K4V4", "K3V2", "fp16"), key_dim=64, repeats=1, treated=True)),
+    (WHERE_IT_IS, Case(("K8V4", "K4V3"), key_dim=80, repeats=3, length=5, batch=2, treated=True)),
+    (AHEAD, Case(SQUARES[2], key_dim=96, repeats=6, sinks=True, together=True, treated=True)),
+    (AHEAD, Case(LADDER, heads=3, repeats=4, batch=2, together=True, treated=True, **BF16)),
+    (WHERE_IT_IS, Case(("K4V4", "fp16"), heads=1, repeats=16, length=8, treated=True, **BF16)),
+    (AHEAD, Case(LADDER, key_dim=192, heads=1, repeats=5, length=2, warps=8, treated=True)),
+    (AHEAD, Case(("K8V8", "fp16"), key_dim=256, heads=2, repeats=8, warps=2, treated=True)),
+    (WHERE_IT_IS, Case(("K4V4",), key_dim=192, value_dim=128, heads=1, repeats=12, treated=True)),
+    # Value channels that end in the middle of a block of 16, and of a SIMD group's share.
+    (AHEAD, Case(("K4V4", "fp16"), key_dim=48, value_dim=40, repeats=2, length=3, treated=True)),
+    (
+        AHEAD,
+        Case(
+            ("K4V2",), key_dim=64, repeats=2, length=4, together=True, windowed=True, treated=True
+        ),
+    ),
+    (WHERE_IT_IS, Case(LADDER, key_dim=64, sinks=True, windowed=True, treated=True, **BF16)),
+]
+
+
+@pytest.mark.parametrize(("ahead", "case"), TREATED, ids=name)
+def test_treated_pages(ahead: bool, case: Case) -> None:
+    """Pages of transformed keys and values beside plain hot tokens; half of the runs in turn."""
+    i = TREATED.index((ahead, case))
+    runs = (WINDOW_RUNS if case.windowed else RUNS)[i % 2 :: 2]
+    check(HostLauncher(ahead, contract=i % 3 == 0), case, runs)
+
+
+def test_what_is_not_treated_has_no_word_of_it() -> None:
+    """Its text, and so the name that compiled kernels are kept under, is what it was before."""
+    for together in (False, True):
+        for file in ("attend.h", "layout.h"):
+            assert "#if TREATED" in source._text(file)
+        spec = Case(LADDER, together=together).spec(AHEAD)
+        for text in (spec.attend, spec.merge):
+            assert "TREAT" not in text.header("metal").upper()
+        treated = replace(spec, treated=True)
+        assert "stage_treated" in treated.attend.header("metal")
+        assert treated.attend.name != spec.attend.name
+        assert treated.merge == spec.merge
+
+
 @pytest.mark.parametrize("tiles", [8, 1])
 def test_where_pages_are_changes_no_bit(tiles: int) -> None:
     """Nor does who merges: the launch that attends, or another one after several."""
@@ -194,6 +238,11 @@ def test_every_token_is_in_one_split() -> None:
                     assert (plan.page_splits - 1) * plan.tiles_per_split < max(tiles, 1)
                     assert (plan.splits - plan.first_hot) * plan.hot_per_split >= hot
                     assert plan.splits == 1 or plan.first_hot == plan.page_splits
+                    apart = SplitPlan.choose(pages, hot, parallel, page_tokens, 16, apart=True)
+                    assert apart.page_splits * apart.tiles_per_split >= tiles
+                    assert apart.first_hot == apart.page_splits < apart.splits
+                    assert (apart.splits - apart.first_hot) * apart.hot_per_split >= hot
+                    assert plan.splits == 1 or apart == plan
 
 
 @pytest.mark.parametrize("precisions", [("K8V8",), ("fp16",), ("K4V4", "fp16")])
@@ -286,6 +335,99 @@ MISTAKES_WINDOW = {
     ),
     "no window": ("attend.h", "if (WINDOWED) tiles.visible", "if (false) tiles.visible"),
 }
+
+SMALL_TREATED = replace(SMALL, heads=2, key_dim=80, sinks=False, treated=True)
+SMALL_RUNS_TREATED = [Run(pages=(2,), hot=(70,), valid=(0, 65), tiles=2, spare=0)]
+MISTAKES_TREATED = {
+    "a matrix is taken for its transpose": (
+        "treat.h",
+        "load(matrix, row * (DIM / 2) + pair)",
+        "load16(matrix, 2 * pair * DIM + row) | load16(matrix, (2 * pair + 1) * DIM + row) << 16",
+    ),
+    "one head's outputs stay as they are": (
+        "attend.h",
+        "if (treated)",
+        "if (treated && head == 0)",
+    ),
+    "hot values are treated": ("attend.h", "number < page_splits);", "true);"),
+    "hot tokens get the pages' queries": (
+        "attend.h",
+        "stage_queries(at, shared, q, group);",
+        "stage_treated(at, shared, q, group, treatment);",
+    ),
+    "pages get plain queries": (
+        "attend.h",
+        "stage_treated(at, queries, q, group, treatment);",
+        "stage_queries(at, queries, q, group);",
+    ),
+    "heads share their matrices": ("treat.h", "treatment + group.head *", "treatment + 0 *"),
+    "outputs are multiplied by the queries' matrix": (
+        "treat.h",
+        "treatment + (HEADS * (KEY_DIM * KEY_DIM / 2) +",
+        "treatment + (",
+    ),
+    "no barrier before queries are multiplied": (
+        "treat.h",
+        "stage_queries(at, queries, q, group); barrier();",
+        "stage_queries(at, queries, q, group);",
+    ),
+    "plain queries are overwritten too early": (
+        "treat.h",
+        "more. barrier();",
+        "more.",
+    ),
+    "a lane keeps another's query": ("treat.h", "at.g >> 1) :", "at.g >> 2) :"),
+    "large sums are no float16": ("treat.h", "(249u << 23)", "(263u << 23)"),
+}
+
+
+def test_the_small_treated_case_is_right() -> None:
+    check(HostLauncher(AHEAD), SMALL_TREATED, SMALL_RUNS_TREATED)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_TREATED.values(), ids=MISTAKES_TREATED.keys())
+def test_mistakes_with_treatments_are_noticed(
+    mistake: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(mistake, tmp_path / "kernels", monkeypatch)
+    with pytest.raises(AssertionError):
+        check(HostLauncher(AHEAD), SMALL_TREATED, SMALL_RUNS_TREATED)
+
+
+def sums_beside_plain_ones() -> float:
+    """How far treated sums are from plain ones times O, if queries stay as they are."""
+    case = Case(("fp16",), heads=2, key_dim=64, value_dim=128, repeats=3, treated=True)
+    plain, made = replace(case, treated=False), []
+    identity = np.broadcast_to(np.eye(case.key_dim), (case.heads, case.key_dim, case.key_dim))
+    matrices = replace(treatment_of(case), queries=identity)
+    rng = np.random.default_rng(5)
+    q = mx.array(rng.standard_normal((1, 6, 1, case.key_dim)).astype(np.float16))
+    hot = (mx.zeros((1, 2, 64, 64), mx.float16), mx.zeros((1, 2, 64, 128), mx.float16))
+    plan = SplitPlan(4, 2, 64, 2, 3, case.warps)
+    params = mx.array(plan.params(2, 64, 64, 2), mx.uint32)
+    table = mx.array(table_words([(0, 0, 256), (0, 1, 200)]), mx.uint32)
+    for kind, words in ((plain, None), (case, matrices.words)):
+        given = (HostLauncher(AHEAD), kind.spec(AHEAD), plan, q, params, table, hot)
+        partial, stats = attend_splits(*given, kernel_cases.pages(plain, "plain")[0], 3, words)
+        made.append((np.array(partial).astype(np.float64), np.array(stats)))
+    (sums, stats), (treated, same) = made
+    assert (stats == same).all() and (treated[2] == sums[2]).all()
+    by_head = sums[:2].reshape(2, case.heads, case.repeats, -1)
+    exact = (by_head @ matrices.outputs).reshape(2, 6, -1)
+    return float(np.abs(treated[:2] - exact).max() / np.abs(exact).max())
+
+
+def test_sums_are_treated_in_more_than_sixteen_bits() -> None:
+    assert sums_beside_plain_ones() < 2**-20
+
+
+@pytest.mark.parametrize(("old", "new"), [("* 2048.0f)", "* 0.0f)"), ("1.0f / 2048.0f", "0.0f")])
+def test_sums_of_sixteen_bits_are_noticed(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(("treat.h", old, new), tmp_path / "kernels", monkeypatch)
+    assert sums_beside_plain_ones() > 2**-16
+
 
 SMALL_TOGETHER = replace(SMALL, heads=2, together=True)
 SMALL_RUNS_TOGETHER = [Run(pages=(3,), hot=(70,), valid=(0, 65), tiles=1, spare=0)]
@@ -389,6 +531,9 @@ extern "C" __global__ void kernel({parameters}) {{
         (Case(SQUARES[0], key_dim=80, repeats=3, final=True, sinks=True), True),
         (Case(("K4V4",), heads=8, repeats=4, together=True, windowed=True), False),
         (Case(LADDER, heads=8, repeats=8, windowed=True), False),
+        (Case(("K4V4",), heads=8, repeats=4, together=True, treated=True), False),
+        (Case(("K4V4",), heads=3, key_dim=64, repeats=3, together=True, treated=True), False),
+        (Case(LADDER, heads=8, repeats=8, treated=True), False),
     ],
     ids=lambda x: name(x) if isinstance(x, Case) else "",
 )

@@ -388,6 +388,12 @@ FN void stage_queries(Place at, SHARED shared, BUFFER q, Group group) {
   }
 }
 
+#if TREATED
+// Pages of a treated layer have other channels than hot tokens: treat.h.
+FN void stage_treated(Place at, SHARED queries, BUFFER q, Group group, BUFFER treatment);
+FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int rows, BUFFER treatment, int head);
+#endif
+
 // All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
 // weighed the keys of the next tile do, where the target fetches ahead.
 FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta, BUFFER q, Group group, Tiles tiles,
@@ -403,7 +409,12 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
   if (key_bits != 16) load_scales<key_bits, value_bits>(at, scales, page, head, tile.group);
   if (tile.valid) switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
-  stage_queries(at, queries, q, group);  // while the first tile is on its way
+  // While the first tile is on its way:
+#if TREATED
+  stage_treated(at, queries, q, group, treatment);
+#else
+  stage_queries(at, queries, q, group);
+#endif
   barrier();
   while (tile.valid) {
     Tile following = take_tile(tiles, table);
@@ -473,7 +484,12 @@ FN int merge_index(Place at, int b, int w, int i, int e) {
 }
 
 // Merge the SIMD groups' softmaxes and write the split's partial, or the output if it is alone.
+#if TREATED
+FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, int rows,
+               BUFFER treatment, int head, bool treated) {
+#else
 FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, int rows) {
+#endif
   SHARED peaks = shared + (SHARED_WORDS - STAT_WORDS);
   SHARED totals = peaks + STAT_WORDS / 2;
   constexpr int width = 8 * ROW_BLOCKS;
@@ -508,6 +524,11 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
     barrier();
   }
   int me = at.warp * 32 + at.lane;
+#if TREATED
+  if (treated)
+    store_treated(at, shared, partial, row0, rows, treatment, head);
+  else
+#endif
   for (int i = me; i < rows * VALUE_DIM; i += 32 * WARPS) {
     int row = i / VALUE_DIM, channel = i % VALUE_DIM, unit = channel / 8;
     int k = (((unit % LANE_UNITS) * 8 + channel % 8) * 8 + unit / LANE_UNITS) * width + row;
@@ -566,7 +587,11 @@ FN void attend_split(u32 lane, u32 warp, Group group, SHARED shared, BUFFER q, B
     }
   }
   u64 row0 = u64(group.split) * (SEQUENCES * HEADS * ROWS) + row_at(group);
+#if TREATED
+  finish(at, state, shared, partial, stats, row0, rows_of(group), treatment, group.head, number < page_splits);
+#else
   finish(at, state, shared, partial, stats, row0, rows_of(group));
+#endif
 }
 
 // The kernel where another one merges.

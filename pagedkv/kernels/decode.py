@@ -57,6 +57,7 @@ class SplitPlan:
         parallel: int,
         page_tokens: int,
         pages_per_run: int,
+        apart: bool = False,
     ) -> SplitPlan:
         """Fill the GPU in as few rounds as possible, each of them full.
 
@@ -66,10 +67,11 @@ class SplitPlan:
             parallel: threadgroups per split: KV heads, row blocks and sequences multiplied.
             page_tokens: tokens per page.
             pages_per_run: pages of a split, at most: what may be staged together.
+            apart: whether no split may have both pages and hot tokens, as treated layers need it.
         """
         groups = page_tokens // 64
         tiles = pages * groups
-        if tiles + -(-hot // 64) <= WARPS:
+        if tiles + -(-hot // 64) <= WARPS and not apart:
             return cls(max(1, tiles), 1, max(64, hot), 0, 1, WARPS)
         at_once = max(1, GROUPS_WANTED // parallel)
         rounds = -(-tiles // (at_once * pages_per_run * groups))
@@ -124,6 +126,7 @@ def attend_splits(
     hot: tuple[mx.array, mx.array],
     sources: Sequence[mx.array],
     splits: int,
+    treatment: mx.array | None = None,
 ) -> list[mx.array]:
     """Launch the first kernel.
 
@@ -138,6 +141,7 @@ def attend_splits(
         sources: page arrays, uint32 ``[slots, page_bytes / 4]``: slab and staging of each
             precision.
         splits: how many to run.
+        treatment: uint32, of a treated layer: the matrices that ``treat.h`` names.
 
     Returns:
         The output and nothing of interest if the plan has one split; else partial outputs
@@ -153,7 +157,7 @@ def attend_splits(
         dtypes = [mx.float32, mx.float32]
     return launcher.launch(
         spec.attend,
-        [q, params, table, *hot, *sources],
+        [q, params, table, *hot, *sources, *_matrices(spec, plan, treatment)],
         (splits, spec.heads * spec.row_blocks, spec.sequences),
         LANES * plan.warps,
         shapes,
@@ -173,6 +177,7 @@ def attend_and_merge(
     sinks: mx.array | None,
     turns: mx.array,
     scratch: mx.array,
+    treatment: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Everything in one launch.
 
@@ -191,19 +196,33 @@ def attend_and_merge(
         scratch: uint32, at least `scratch_words`, written in place: launches that share it must
             be of one chain of counters, which orders them. An array of its own for each launch
             is one more to make, and never in the processor's cache.
+        treatment: see `attend_splits`.
 
     Returns:
         The output, ``[…, L, value_dim]`` like q, and the counters for the next launch.
     """
+    matrices, logits = _matrices(spec, plan, treatment), [] if sinks is None else [sinks]
     out, following = launcher.launch(
         spec.attend,
-        [q, params, table, *hot, *sources, *([] if sinks is None else [sinks]), turns, scratch],
+        [q, params, table, *hot, *sources, *matrices, *logits, turns, scratch],
         (plan.splits, spec.heads * spec.row_blocks, spec.sequences),
         LANES * plan.warps,
         [(*q.shape[:3], spec.value_dim), (_turn_words(spec),)],
         [q.dtype, mx.uint32],
     )
     return out, following
+
+
+def _matrices(spec: AttentionSpec, plan: SplitPlan, treatment: mx.array | None) -> list[mx.array]:
+    """A treated kernel's last source; what it relies on is checked."""
+    if not spec.treated:
+        return []
+    words = spec.heads * (spec.key_dim**2 + spec.value_dim**2) // 2
+    if treatment is None or treatment.dtype != mx.uint32 or treatment.size != words:
+        raise ValueError(f"a treated layer's kernel needs its matrices, {words} words")
+    if plan.first_hot < plan.page_splits:
+        raise ValueError("a split of a treated layer has both pages and hot tokens")
+    return [treatment]
 
 
 def can_merge(plan: SplitPlan) -> bool:

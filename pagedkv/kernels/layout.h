@@ -35,3 +35,9 @@ template <int KEY_BITS, int VALUE_BITS> struct Layout {
     BUFFER page = SOURCE_OF(tile.place, index) + u64(tile.place & 0xfffffff) * page_words;    \
     DO(key_bits, value_bits)                                                                  \
   } break;
+#if TREATED
+// A treatment's matrices go wherever the page arrays go, after them.
+#define AFTER_SOURCE_PARAMETER , BUFFER treatment
+#define AFTER_SOURCE_ARGUMENT , treatment
+#define AFTER_ON_SOURCE
+#endif

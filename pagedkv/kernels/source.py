@@ -54,6 +54,7 @@ class KernelText:
         call: the function called, with a lane's position, shared memory, inputs and outputs.
         shared_words: words of shared memory of a threadgroup.
         written: inputs that it writes in.
+        treated: whether it has the files' sections for treated layers.
     """
 
     name: str
@@ -64,11 +65,12 @@ class KernelText:
     call: str
     shared_words: int
     written: tuple[str, ...] = ()
+    treated: bool = False
 
     @property
     def functions(self) -> str:
         """What follows the prelude."""
-        return "\n".join([self.constants, *(_text(name) for name in self.files)])
+        return "\n".join([self.constants, *(_read(name, self.treated) for name in self.files)])
 
     def header(self, target: str) -> str:
         """Prelude and functions, in a namespace of their own.
@@ -133,6 +135,8 @@ class AttentionSpec:
         warps: SIMD groups of a threadgroup.
         fetch_ahead: whether tiles are copied to threadgroup memory while others are worked on.
         windowed: whether the first tokens of the pages are behind a window, and not seen.
+        treated: whether pages hold transformed keys and values: see ``treat.h``. Then no split
+            has both pages and hot tokens.
     """
 
     geometries: tuple[PageGeometry, ...]
@@ -153,6 +157,7 @@ class AttentionSpec:
     warps: int
     fetch_ahead: bool
     windowed: bool = False
+    treated: bool = False
 
     @property
     def staging(self) -> bool:
@@ -228,19 +233,18 @@ class AttentionSpec:
     @cached_property
     def attend(self) -> KernelText:
         """The kernel that attends splits."""
+        words, treated = self.shared_words, self.treated
         sources = source_names(len(self.geometries), self.staging)
-        inputs = ("q", "params", "table", "hot_keys", "hot_values", *sources)
-        files = ("numbers.h", "page.h", "layout.h", "attend.h")
-        if self.together:
-            return self._text(
-                "attend_and_merge",
-                (*inputs, *self._sinks, "turns", "scratch"),
-                ("out", "next_turns"),
-                (*files, "merge.h", "together.h"),
-                self.shared_words,
-                written=("scratch",),
-            )
-        return self._text("attend_pages", inputs, ("partial", "stats"), files, self.shared_words)
+        inputs: tuple[str, ...] = ("q", "params", "table", "hot_keys", "hot_values", *sources)
+        files: tuple[str, ...] = ("numbers.h", "page.h", "layout.h", "attend.h")
+        if treated:
+            inputs, files = (*inputs, "treatment"), (*files, "treat.h")
+        if not self.together:
+            outputs = ("partial", "stats")
+            return self._text("attend_pages", inputs, outputs, files, words, (), treated)
+        inputs, outputs = (*inputs, *self._sinks, "turns", "scratch"), ("out", "next_turns")
+        files, written = (*files, "merge.h", "together.h"), ("scratch",)
+        return self._text("attend_and_merge", inputs, outputs, files, words, written, treated)
 
     @cached_property
     def merge(self) -> KernelText:
@@ -261,11 +265,12 @@ class AttentionSpec:
         files: Sequence[str],
         shared_words: int,
         written: tuple[str, ...] = (),
+        treated: bool = False,
     ) -> KernelText:
         constants = [f"{name} = {value};" for name, value in self._constants.items()]
         constants.append(f"#define HAS_SINKS {int(self.has_sinks)}")
-        constants.append(sources_macro(self.geometries, self.staging))
-        return specialize(call, inputs, outputs, files, constants, shared_words, written)
+        constants.append(sources_macro(self.geometries, self.staging, treated))
+        return specialize(call, inputs, outputs, files, constants, shared_words, written, treated)
 
 
 def specialize(
@@ -276,6 +281,7 @@ def specialize(
     constants: Sequence[str],
     shared_words: int,
     written: tuple[str, ...] = (),
+    treated: bool = False,
 ) -> KernelText:
     """One kernel: constants, then the functions of some files of this folder.
 
@@ -287,15 +293,18 @@ def specialize(
         constants: definitions that the files need; `SHARED_WORDS` is added.
         shared_words: words of shared memory of a threadgroup.
         written: inputs that it writes in.
+        treated: whether it has the files' sections for treated layers.
     """
     size = f"CONSTANT int SHARED_WORDS = {shared_words};"
     definitions = "\n".join([*constants, size])
     # MLX keeps compiled kernels on disk under their names: a changed file is another name.
     preludes = [f"prelude_{target}.h" for target in _TARGETS]
-    texts = [definitions, *(_text(name) for name in (*preludes, *files))]
+    texts = [definitions, *(_read(name, treated) for name in (*preludes, *files))]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
     name = f"pagedkv_{call}_{digest}"
-    return KernelText(name, inputs, outputs, definitions, tuple(files), call, shared_words, written)
+    return KernelText(
+        name, inputs, outputs, definitions, tuple(files), call, shared_words, written, treated
+    )
 
 
 def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
@@ -312,13 +321,14 @@ def page_constants(shape: KVShape, page_tokens: int) -> list[str]:
     return [f"CONSTANT int {name} = {value};" for name, value in numbers.items()]
 
 
-def sources_macro(geometries: Sequence[PageGeometry], staging: bool) -> str:
+def sources_macro(geometries: Sequence[PageGeometry], staging: bool, treated: bool = False) -> str:
     """The list of precisions over which a kernel's switches are made: see ``layout.h``."""
     entries = (
         f"X({i}, {g.precision.key_bits}, {g.precision.value_bits}, {g.page_bytes // 4}u)"
         for i, g in enumerate(geometries)
     )
-    return f"#define STAGING {int(staging)}\n#define SOURCES(X) {' '.join(entries)}"
+    macro = f"#define STAGING {int(staging)}\n#define SOURCES(X) {' '.join(entries)}"
+    return f"#define TREATED 1\n{macro} AFTER_##X" if treated else macro
 
 
 def source_names(precisions: int, staging: bool) -> tuple[str, ...]:
@@ -353,6 +363,24 @@ def _text(name: str) -> str:
     text = re.sub(r"//[^\n]*", "", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n".join(_tight(line) for line in lines if line)
+
+
+def _read(name: str, treated: bool) -> str:
+    """A file of this folder with its sections ``#if TREATED`` chosen; they do not nest.
+
+    Kernels that treat nothing keep their text, and so the names under which they were compiled.
+    """
+    lines, section = [], ""
+    for line in _text(name).split("\n"):
+        if line == "#if TREATED":
+            section = "treated"
+        elif section and line == "#else":
+            section = "plain"
+        elif section and line == "#endif":
+            section = ""
+        elif not section or (section == "treated") == treated:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _tight(line: str) -> str:
