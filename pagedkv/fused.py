@@ -41,6 +41,7 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, group_count, supported
 from pagedkv.tiers import HotTokens, LayerPager
+from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
 
 SIXTEEN = (mx.float16, mx.bfloat16)
@@ -114,6 +115,7 @@ class _Kind:
         causal: whether a query token sees only what is before it.
         has_sinks: whether the model has attention sinks.
         windowed: whether the first tokens of the pages are behind a window.
+        treated: whether pages hold transformed keys and values.
         launches: by numbers of splits and of SIMD groups.
         specs: by whether there is one split, whether one launch does all, and the SIMD groups;
             making one reads its text.
@@ -126,6 +128,7 @@ class _Kind:
     causal: bool
     has_sinks: bool
     windowed: bool
+    treated: bool
     launches: dict[tuple[int, int], _Launch] = field(default_factory=dict)
     specs: dict[tuple[bool, bool, int], AttentionSpec] = field(default_factory=dict)
     turns: mx.array | None = None
@@ -180,13 +183,14 @@ class FusedLayer:
         """
         # Every microsecond here is one per layer and token, and below 64K tokens the GPU waits for
         # it: what can be is kept, or shared by the layers of a step.
-        key = (q.shape, q.dtype, scale, causal, sinks is not None, hidden > 0)
+        treated = pager.treatment is not None
+        key = (q.shape, q.dtype, scale, causal, sinks is not None, hidden > 0, treated)
         kind = self._kinds.get(key)
         if kind is None:
             check()
             rows = q.shape[1] * q.shape[2] // pager.shape.kv_heads
             rows = rows if takes(pager, hot, q, scale) else 0
-            kind = self._kinds[key] = _Kind(rows, scale, causal, sinks is not None, hidden > 0)
+            kind = self._kinds[key] = _Kind(rows, *key[2:])
         if not kind.rows:
             return None
         first = _first_place(entries, hidden, pager.page_tokens) if hidden else 0
@@ -198,6 +202,7 @@ class FusedLayer:
             kind.rows,
             pager.page_tokens,
             pager.pages_per_run,
+            treated,
             first,
         )
         table = self._table
@@ -223,7 +228,7 @@ class FusedLayer:
                 kind.turns = new_turns(spec)
             kind.scratch = _scratch(kind.scratch, scratch_words(spec, plan))
         logits = _logits(sinks)
-        more = _slabs(pager) if logits is None else [*_slabs(pager), logits]
+        more = [*_slabs(pager), *_matrices(pager), *([] if logits is None else [logits])]
         counting = (kind.turns, kind.scratch)
         out, turns = launch(q, params, table.array, hot.keys, hot.values, *counting, *more)
         # Of two launches that nothing else orders, each now has counters of its own.
@@ -260,12 +265,13 @@ class FusedLayer:
             scratch: mx.array,
             *more: mx.array,
         ) -> tuple[mx.array, mx.array | None]:
-            slabs, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, None)
+            more, logits = (more[:-1], more[-1]) if spec.has_sinks else (more, None)
+            slabs, matrices = (more[:-1], more[-1]) if spec.treated else (more, None)
             given = (launcher, spec, plan, q, params, table, (keys, values))
             if spec.together:
-                return attend_and_merge(*given, slabs, logits, turns, scratch)
+                return attend_and_merge(*given, slabs, logits, turns, scratch, matrices)
             sources = [array for slab in slabs for array in (slab, slab)]
-            out, stats = attend_splits(*given, sources, plan.splits)
+            out, stats = attend_splits(*given, sources, plan.splits, matrices)
             if not spec.final:
                 out = merge_splits(launcher, spec, q, out, stats, params, logits)
             return out, None
@@ -287,12 +293,13 @@ class FusedLayer:
         plan = table.plan
         spec = self._spec(pager, q, kind, plan, False)
         pages, capacity = len(table.entries), hot.capacity
-        arrays = (hot.keys, hot.values)
+        arrays, matrices = (hot.keys, hot.values), next(iter(_matrices(pager)), None)
+        given = (self._launcher, spec, plan, q)
         pieces: list[list[mx.array]] = []
         for stretch, sources in _sources(pager, table, following):
             params = _params(plan, pages, hot.used, capacity, stretch.first, visible)
             piece = attend_splits(
-                self._launcher, spec, plan, q, params, table.array, arrays, sources, stretch.splits
+                *given, params, table.array, arrays, sources, stretch.splits, matrices
             )
             if spec.final:
                 return piece[0]
@@ -322,14 +329,17 @@ class FusedLayer:
         """
         if hot.keys.dtype not in SIXTEEN or not supported(*_dims(pager)):
             return None
-        geometry = pager.codecs[precision].geometry
-        spec = _seal_spec(geometry, hot.keys.dtype == mx.bfloat16)
-        codec = pager.codecs[precision]
+        codec, arrays = pager.codecs[precision], (hot.keys, hot.values)
+        if pager.treatment is not None:
+            tokens = slice(first, first + pages * pager.page_tokens)
+            dtype = mx.float16 if precision.quantized else hot.keys.dtype
+            arrays, first = _as_in_pages(pager, hot, tokens, dtype), 0
+        spec = _seal_spec(codec.geometry, arrays[0].dtype == mx.bfloat16)
         if not self._works(
             spec.text.name, lambda: seal_difference(self._launcher, spec, codec), SEAL_TOLERANCE
         ):
             return None
-        return seal_pages(self._launcher, spec, (hot.keys, hot.values), first, pages)
+        return seal_pages(self._launcher, spec, arrays, first, pages)
 
     def expand(
         self,
@@ -339,7 +349,7 @@ class FusedLayer:
         sinks: int,
         dtype: mx.Dtype,
     ) -> tuple[mx.array, mx.array] | None:
-        """All keys and values in token order, dequantized, lazily.
+        """All keys and values in token order, dequantized, lazily; as in pages if they are treated.
 
         Args:
             pager: of the layer.
@@ -374,6 +384,8 @@ class FusedLayer:
             return None
         sources = [array for slab in _slabs(pager) for array in (slab, slab)]
         arrays = (hot.keys, hot.values)
+        if pager.treatment is not None:
+            arrays = _as_in_pages(pager, hot, slice(hot.used), hot.keys.dtype)
         return expand_pages(self._launcher, spec, pages, arrays, hot.used, sinks, sources)
 
     def cold_batches(
@@ -387,15 +399,16 @@ class FusedLayer:
             hot: hot tokens.
             rows: query rows per KV head.
         """
-        heads = pager.shape.kv_heads
-        plan = _plan(len(entries), hot, heads, rows, pager.page_tokens, pager.pages_per_run)
+        heads, treated = pager.shape.kv_heads, pager.treatment is not None
+        sizes = (len(entries), hot, heads, rows, pager.page_tokens, pager.pages_per_run)
+        plan = _plan(*sizes, treated)
         return [s.cold for s in self._prepare(pager, entries, plan).stretches if s.cold]
 
     def _spec(
         self, pager: LayerPager, q: mx.array, kind: _Kind, plan: SplitPlan, together: bool
     ) -> AttentionSpec:
         """The kernels of a kind of call; made once."""
-        final = plan.splits == 1 and not kind.has_sinks
+        final = plan.splits == 1 and not kind.has_sinks and not kind.treated
         key = (final, together and not final, plan.warps)
         spec = kind.specs.get(key)
         if spec is None:
@@ -418,6 +431,7 @@ class FusedLayer:
                 warps=plan.warps,
                 fetch_ahead=self._launcher.fetch_ahead,
                 windowed=kind.windowed,
+                treated=kind.treated,
             )
         return spec
 
@@ -450,6 +464,20 @@ def _slabs(pager: LayerPager) -> list[mx.array]:
         return slabs
     stand_in = next((slab for slab in slabs if slab.size), _zeros())
     return [slab if slab.size else stand_in for slab in slabs]
+
+
+def _matrices(pager: LayerPager) -> list[mx.array]:
+    """What the kernels read of a treatment, if there is one."""
+    return [] if pager.treatment is None else [pager.treatment.words]
+
+
+def _as_in_pages(
+    pager: LayerPager, hot: HotTokens, tokens: slice, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """Hot keys and values as a treated layer's pages have them, ``[1, heads, n, dim]``."""
+    keys = pager.treatment.page_keys(hot.keys[0, :, tokens])
+    values = pager.treatment.page_values(hot.values[0, :, tokens])
+    return to_16_bit(keys, dtype)[None], to_16_bit(values, dtype)[None]
 
 
 def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> int:
@@ -487,10 +515,11 @@ def _planned(
     rows: int,
     page_tokens: int,
     pages_per_run: int,
+    treated: bool,
     visible: int,
 ) -> tuple[SplitPlan, mx.array]:
     """How to divide a sequence, and what the kernels read of that: the same for all layers."""
-    plan = _plan(pages, hot, heads, rows, page_tokens, pages_per_run)
+    plan = _plan(pages, hot, heads, rows, page_tokens, pages_per_run, treated)
     return plan, _params(plan, pages, hot, capacity, 0, visible)
 
 
@@ -504,11 +533,17 @@ def _first_place(entries: Sequence[TableEntry], hidden: int, page_tokens: int) -
 
 
 def _plan(
-    pages: int, hot: int, heads: int, rows: int, page_tokens: int, pages_per_run: int
+    pages: int,
+    hot: int,
+    heads: int,
+    rows: int,
+    page_tokens: int,
+    pages_per_run: int,
+    treated: bool,
 ) -> SplitPlan:
     # In steps, so that a plan lasts.
     parallel = heads * group_count(rows)
-    return _choose(pages, -(-hot // 64) * 64, parallel, page_tokens, pages_per_run)
+    return _choose(pages, -(-hot // 64) * 64, parallel, page_tokens, pages_per_run, treated)
 
 
 _choose = lru_cache(maxsize=64)(SplitPlan.choose)

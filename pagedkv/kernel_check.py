@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
 from pagedkv.kernels.decode import (
@@ -85,13 +86,16 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
         codecs: one per precision, in the spec's order.
     """
     records, keys, values = [], [], []
-    key = mx.random.key(7)
+    key, matrices = mx.random.key(7), _matrices(spec) if spec.treated else None
     for codec in codecs:
         k, v = _numbers(key, spec, 2 * spec.page_tokens, codec.geometry.shape.value_dim)
         page = codec.encode(k[0], v[0])
         records += [page, page]
         keys.append(codec.keys(page, mx.float32).swapaxes(2, 3))
         values.append(codec.values(page, mx.float32))
+        if matrices is not None:
+            keys[-1] = _product(keys[-1], matrices[0].swapaxes(1, 2))
+            values[-1] = _product(values[-1], matrices[1])
     hot_keys, hot_values = _numbers(mx.random.key(8), spec, CAPACITY, spec.value_dim)
     # Often enough that groups of splits are merged as well.
     order = [(kind, slot) for kind in range(len(codecs)) for slot in (1, 0)] * 3
@@ -116,16 +120,43 @@ def attend_difference(launcher: Launcher, spec: AttentionSpec, codecs: Codecs) -
     params, table = mx.array(words, mx.uint32), mx.array(table_words(places), mx.uint32)
     sources = records if spec.staging else records[::2]
     logits = sinks if spec.has_sinks else None
+    treatment = None if matrices is None else _treatment_words(matrices)
     given = (launcher, spec, plan, q, params, table, (hot_keys, hot_values), sources)
     if spec.together:
         scratch = mx.full(scratch_words(spec, plan), 0x7FC07E7E, mx.uint32)  # NaN
-        out, _ = attend_and_merge(*given, logits, new_turns(spec), scratch)
+        out, _ = attend_and_merge(*given, logits, new_turns(spec), scratch, treatment)
     else:
-        out, stats = attend_splits(*given, plan.splits)
+        out, stats = attend_splits(*given, plan.splits, treatment)
         if not spec.final:
             out = merge_splits(launcher, spec, q, out, stats, params, logits)
     expected = _attention(spec, q, dense[0], dense[1], sinks)
     return _difference(out, expected)
+
+
+_Matrices = tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]
+
+
+def _matrices(spec: AttentionSpec) -> _Matrices:
+    """A treatment's matrices for queries and outputs: any would do; far from orthogonal."""
+    rng = np.random.default_rng(11)
+
+    def matrix(dim: int) -> npt.NDArray[np.float16]:
+        scales = 2.0 ** rng.uniform(-1, 1, (2, spec.heads, dim))
+        numbers = rng.standard_normal((spec.heads, dim, dim)) / math.sqrt(dim)
+        numbers *= scales[0][:, :, None] * scales[1][:, None, :]
+        return numbers.astype(np.float16)
+
+    return matrix(spec.key_dim), matrix(spec.value_dim)
+
+
+def _treatment_words(matrices: _Matrices) -> mx.array:
+    halves = [matrix.reshape(-1) for matrix in matrices]
+    return mx.array(np.concatenate(halves).view(np.uint32))
+
+
+def _product(x: mx.array, matrix: npt.NDArray[np.float16]) -> mx.array:
+    """A product in numpy: MLX's may be rounded to fewer bits than float32 has."""
+    return mx.array(np.asarray(x) @ matrix.astype(np.float32))
 
 
 def _small_plan(spec: AttentionSpec, pages: int) -> SplitPlan:
