@@ -3,6 +3,7 @@
     python -m tests.on_gpu numbers            # float64 beside the kernels, as CI does it emulated
     python -m tests.on_gpu build              # compile the sanitizer's programs (needs nvcc only)
     python -m tests.on_gpu sanitize           # run them under memcheck and racecheck
+    python -m tests.on_gpu cost               # what a treatment adds to decode attention
 
 For the sanitizer each kernel becomes a program of its own, in which every buffer is an allocation
 of exactly its size: MLX's would lie in pools, where an access beyond the end goes unnoticed.
@@ -26,10 +27,22 @@ import numpy as np
 from pagedkv.kernels.launch import DeviceLauncher
 from pagedkv.kernels.source import KernelText
 from tests.kernel_cases import TOLERANCE, Case, error
-from tests.test_kernels import BORDER, BORDERS, LONG, RUNS, SPLIT, WHOLE, WINDOW_RUNS, WINDOWED
+from tests.test_kernels import (
+    BORDER,
+    BORDERS,
+    LONG,
+    RUNS,
+    SPLIT,
+    TREATED,
+    WHOLE,
+    WINDOW_RUNS,
+    WINDOWED,
+)
+from tests.treatment_cost import cost
 
-CASES = [case for _, case in (*SPLIT, *WHOLE, LONG, BORDER, *WINDOWED)]
+CASES = [case for _, case in (*SPLIT, *WHOLE, LONG, BORDER, *WINDOWED, *TREATED)]
 SANITIZED = [CASES[i] for i in (0, 2, 4, 7, 8, 11, 13, 15)]
+SANITIZED += [TREATED[i][1] for i in (1, 2, 4, 8)]
 PROGRAMS = Path(os.environ.get("PAGEDKV_GPU_PROGRAMS", tempfile.gettempdir())) / "kernel_programs"
 WORKERS = 12
 
@@ -172,6 +185,8 @@ def main() -> int:
     if what == "build":
         build()
         return 0
+    if what == "cost":
+        return int(not cost())
     cases = CASES if what == "numbers" else SANITIZED
     bad = 0
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:

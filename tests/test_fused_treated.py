@@ -174,9 +174,10 @@ def test_a_layer_is_treated_from_one_step_to_the_next() -> None:
     check(cache, q)
 
 
-def test_hot_tokens_alone() -> None:
-    """No page at all: nothing is treated, and no split is a page's."""
-    cache = filled(config(kv="K4V4"), 200)
+@pytest.mark.parametrize("count", [100, 200])
+def test_hot_tokens_alone(count: int) -> None:
+    """No page at all: nothing is treated, and no split is a page's, even if it is the only one."""
+    cache = filled(config(kv="K4V4"), count)
     layer, q = cache[0], queries(4, 2, 64, mx.float16)
     view = layer.view()
     assert not view.entries

@@ -494,6 +494,7 @@ def test_mistakes_in_one_launch_are_noticed(
             WHERE_IT_IS,
             Case(("K4V3",), heads=1, key_dim=80, repeats=2, length=2, sinks=True, batch=2),
         ),
+        (AHEAD, Case(("K4V3",), key_dim=80, value_dim=40, repeats=9, together=True, treated=True)),
     ],
     ids=name,
 )

@@ -13,7 +13,18 @@ from pagedkv.kernels.seal import SealSpec
 from pagedkv.kernels.source import KernelText
 from tests.emulator import METAL_STUBS, EmulatorError, HostLauncher
 from tests.kernel_cases import Case, Run, codecs
-from tests.test_kernels import EIGHT, LINUX, RUNS, SMALL, SMALL_RUNS, SQUARES, check, name, plant
+from tests.test_kernels import (
+    EIGHT,
+    LADDER,
+    LINUX,
+    RUNS,
+    SMALL,
+    SMALL_RUNS,
+    SQUARES,
+    check,
+    name,
+    plant,
+)
 
 pytestmark = LINUX
 BF16 = {"dtype": mx.bfloat16, "hot_dtype": mx.bfloat16}
@@ -66,6 +77,8 @@ CASES = [
     Case(SQUARES[0], key_dim=80, repeats=3, length=5, sinks=True, batch=2, **BF16),
     Case(SQUARES[1], key_dim=256, repeats=2, final=True),
     Case(EIGHT, key_dim=192, value_dim=128, repeats=16, length=8, page_tokens=1024),
+    Case(LADDER, heads=8, length=3, windowed=True, sinks=True, treated=True),
+    Case(("K4V4", "fp16"), key_dim=80, value_dim=40, batch=2, treated=True, **BF16),
 ]
 
 
@@ -108,6 +121,7 @@ def test_clang_watches(
         Case(SQUARES[1], key_dim=64, repeats=3, length=3, batch=2, sinks=True),
         Case(SQUARES[2], key_dim=128, heads=1, repeats=4, **BF16),
         Case(SQUARES[3], key_dim=80, heads=1, repeats=16, length=2, final=True),
+        Case(("K4V3", "fp16"), key_dim=80, repeats=5, length=3, sinks=True, treated=True),
     ],
     ids=name,
 )
@@ -117,7 +131,11 @@ def test_against_float64(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [SMALL, Case(("K8V2", "fp16"), heads=1, key_dim=96, repeats=6, length=3, final=True)],
+    [
+        SMALL,
+        Case(("K8V2", "fp16"), heads=1, key_dim=96, repeats=6, length=3, final=True),
+        Case(("K4V4",), heads=2, key_dim=48, value_dim=40, repeats=3, treated=True),
+    ],
     ids=name,
 )
 def test_bounds(case: Case) -> None:
