@@ -390,8 +390,15 @@ FN void stage_queries(Place at, SHARED shared, BUFFER q, Group group) {
 
 #if TREATED
 // Pages of a treated layer have other channels than hot tokens: treat.h.
+// What a SIMD group takes of a matrix: blocks of 16 columns in turn, all rows of each.
+template <int DIM> struct Columns {
+  static CONSTANT int steps = (DIM + 15) / 16, turns = (steps + WARPS - 1) / WARPS;
+  u32 w[turns][steps][4];
+};
 FN void stage_treated(Place at, SHARED queries, BUFFER q, Group group, BUFFER treatment);
-FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int rows, BUFFER treatment, int head);
+FN void load_outputs(Place at, THREAD Columns<VALUE_DIM>& columns, BUFFER treatment, int head);
+FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int rows,
+                      THREAD const Columns<VALUE_DIM>& columns, BUFFER treatment, int head);
 #endif
 
 // All tiles of pages. While a tile's keys are scored its values arrive, and while its values are
@@ -487,6 +494,8 @@ FN int merge_index(Place at, int b, int w, int i, int e) {
 #if TREATED
 FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, int rows,
                BUFFER treatment, int head, bool treated) {
+  Columns<VALUE_DIM> columns;
+  if (treated) load_outputs(at, columns, treatment, head);  // on their way while SIMD groups merge
 #else
 FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, OUTPUT stats, u64 row0, int rows) {
 #endif
@@ -526,7 +535,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
   int me = at.warp * 32 + at.lane;
 #if TREATED
   if (treated)
-    store_treated(at, shared, partial, row0, rows, treatment, head);
+    store_treated(at, shared, partial, row0, rows, columns, treatment, head);
   else
 #endif
   for (int i = me; i < rows * VALUE_DIM; i += 32 * WARPS) {

@@ -7,25 +7,41 @@
 
 static_assert(!FINAL, "pages and hot tokens of a treated layer are not in one split");
 
-template <int DIM> FN constexpr int blocks_of() { return (DIM + 15) / 16; }
-
-// A block of 16 columns of a matrix, all its rows: as left operands in which lane (g, t) holds columns
-// 2g and 2g + 1, the operand's rows g and g + 8, and matrix rows in the order of `channel_of`.
-template <int DIM> struct Columns {
-  u32 w[blocks_of<DIM>()][4];
-};
-template <int DIM> FN void load_columns(Place at, THREAD Columns<DIM>& out, BUFFER matrix, int block) {
-  UNROLL for (int step = 0; step < blocks_of<DIM>(); step++)
-    UNROLL for (int i = 0; i < 4; i++) {
-      int row = 16 * step + 4 * at.t + i, pair = 8 * block + at.g;
-      bool there = DIM % 16 == 0 || (row < DIM && 2 * pair < DIM);
-      out.w[step][i] = there ? load(matrix, row * (DIM / 2) + pair) : 0;
+// 16 columns and 16 rows of a matrix: a left operand in which lane (g, t) holds columns 2g and 2g + 1,
+// the operand's rows g and g + 8, and matrix rows in the order of `channel_of`.
+template <int DIM> FN void load_operand(Place at, THREAD u32 (&w)[4], BUFFER matrix, int block, int step) {
+  UNROLL for (int i = 0; i < 4; i++) {
+    int row = 16 * step + 4 * at.t + i, pair = 8 * block + at.g;
+    bool there = DIM % 16 == 0 || (row < DIM && 2 * pair < DIM);
+    w[i] = there ? load(matrix, row * (DIM / 2) + pair) : 0;
+  }
+}
+// A matrix is asked for before it is needed, if there are registers for that.
+template <int DIM> constexpr FN bool early() { return DIM <= 128; }
+template <int DIM> FN void load_early(Place at, THREAD Columns<DIM>& columns, BUFFER matrix) {
+  UNROLL for (int turn = 0; turn < Columns<DIM>::turns; turn++)
+    UNROLL for (int step = 0; step < Columns<DIM>::steps; step++) {
+      int block = at.warp + WARPS * turn;
+      if (early<DIM>() && block < Columns<DIM>::steps) load_operand<DIM>(at, columns.w[turn][step], matrix, block, step);
     }
 }
-template <int DIM>
-FN void multiply(THREAD float (&sum)[4], THREAD const Columns<DIM>& columns, int step, u32 first, u32 second) {
-  THREAD const u32(&w)[4] = columns.w[step];
-  mma(sum, join_at<0>(w[0], w[1]), join_high(w[0], w[1]), join_at<0>(w[2], w[3]), join_high(w[2], w[3]), first, second);
+// Add products of columns with a step's rows, for COUNT right operands; all lanes of a SIMD group come here.
+template <int DIM, int COUNT>
+FN void multiply(Place at, THREAD float (&sums)[Columns<DIM>::turns][COUNT][4], THREAD const Columns<DIM>& columns,
+                 BUFFER matrix, int step, THREAD const u32 (&right)[COUNT][2]) {
+  UNROLL for (int turn = 0; turn < Columns<DIM>::turns; turn++) {
+    int block = at.warp + WARPS * turn;
+    if (Columns<DIM>::steps % WARPS && block >= Columns<DIM>::steps) continue;
+    u32 w[4];
+    if (early<DIM>()) {
+      UNROLL for (int i = 0; i < 4; i++) w[i] = columns.w[turn][step][i];
+    } else {
+      load_operand<DIM>(at, w, matrix, block, step);
+    }
+    UNROLL for (int n = 0; n < COUNT; n++)
+      mma(sums[turn][n], join_at<0>(w[0], w[1]), join_high(w[0], w[1]), join_at<0>(w[2], w[3]), join_high(w[2], w[3]),
+          right[n][0], right[n][1]);
+  }
 }
 
 // Which lane has row g and pair t of a fragment.
@@ -41,23 +57,19 @@ FN u32 finite_pair(float low, float high) {
 
 // Queries of a split of pages: summed in float32, rounded once. All of the threadgroup must come here.
 FN void stage_treated(Place at, SHARED queries, BUFFER q, Group group, BUFFER treatment) {
-  constexpr int turns = (STEPS + WARPS - 1) / WARPS;
+  constexpr int turns = Columns<KEY_DIM>::turns;
   BUFFER matrix = treatment + group.head * (KEY_DIM * KEY_DIM / 2);
   Columns<KEY_DIM> columns;
-  if (at.warp < STEPS) load_columns(at, columns, matrix, at.warp);  // on their way with the first tile
+  load_early(at, columns, matrix);  // on their way with the first tile
   stage_queries(at, queries, q, group);
   barrier();
   float sums[turns][ROW_BLOCKS][4] = {};
-  UNROLL for (int turn = 0; turn < turns; turn++) {
-    int block = at.warp + WARPS * turn;
-    if (STEPS % WARPS && block >= STEPS) continue;
-    if (turn) load_columns(at, columns, matrix, block);
-    UNROLL for (int step = 0; step < STEPS; step++)
-      UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
-        SHARED plain = queries + ((step * ROW_BLOCKS + b) * 32 + at.lane) * 2;
-        u32 first = plain[0], second = plain[1];
-        multiply(sums[turn][b], columns, step, first, second);
-      }
+  UNROLL for (int step = 0; step < STEPS; step++) {
+    u32 plain[ROW_BLOCKS][2];
+    UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
+      UNROLL for (int part = 0; part < 2; part++)
+        plain[b][part] = queries[((step * ROW_BLOCKS + b) * 32 + at.lane) * 2 + part];
+    multiply(at, sums, columns, matrix, step, plain);
   }
   // Nobody reads the plain queries any more.
   barrier();
@@ -88,26 +100,31 @@ FN u32 exponent_of(SHARED peaks, SHARED totals, int row) {
   return as_word(most) & 0x7f800000;
 }
 
+FN BUFFER outputs_of(BUFFER treatment, int head) {
+  return treatment + (HEADS * (KEY_DIM * KEY_DIM / 2) + head * (VALUE_DIM * VALUE_DIM / 2));
+}
+FN void load_outputs(Place at, THREAD Columns<VALUE_DIM>& columns, BUFFER treatment, int head) {
+  load_early(at, columns, outputs_of(treatment, head));
+}
+
 // Store what a split of pages has summed up, in the channels of hot values.
 // Sums go through the matrix unit as two float16 each, which together have 22 bits: divided by a power
 // of two that is at least twice the row's total, they are no larger than a value.
 static_assert(WARPS <= 8, "a total is no more than eight times its largest part");
-FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int rows, BUFFER treatment, int head) {
-  constexpr int steps = blocks_of<VALUE_DIM>(), turns = (steps + WARPS - 1) / WARPS, width = 8 * ROW_BLOCKS;
-  BUFFER matrix = treatment + (HEADS * (KEY_DIM * KEY_DIM / 2) + head * (VALUE_DIM * VALUE_DIM / 2));
+FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int rows,
+                      THREAD const Columns<VALUE_DIM>& columns, BUFFER treatment, int head) {
+  constexpr int turns = Columns<VALUE_DIM>::turns, width = 8 * ROW_BLOCKS;
+  BUFFER matrix = outputs_of(treatment, head);
   SHARED peaks = shared + (SHARED_WORDS - STAT_WORDS);
   SHARED totals = peaks + STAT_WORDS / 2;
-  Columns<VALUE_DIM> columns[turns];
-  UNROLL for (int turn = 0; turn < turns; turn++)
-    if (at.warp + WARPS * turn < steps) load_columns(at, columns[turn], matrix, at.warp + WARPS * turn);
   float shrink[ROW_BLOCKS][2];
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
     UNROLL for (int h = 0; h < 2; h++)
       shrink[b][h] = as_float((249u << 23) - exponent_of(peaks, totals, 8 * b + b_column(at, h)));
   float upper[turns][ROW_BLOCKS][4] = {}, lower[turns][ROW_BLOCKS][4] = {};
-  UNROLL for (int step = 0; step < steps; step++)
-    UNROLL for (int b = 0; b < ROW_BLOCKS; b++) {
-      u32 high[2], low[2];
+  UNROLL for (int step = 0; step < Columns<VALUE_DIM>::steps; step++) {
+    u32 high[ROW_BLOCKS][2], low[ROW_BLOCKS][2];
+    UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
       UNROLL for (int part = 0; part < 2; part++) {
         float x[2];
         UNROLL for (int h = 0; h < 2; h++) {
@@ -116,16 +133,14 @@ FN void store_treated(Place at, SHARED shared, OUTPUT partial, u64 row0, int row
           int k = ((unit % LANE_UNITS) * 8 + channel % 8) * 8 + unit / LANE_UNITS;
           x[h] = there ? as_float(shared[k * width + 8 * b + b_column(at, h)]) * shrink[b][h] : 0.0f;
         }
-        high[part] = h2_pack(x[0], x[1]);
-        low[part] = h2_pack((x[0] - half_to_float(high[part] & 0xffff)) * 2048.0f,
-                            (x[1] - half_to_float(high[part] >> 16)) * 2048.0f);
+        u32 near = h2_pack(x[0], x[1]);
+        high[b][part] = near;
+        low[b][part] = h2_pack((x[0] - half_to_float(near & 0xffff)) * 2048.0f,
+                               (x[1] - half_to_float(near >> 16)) * 2048.0f);
       }
-      UNROLL for (int turn = 0; turn < turns; turn++) {
-        if (steps % WARPS && at.warp + WARPS * turn >= steps) continue;
-        multiply(upper[turn][b], columns[turn], step, high[0], high[1]);
-        multiply(lower[turn][b], columns[turn], step, low[0], low[1]);
-      }
-    }
+    multiply(at, upper, columns, matrix, step, high);
+    multiply(at, lower, columns, matrix, step, low);
+  }
   UNROLL for (int b = 0; b < ROW_BLOCKS; b++)
     UNROLL for (int r = 0; r < 2; r++) {
       int row = 8 * b + 2 * at.t + r;
