@@ -40,7 +40,7 @@ from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, group_count, supported
-from pagedkv.tiers import HotTokens, LayerPager
+from pagedkv.tiers import HotTokens, LayerPager, Treatment
 from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
 
@@ -331,9 +331,9 @@ class FusedLayer:
             return None
         codec, arrays = pager.codecs[precision], (hot.keys, hot.values)
         if pager.treatment is not None:
-            tokens = slice(first, first + pages * pager.page_tokens)
+            part = slice(first, first + pages * pager.page_tokens)
             dtype = mx.float16 if precision.quantized else hot.keys.dtype
-            arrays, first = _as_in_pages(pager, hot, tokens, dtype), 0
+            arrays, first = _as_in_pages(pager.treatment, hot, part, pages, dtype), 0
         spec = _seal_spec(codec.geometry, arrays[0].dtype == mx.bfloat16)
         if not self._works(
             spec.text.name, lambda: seal_difference(self._launcher, spec, codec), SEAL_TOLERANCE
@@ -385,7 +385,8 @@ class FusedLayer:
         sources = [array for slab in _slabs(pager) for array in (slab, slab)]
         arrays = (hot.keys, hot.values)
         if pager.treatment is not None:
-            arrays = _as_in_pages(pager, hot, slice(hot.used), hot.keys.dtype)
+            part = slice(hot.used)
+            arrays = _as_in_pages(pager.treatment, hot, part, 1, hot.keys.dtype)
         return expand_pages(self._launcher, spec, pages, arrays, hot.used, sinks, sources)
 
     def cold_batches(
@@ -472,12 +473,21 @@ def _matrices(pager: LayerPager) -> list[mx.array]:
 
 
 def _as_in_pages(
-    pager: LayerPager, hot: HotTokens, tokens: slice, dtype: mx.Dtype
+    treatment: Treatment, hot: HotTokens, part: slice, pages: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Hot keys and values as a treated layer's pages have them, ``[1, heads, n, dim]``."""
-    keys = pager.treatment.page_keys(hot.keys[0, :, tokens])
-    values = pager.treatment.page_values(hot.values[0, :, tokens])
-    return to_16_bit(keys, dtype)[None], to_16_bit(values, dtype)[None]
+    """Hot keys and values as a treated layer's pages have them, ``[1, heads, n, dim]``.
+
+    They are multiplied page by page, as the codec does it: a product's last bits depend on how many
+    rows it has.
+    """
+
+    def treated(x: mx.array, change: Callable[[mx.array], mx.array]) -> mx.array:
+        heads, count, dim = x.shape
+        rows = x.reshape(heads, pages, count // pages, dim).swapaxes(0, 1)
+        return to_16_bit(change(rows), dtype).swapaxes(0, 1).reshape(1, heads, count, dim)
+
+    keys, values = hot.keys[0, :, part], hot.values[0, :, part]
+    return treated(keys, treatment.page_keys), treated(values, treatment.page_values)
 
 
 def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> int:
