@@ -258,6 +258,10 @@ def quantize(x: mx.array, group: int, bits: int) -> tuple[mx.array, mx.array, mx
     scale = mx.maximum(width / (steps * (parts or 1)), LEAST_SCALE).astype(mx.float16)
     bias = bias.astype(mx.float16)
     bias = mx.where(bias == 0, mx.array(0, mx.float16), bias)  # no minus zero
+    # The last code must stand for a number that float16 has: a scale that was rounded up may not.
+    last = bias.astype(mx.float32) + steps * scale.astype(mx.float32)
+    bits_of = scale.view(mx.uint16)
+    scale = mx.where(last > FLOAT16_MAX, bits_of - 1, bits_of).view(mx.float16)
     codes = mx.round((numbers - bias.astype(mx.float32)) / scale.astype(mx.float32))
     codes = mx.clip(codes, 0, steps).astype(mx.uint32).reshape(x.shape)
     return _packed(codes, bits), scale[..., 0], bias[..., 0]
