@@ -1,0 +1,334 @@
+"""Treatments of keys and values: what they are, who gets which, and that attention undoes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import pagedkv
+from pagedkv.allocator import KVShape, Precision
+from pagedkv.tiers import Treatment
+from pagedkv.tiers.codec import FLOAT16_MAX, codec_for, quantize
+from pagedkv.tiers.treatment import MOST_STEPS, ROTATIONS, rotation_matrix, scale_steps
+from pagedkv.treatments import choose_treatments
+from tests.models import lively, random_tokens, tiny_llama
+
+SETTINGS: dict[str, Any] = {
+    "hot_tokens": 32,
+    "sink_tokens": 4,
+    "page_tokens": 256,
+    "hot_dtype": "model",
+    "cold": 0,
+}
+
+
+def scaled(shape: KVShape, seed: int = 0) -> Treatment:
+    """Some treatment with scales far from one, and a head that is left as it is."""
+    rng = np.random.default_rng(seed)
+
+    def steps(dim: int) -> tuple[tuple[int, ...] | None, ...]:
+        heads = [tuple(map(int, rng.integers(-9, 9, dim))) for _ in range(shape.kv_heads)]
+        return (*heads[:-1], None)
+
+    return Treatment("hadamard", 3, steps(shape.key_dim), steps(shape.value_dim), shape)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("dim", [16, 64, 72, 80, 96, 128])
+def test_rotations_are_orthogonal_and_differ_by_seed(rotation: str, dim: int) -> None:
+    matrix = rotation_matrix(rotation, dim, 0, "key")
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(dim), atol=1e-12)
+    others = [rotation_matrix(rotation, dim, 1, "key"), rotation_matrix(rotation, dim, 0, "value")]
+    assert all(np.abs(matrix - other).max() > 0.1 for other in others)
+    assert np.abs(matrix).max() < 2.5 / np.sqrt(dim), "a rotation that mixes everything"
+
+
+def test_products_with_page_keys_are_the_scores() -> None:
+    shape = KVShape(3, 80, 72)
+    treatment = scaled(shape)
+    rng = np.random.default_rng(0)
+    q, k = (mx.array(rng.standard_normal((3, n, 80)), mx.float32) for n in (5, 40))
+    v = mx.array(rng.standard_normal((3, 40, 72)), mx.float32)
+    scores = treatment.page_queries(q) @ treatment.page_keys(k).swapaxes(1, 2)
+    np.testing.assert_allclose(np.array(scores), np.array(q @ k.swapaxes(1, 2)), atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(treatment.own_keys(treatment.page_keys(k))), np.array(k), atol=1e-4
+    )
+    weights = mx.softmax(scores, axis=-1)
+    out = treatment.own_values(weights @ treatment.page_values(v))
+    np.testing.assert_allclose(np.array(out), np.array(weights @ v), atol=1e-4)
+    assert np.abs(np.array(treatment.page_keys(k) - k)).max(axis=(1, 2))[:-1].min() > 0.5
+    np.testing.assert_array_equal(np.array(treatment.page_keys(k))[-1], np.array(k)[-1])
+
+
+def test_a_treatment_in_words_and_as_json() -> None:
+    treatment = scaled(KVShape(2, 64, 48))
+    words = np.array(treatment.words).view(np.float16)
+    np.testing.assert_array_equal(
+        words[: 2 * 64 * 64].reshape(2, 64, 64), np.array(treatment.queries)
+    )
+    np.testing.assert_array_equal(
+        words[2 * 64 * 64 :].reshape(2, 48, 48), np.array(treatment.outputs)
+    )
+    again = Treatment.from_dict(treatment.to_dict(), treatment.shape)
+    assert again == treatment
+    assert again.digest == treatment.digest
+    assert scaled(treatment.shape, seed=1).digest != treatment.digest
+    with pytest.raises(pagedkv.ConfigError, match="48 value channels"):
+        Treatment.from_dict({**treatment.to_dict(), "values": [[1, 2], None]}, treatment.shape)
+    for damaged in ({}, {"rotation": "x"}, {**treatment.to_dict(), "keys": 3}):
+        with pytest.raises(pagedkv.ConfigError):
+            Treatment.from_dict(damaged, treatment.shape)
+    with pytest.raises(pagedkv.ConfigError, match="within"):
+        Treatment("hadamard", 0, ((99,) * 64, None), (None, None), treatment.shape)
+
+
+def test_scales_in_steps() -> None:
+    assert scale_steps(np.array([1.0, 1.0])) == (0, 0)
+    assert scale_steps(np.array([2.0, 0.5, 1.0, 1.0])) == (4, -4, 0, 0)
+    assert scale_steps(np.array([1e9, 1.0])) == (MOST_STEPS, -MOST_STEPS)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantizing_rounds_to_the_nearest_of_its_levels(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    x = mx.array(rng.standard_normal((6, 128)) * 3 + 40, mx.float16)
+    codes, scales, biases = quantize(x, 64, bits)
+    wide = [a.astype(mx.float32) for a in (scales, biases)]
+    got = np.array(mx.dequantize(codes, *wide, group_size=64, bits=bits))
+    groups = np.array(x.astype(mx.float32)).reshape(6, 2, 64, 1)
+    steps = np.arange(2**bits)
+    levels = np.array(wide[1])[..., None, None] + np.array(wide[0])[..., None, None] * steps
+    nearest = np.abs(groups - levels).min(axis=-1)
+    np.testing.assert_allclose(
+        np.abs(got.reshape(6, 2, 64) - groups[..., 0]), nearest, atol=1e-5 * 60
+    )
+    ends = groups[..., 0].min(axis=-1), groups[..., 0].max(axis=-1)
+    outside = {2: 0.1, 3: 0.025}.get(bits, 0.0) * (ends[1] - ends[0])
+    np.testing.assert_allclose(levels[..., 0].squeeze(-1), ends[0] + outside, atol=0.03)
+    np.testing.assert_allclose(levels[..., -1].squeeze(-1), ends[1] - outside, atol=0.03)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_is_quantized_stays_within_float16(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    x = mx.array(rng.choice([-FLOAT16_MAX, FLOAT16_MAX, 64000, 1.0], (40, 64)), mx.float16)
+    codes, scales, biases = quantize(x, 64, bits)
+    wide = [a.astype(mx.float32) for a in (scales, biases)]
+    out = mx.dequantize(codes, *wide, group_size=64, bits=bits)
+    assert mx.abs(out).max().item() <= FLOAT16_MAX
+    assert mx.isfinite(out.astype(mx.float16)).all().item()
+
+
+@pytest.mark.parametrize("kv", ["K4V4", "K2V3", "fp16:300,K4V4"])
+@pytest.mark.parametrize("backend", ["dequantize", "quantized"])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_attention_over_treated_pages_is_exact(kv: str, backend: str, queries: int) -> None:
+    """Against float64 attention over what the pages stand for."""
+    shape = KVShape(2, 64, 64)
+    rng = np.random.default_rng(1)
+    with pagedkv.PagedCache.standalone(
+        1, pagedkv.TierConfig(kv=kv, backend=backend, **SETTINGS)
+    ) as cache:
+        cache.context.pager.treatments[0] = scaled(shape)
+        layer = cache[0]
+        tokens = 1000
+        k = rng.standard_normal((1, 2, tokens, 64)) * rng.uniform(0.1, 8, 64)
+        v = rng.standard_normal((1, 2, tokens, 64))
+        for start in range(0, tokens, 100):
+            part = [mx.array(x[:, :, start : start + 100], mx.float32) for x in (k, v)]
+            q = mx.array(rng.standard_normal((1, 4, 1, 64)), mx.float32)
+            pagedkv.attention(q, *part, cache=layer, scale=0.1)
+        part = [mx.array(rng.standard_normal((1, 2, queries, 64)), mx.float32) for _ in "kv"]
+        q = mx.array(rng.standard_normal((1, 4, queries, 64)), mx.float32)
+        out = np.array(pagedkv.attention(q, *part, cache=layer, scale=0.1))
+        view = layer.view()
+        assert view.entries
+        assert view.pager is not None
+        assert view.pager.treatment
+        keys, values = (np.array(x, np.float64)[0] for x in view.dense(mx.float32))
+        close = 0.7 if "K2" in kv else 0.95
+        assert np.corrcoef(keys[:, :tokens].ravel(), k[0].ravel())[0, 1] > close
+    total = tokens + queries
+    scores = np.einsum("hgld,htd->hglt", np.array(q[0]).reshape(2, 2, queries, 64), keys) * 0.1
+    seen = np.arange(total) <= np.arange(tokens, total)[:, None]
+    scores = np.where(seen, scores, -np.inf)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    want = np.einsum("hglt,htd->hgld", p / p.sum(axis=-1, keepdims=True), values)
+    np.testing.assert_allclose(out, want.reshape(out.shape), atol=2e-5)
+
+
+def shapes(model: Any) -> dict[int, KVShape]:
+    args = model.args
+    dim = args.hidden_size // args.num_attention_heads
+    return dict.fromkeys(range(len(model.layers)), KVShape(args.num_key_value_heads, dim, dim))
+
+
+def plant(model: Any, channels: tuple[int, ...], factor: float) -> None:
+    """Make key channels large and queries small there: the model says what it said before."""
+    for layer in model.layers:
+        attention, dim = layer.self_attn, layer.self_attn.rope.dims
+        for projection, by in ((attention.k_proj, factor), (attention.q_proj, 1 / factor)):
+            rows = np.ones(projection.weight.shape[0], np.float32)
+            half = dim // 2
+            for start in range(0, len(rows), dim):
+                for channel in channels:
+                    rows[start + channel] = rows[start + channel + half] = by
+            projection.weight = projection.weight * mx.array(rows)[:, None]
+    mx.eval(model.parameters())
+
+
+def test_outlier_channels_are_scaled_down_before_they_are_mixed() -> None:
+    model = tiny_llama(dim=256)
+    plant(model, (3, 11), 16.0)
+    config = pagedkv.TierConfig(kv="K4V4")
+    chosen = choose_treatments(model, config, shapes(model))
+    assert sorted(chosen) == [0, 1]
+    for treatment in chosen.values():
+        for head in treatment.key_steps:
+            assert head is not None
+            planted = [head[c] for c in (3, 11, 35, 43)]
+            others = [n for c, n in enumerate(head) if c not in (3, 11, 35, 43)]
+            # A sixteenth of the query, by its root: eight steps of a quarter octave; and the
+            # excess over four times the median, by its root: four more.
+            assert all(-13 <= n - np.median(others) <= -11 for n in planted)
+            assert max(others) - min(others) <= 3
+        assert 12 < float(treatment.reason.split()[3]) < 24
+
+
+def test_only_what_has_few_bits_is_treated() -> None:
+    model = tiny_llama()
+
+    def parts(kv: str, treatment: str = "auto") -> set[str]:
+        config = pagedkv.TierConfig(kv=kv, treatment=treatment)
+        chosen = choose_treatments(model, config, shapes(model))
+        keys = any(head for t in chosen.values() for head in t.key_steps)
+        values = any(head for t in chosen.values() for head in t.value_steps)
+        return {name for name, on in (("keys", keys), ("values", values)) if on}
+
+    assert parts("K8V8") == parts("fp16") == parts("K2V2", "none") == set()
+    assert parts("K8V4") == {"values"}
+    assert parts("K4V8") == {"keys"}
+    assert parts("K8V8:4096,K8V4:8192,K4V4") == {"keys", "values"}
+    assert parts("K4V4", "fourier") == {"keys", "values"}
+    with pytest.raises(pagedkv.ConfigError, match="treatment is one of"):
+        pagedkv.TierConfig(treatment="spin")
+
+
+def divergence(model: Any, tokens: mx.array, **settings: Any) -> float:
+    """Mean KL to the model's own cache, tokens read in chunks."""
+
+    def read(cache: Any) -> mx.array:
+        parts = []
+        for start in range(0, tokens.shape[1], 64):
+            parts.append(model(tokens[:, start : start + 64], cache=cache)[0])
+            mx.eval(parts[-1])
+        logits = mx.concatenate(parts)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    from mlx_lm.models.cache import make_prompt_cache
+
+    own = read(make_prompt_cache(model))
+    with pagedkv.wrap(model, pagedkv.TierConfig(**{**SETTINGS, **settings})) as cache:
+        ours = read(cache)
+        assert cache.stats().warm.pages
+    pagedkv.unwrap(model)
+    return float((mx.exp(own) * (own - ours)).sum(axis=-1)[300:].mean().item())
+
+
+def test_the_choice_is_right_for_planted_outliers() -> None:
+    model = lively(tiny_llama(dim=256))
+    plant(model, (3, 11), 16.0)
+    tokens = random_tokens(700)
+    kl = {
+        treatment: divergence(model, tokens, kv="K4V8", treatment=treatment)
+        for treatment in ("auto", "none", "hadamard")
+    }
+    # A random model's numbers are normally distributed: there is nothing to gain by rotating.
+    assert kl["hadamard"] > 4 * kl["none"], kl
+    assert kl["auto"] < 1.25 * kl["none"], kl
+
+
+def test_saved_pages_keep_their_treatment(tmp_path: Path) -> None:
+    model = lively(tiny_llama())
+    tokens = random_tokens(600)
+    config = pagedkv.TierConfig(**SETTINGS)
+    path = tmp_path / "a.safetensors"
+    with pagedkv.wrap(model, config) as cache:
+        mx.eval(model(tokens, cache=cache))
+        assert all("scaled and rotated" in told for told in cache.stats().treatments)
+        assert cache.stats().treatment_bytes > 0
+        cache.save(str(path))
+        want = model(random_tokens(3, seed=1), cache=cache)
+        mx.eval(want)
+    with pagedkv.load(str(path), model) as cache:
+        assert mx.array_equal(model(random_tokens(3, seed=1), cache=cache), want)
+    pagedkv.unwrap(model)
+    from mlx_lm.models.cache import load_prompt_cache
+
+    loaded = load_prompt_cache(str(path))  # without the model: the file says what was done
+    got = model(random_tokens(3, seed=1), cache=loaded)  # not wrapped: attended densely
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
+    pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS, treatment="none")).close()
+    with pytest.raises(pagedkv.CacheStateError, match="treatment"):
+        pagedkv.load(str(path), model)
+    pagedkv.unwrap(model)
+
+
+def test_stores_of_other_treatments_are_others(tmp_path: Path) -> None:
+    model = lively(tiny_llama())
+    settings = {**SETTINGS, "cold": "64MB", "cold_dir": str(tmp_path)}
+    with pagedkv.wrap(model, pagedkv.TierConfig(**settings)) as cache:
+        mx.eval(model(random_tokens(600), cache=cache))
+        cache.flush()
+        want = model(random_tokens(1, seed=1), cache=cache)
+        mx.eval(want)
+    pagedkv.unwrap(model)
+    with pytest.raises(pagedkv.PagedKVError):
+        pagedkv.resume(model, pagedkv.TierConfig(**settings, treatment="none"))
+    pagedkv.unwrap(model)
+    with pagedkv.resume(model, pagedkv.TierConfig(**settings)) as cache:
+        assert mx.array_equal(model(random_tokens(1, seed=1), cache=cache), want)
+    pagedkv.unwrap(model)
+
+
+def test_bounds_of_cold_pages_hold_for_treated_ones() -> None:
+    rng = np.random.default_rng(2)
+    settings = {**SETTINGS, "warm": 200_000, "cold": "64MB", "treatment": "hadamard"}
+    k, v = (mx.array(rng.standard_normal((1, 1, 3000, 64)), mx.float32) for _ in "kv")
+    k = k * mx.where(mx.arange(3000)[:, None] < 2000, 0.02, 1.0)
+    outs = []
+    for skip in (0.0, 0.2):
+        with pagedkv.PagedCache.standalone(
+            1, pagedkv.TierConfig(skip_below=skip, **settings)
+        ) as cache:
+            first = mx.zeros((1, 2, 1, 64))
+            for start in range(0, 3000, 500):
+                part = [x[:, :, start : start + 500] for x in (k, v)]
+                mx.eval(pagedkv.attention(first, *part, cache=cache[0], scale=0.125))
+            q = 3 * mx.array(np.random.default_rng(5).standard_normal((1, 2, 1, 64)), mx.float32)
+            last = [mx.zeros((1, 1, 1, 64))] * 2
+            outs.append(np.array(pagedkv.attention(q, *last, cache=cache[0], scale=0.125)))
+            skipped = cache.stats().skipped
+    assert skipped is not None
+    assert skipped.skipped_pages > 0
+    assert np.abs(outs[0] - outs[1]).max() <= skipped.error_bound + 1e-6
+
+
+def test_a_codec_gives_back_what_came() -> None:
+    shape = KVShape(2, 64, 72)
+    rng = np.random.default_rng(0)
+    keys = mx.array(rng.standard_normal((2, 512, 64)) * 3, mx.float32)
+    values = mx.array(rng.standard_normal((2, 512, 72)), mx.float32)
+    for precision, limit in (("K8V8", 0.2), ("fp16", 0.02)):
+        codec = codec_for(shape, 256, Precision.parse(precision), mx.float16, scaled(shape))
+        records = codec.encode(keys, values)
+        got = codec.keys(records, mx.float32).transpose(1, 0, 3, 2).reshape(2, 512, 64)
+        assert mx.abs(got - keys).max().item() < limit * 8
+        got = codec.values(records, mx.float32).transpose(1, 0, 2, 3).reshape(2, 512, 72)
+        assert mx.abs(got - values).max().item() < limit * 4
+        assert mx.array_equal(records[1:], codec.encode(keys[:, 256:], values[:, 256:]))
