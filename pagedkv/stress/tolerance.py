@@ -1,8 +1,9 @@
 """How far stored tokens and needles' answers may be off, derived from the precision of a page.
 
 - A stored number is within one quantization step of its group, ``(max - min) / (2^bits - 1)``:
-  half a step of rounding, and up to half a step where `mx.quantize` moves the scale so that zero
-  is exact. A page that was encoded again at a lower precision may be one step off for each time.
+  half a step of rounding, at 2 and 3 bits what is left out at either end, and what rounding scale
+  and bias to float16 moves. A page that was encoded again at a lower precision may be one step off
+  for each time.
 - A needle's answer is within one step of its value, plus what leaks in from other tokens. Rounded
   keys shift a score by a random amount of deviation ``σ = scale · |q| · 0.375 step`` (that of a
   number within a step, and a third more for the moved scale), so the exact weight of all other
