@@ -261,10 +261,14 @@ def plan_of(case: Case, run: Run) -> SplitPlan:
 
 
 def error(launcher: Launcher, case: Case, run: Run) -> float:
-    """The largest difference to float64, relative to the largest output."""
+    """The largest difference to float64, relative to the largest output.
+
+    Values are about one: a largest output far below that is what a model's sinks have left, and may
+    be less than float16 resolves.
+    """
     out, exact = outputs(launcher, case, run)
     actual = np.asarray(out.astype(mx.float32)).astype(np.float64)
-    difference = np.abs(actual - exact).max() / np.abs(exact).max()
+    difference = np.abs(actual - exact).max() / max(1e-2, np.abs(exact).max())
     return float("inf") if np.isnan(difference) else float(difference)
 
 
