@@ -97,11 +97,6 @@ class Treatment:
             value_steps=self.value_steps if values else untouched,
         )
 
-    @property
-    def changes(self) -> bool:
-        """Whether any head is transformed."""
-        return any(head is not None for head in (*self.key_steps, *self.value_steps))
-
     def __str__(self) -> str:
         parts = [("keys", self.key_steps), ("values", self.value_steps)]
         told = []
