@@ -7,7 +7,8 @@ r"""The campaign behind docs/fidelity.md: what every precision does to what real
 A part of a model is DIR/MODEL-PART.json, with its tables in Markdown and its plots beside it:
 
 prefill    all precisions, some ladders and mlx-lm's quantized cache, both texts read in chunks
-decode     some of them, token by token after a prompt, with the slope of KL by position
+decode     some of them, token by token after a prompt, with the slope of KL by position, and of
+           what that adds to the same positions read in chunks
 segments   some of them over several pieces of the English text, for the spread
 retrieval  facts hidden in a text and asked for (docs/retrieval.md), 120 cells a model
 
@@ -36,7 +37,7 @@ from pagedkv.cli.loading import MODELS_OWN, load_model
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.evaluation import (
     BUILT_IN,
-    DECODE,
+    LEGS,
     PREFILL,
     EvalSettings,
     Evaluation,
@@ -69,14 +70,14 @@ class Part:
     """What one part measures.
 
     Attributes:
-        leg: of the comparison.
+        legs: of the comparison.
         kv: rows of ours, as `pagedkv eval --kv` takes them.
         bits: rows of mlx-lm's quantized cache.
         texts: that are read.
         segments: of each.
     """
 
-    leg: str
+    legs: tuple[str, ...]
     kv: tuple[str, ...]
     bits: tuple[int, ...] = ()
     texts: tuple[str, ...] = BUILT_IN
@@ -111,9 +112,9 @@ class Cells:
 
 
 PARTS: dict[str, Part | Cells] = {
-    "prefill": Part(PREFILL, (",".join(PRECISIONS), *LADDERS), MLX_LM),
-    "decode": Part(DECODE, ("K8V4,K4V4,K2V2", LADDERS[0])),
-    "segments": Part(PREFILL, ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
+    "prefill": Part((PREFILL,), (",".join(PRECISIONS), *LADDERS), MLX_LM),
+    "decode": Part(LEGS, ("K8V4,K4V4,K2V2", LADDERS[0])),
+    "segments": Part((PREFILL,), ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
     "retrieval": Cells(
         ("K4V4", LADDERS[0]),
         ("needle", "multikey", "kv", "records"),
@@ -130,7 +131,7 @@ def settings(part: Part, args: argparse.Namespace) -> EvalSettings:
     return EvalSettings(
         tokens=args.tokens,
         chunk=args.chunk,
-        legs=(part.leg,),
+        legs=part.legs,
         decode_tokens=args.decode_tokens,
         decode_step=args.decode_step,
         segments=part.segments,

@@ -97,6 +97,10 @@ def test_positions_are_the_rows_behind_the_means(run: tuple[Document, Path, str]
         if row["leg"] == "decode":
             slope = 1000 * np.polyfit(np.arange(kl.size), kl, 1)[0]
             assert row["slope_per_1000"] == pytest.approx(slope, rel=1e-3)
+            read = arrays[f"book.txt/{row['segment']}/prefill/{row['what']}/kl"]
+            added = kl - read[row["first_position"] :][: kl.size]
+            slope = 1000 * np.polyfit(np.arange(kl.size), added, 1)[0]
+            assert row["added_slope_per_1000"] == pytest.approx(slope, rel=1e-3, abs=1e-6)
         assert np.mean(row["kl_binned"]) == pytest.approx(row["kl_mean_all"], rel=1e-4)
 
 

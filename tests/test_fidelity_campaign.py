@@ -48,7 +48,7 @@ def test_the_campaign_covers_what_is_promised(script: Any) -> None:
     assert prefill.bits == (8, 4)
     args = script.parser().parse_args(["--part", "all", "--out", "x"])
     decode = script.settings(script.PARTS["decode"], args)
-    assert decode == EvalSettings(legs=("decode",))
+    assert decode == EvalSettings(legs=("prefill", "decode"))
     assert decode.tokens == 8192
     assert decode.decode_tokens >= 2048
     assert decode.decode_step == 1

@@ -193,9 +193,9 @@ def test_outlier_channels_are_scaled_down_before_they_are_mixed() -> None:
             assert head is not None
             planted = [head[c] for c in (3, 11, 35, 43)]
             others = [n for c, n in enumerate(head) if c not in (3, 11, 35, 43)]
-            # A sixteenth of the query, by its root: eight steps of a quarter octave; and the
-            # excess over four times the median, by its root: four more.
-            assert all(-13 <= n - np.median(others) <= -11 for n in planted)
+            # A sixteenth of the query, by its root: eight steps of a quarter octave; and all of
+            # the excess, by its root: eight more.
+            assert all(-17 <= n - np.median(others) <= -15 for n in planted)
             assert max(others) - min(others) <= 3
         assert 12 < float(treatment.reason.split()[3]) < 24
 
@@ -240,17 +240,18 @@ def divergence(model: Any, tokens: mx.array, **settings: Any) -> float:
     return float((mx.exp(own) * (own - ours)).sum(axis=-1)[300:].mean().item())
 
 
-def test_the_choice_is_right_for_planted_outliers() -> None:
+@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
+def test_the_choice_is_right_for_planted_outliers(factor: float) -> None:
     model = lively(tiny_llama(dim=256))
-    plant(model, (3, 11), 16.0)
+    plant(model, (3, 11), factor)
     tokens = random_tokens(700)
     kl = {
         treatment: divergence(model, tokens, kv="K4V8", treatment=treatment)
         for treatment in ("auto", "none", "hadamard")
     }
     # A random model's numbers are normally distributed: there is nothing to gain by rotating.
-    assert kl["hadamard"] > 4 * kl["none"], kl
-    assert kl["auto"] < 1.25 * kl["none"], kl
+    assert kl["hadamard"] > 3 * kl["none"], kl
+    assert kl["auto"] < 1.1 * kl["none"], kl
 
 
 def test_saved_pages_keep_their_treatment(tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ RELIEF_PAGES = 4
 """Pages demoted beyond need each time pages are sealed while memory is short."""
 
 RUN_BYTES = 4 * 2**20
-"""Bytes of a run, at most, unless a single page is larger: staging holds eight such, so that the disk is
-busy while one is copied and another is attended (with twice as much, 8-bit pages overlap at 0.77)."""
+"""Bytes of a run, at most, unless a single page is larger. Staging holds eight of them, so the disk
+stays busy while one is copied and another one attended: 8-bit runs of twice that overlap at 0.77,
+these at 0.93 (`docs/design.md`)."""
 
 
 def choose_page_tokens(

@@ -113,6 +113,15 @@ class Series:
         loss = _joined(reference)
         return cls(first, np.zeros_like(loss), loss, np.zeros_like(loss), loss)
 
+    def between(self, first: int, count: int) -> Series | None:
+        """`count` positions from `first` on; None if some of them are not here."""
+        start = first - self.first
+        if start < 0 or start + count > self.kl.size:
+            return None
+        part = slice(start, start + count)
+        numbers = (self.kl, self.loss, self.flips, self.reference_loss)
+        return Series(first, *(values[part] for values in numbers))
+
     @property
     def broken(self) -> int:
         """Positions whose prediction was none: not finite."""

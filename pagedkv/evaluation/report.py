@@ -57,9 +57,9 @@ def _number(name: str, heading: str, form: Format, of_reference: bool = False) -
     return Column(heading, text)
 
 
-def _interval() -> Column:
+def _interval(name: str) -> Column:
     def text(row: Row) -> str:
-        low, high = row.get("slope_per_1000_low"), row.get("slope_per_1000_high")
+        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
         return f"{small(low)} to {small(high)}" if low is not None and high is not None else ""
 
     return Column("95 %", text)
@@ -91,7 +91,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *_HEAD,
         _TOP,
         _number("slope_per_1000", "KL per 1,000 tokens", small),
-        _interval(),
+        _interval("slope_per_1000"),
+        _number("added_slope_per_1000", "beside prefill", small),
+        _interval("added_slope_per_1000"),
         _text("note", "note"),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,15 @@ IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source")
 KEY = ("model", "text", "leg", "what")
 SUMMED_UP = (
     *("perplexity", "perplexity_reference", "perplexity_percent", "kl_mean", "kl_p99", "kl_max"),
-    *("top1_percent", "flips", "slope_per_1000", "bits", "bytes_per_token", "cache_bytes"),
+    *(
+        "top1_percent",
+        "flips",
+        "slope_per_1000",
+        "added_slope_per_1000",
+        "bits",
+        "bytes_per_token",
+        "cache_bytes",
+    ),
     *("fp16_bytes", "seconds"),
 )
 """Numbers whose mean and extremes over segments are worth having."""
@@ -175,8 +184,8 @@ def _one(group: Sequence[Row]) -> Row:
         if values:
             row[name] = statistics.fmean(values)
             row[f"{name}_min"], row[f"{name}_max"] = min(values), max(values)
-    for name in ("slope_per_1000_low", "slope_per_1000_high"):
-        row.pop(name, None)  # of one segment's line
+    for name, end in itertools.product(("slope", "added_slope"), ("low", "high")):
+        row.pop(f"{name}_per_1000_{end}", None)  # of one segment's line
     return row
 
 

@@ -17,8 +17,8 @@ from pagedkv.evaluation.caches import Own, as_it_runs, hooked, opened
 from pagedkv.evaluation.legs import Leg, Reader
 from pagedkv.evaluation.metrics import Series
 from pagedkv.evaluation.result import Result
-from pagedkv.evaluation.settings import DECODE, EvalSettings
-from pagedkv.evaluation.slope import fit_slope
+from pagedkv.evaluation.settings import LEGS, PREFILL, EvalSettings
+from pagedkv.evaluation.slope import Floats, fit_slope
 from pagedkv.evaluation.texts import Segment, Text, cut
 from pagedkv.evaluation.variants import REFERENCE, Variant, require_different
 from pagedkv.models import unwrap, wrap
@@ -80,8 +80,9 @@ class Evaluation:
         self._runnable = [as_it_runs(variant, self.model) for variant in self.variants]
         self._own = Own.of(self.model)
         self._reference = Variant(self._own.label)
+        self._prefills: dict[tuple[str, int, str], Series] = {}
         for segments in pieces:
-            for leg in settings.legs:
+            for leg in sorted(settings.legs, key=LEGS.index):
                 for segment in segments:
                     self._leg(leg, segment)
         self.result.write_positions()
@@ -189,8 +190,14 @@ class Evaluation:
         row["seconds"] = reader.seconds
         if reader.variant.kind == REFERENCE:
             return succeeded(row)
-        if leg == DECODE and series.kl.size >= 2 * self.settings.block:
-            row |= self._slope(series)
+        place = (row["text"], row["segment"], row["what"])
+        if leg == PREFILL:
+            self._prefills[place] = series
+        elif series.kl.size >= 2 * self.settings.block:
+            row |= self._slope("slope", series.kl)
+            prefill = self._prefills.get(place)
+            if prefill is not None and (same := prefill.between(series.first, series.kl.size)):
+                row |= self._slope("added_slope", series.kl - same.kl)
         if reader.footprint.pages == 0:
             row["note"] = "nothing was quantized: no page was full"
         if row.get("cut_short"):
@@ -198,13 +205,13 @@ class Evaluation:
         self.result.keep(row, series)
         return succeeded(row | {"kl_bin": BIN, "kl_binned": series.binned_kl(BIN)})
 
-    def _slope(self, series: Series) -> Row:
+    def _slope(self, name: str, values: Floats) -> Row:
         settings = self.settings
-        found = fit_slope(series.kl, settings.seed, settings.block, settings.resamples)
+        found = fit_slope(values, settings.seed, settings.block, settings.resamples)
         return {
-            "slope_per_1000": 1000 * found.slope,
-            "slope_per_1000_low": 1000 * found.low,
-            "slope_per_1000_high": 1000 * found.high,
+            f"{name}_per_1000": 1000 * found.slope,
+            f"{name}_per_1000_low": 1000 * found.low,
+            f"{name}_per_1000_high": 1000 * found.high,
         }
 
 
