@@ -1,7 +1,7 @@
 """What it costs that a ladder lowers a page from its stored numbers, not from the original ones.
 
     python benchmarks/second_rounding.py --model DIR --name smollm2-135m \
-        --out benchmarks/results/fidelity
+        --out benchmarks/results/fidelity/second-rounding
 
 Every step is done twice: from what the page stores (`PageCodec.recode`, as it is), and from the
 16-bit numbers that it was sealed from, which only this script keeps.
@@ -12,7 +12,7 @@ kl      KL to mlx-lm's own cache, through the real one, in nats per token; the d
         bootstrap interval over blocks of 64 neighbouring positions, for this one rounding of
         these pages: how much chance there is in that, other pieces of text say (--offset)
 
-Rows go to OUT/NAME-second-rounding.json as they come; what is there already is not measured again.
+Rows go to OUT/NAME.json as they come; what is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--ladder", nargs="+", default=LADDERS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    path = args.out / f"{args.name}-second-rounding.json"
+    path = args.out / f"{args.name}.json"
     result: dict[str, Any] = {"benchmark": "second rounding", "model": args.name, "rows": []}
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
