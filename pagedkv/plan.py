@@ -12,6 +12,7 @@ from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.config import KEPT_TOKENS, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.layer_pager import choose_page_tokens
+from pagedkv.tiers.treatment import treated_parts, treatment_bytes
 from pagedkv.window_sizes import WindowSizes
 
 
@@ -27,6 +28,8 @@ class Plan:
         hot_bytes, warm_bytes, cold_bytes: bytes per tier.
         staging_bytes: memory for pages on their way to and from disk, at most.
         scratch_bytes: memory for one layer's dequantized keys and values in prefill, at most.
+        treatment_bytes: memory for the matrices of treatments, at most: layers whose weights do not
+            say which treatment they need have none.
         fp16_bytes: what a 16-bit cache takes, with the same windows.
         fits: whether the budgets hold the context.
         max_context: tokens that the budgets hold.
@@ -44,6 +47,7 @@ class Plan:
     cold_bytes: int
     staging_bytes: int
     scratch_bytes: int
+    treatment_bytes: int
     fp16_bytes: int
     fits: bool
     max_context: int
@@ -52,8 +56,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory in all: hot, warm, staging and scratch."""
-        return self.hot_bytes + self.warm_bytes + self.staging_bytes + self.scratch_bytes
+        """Memory in all: hot, warm, staging, scratch and treatments."""
+        buffers = self.staging_bytes + self.scratch_bytes + self.treatment_bytes
+        return self.hot_bytes + self.warm_bytes + buffers
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -99,6 +104,7 @@ def plan(
     cold = sum(pages.values()) - sum(warm.values())
     paged = any(any(pages.values()) for _, pages, _ in placed)
     scratch = min(budget.scratch_bytes, most.held(context) * shape.token_bytes())
+    treated = any(treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment))
     return Plan(
         context=context,
         page_tokens=tokens,
@@ -110,6 +116,7 @@ def plan(
         cold_bytes=cold_bytes,
         staging_bytes=budget.staging_bytes + budget.write_buffer_bytes if cold_bytes else 0,
         scratch_bytes=scratch if paged else 0,
+        treatment_bytes=layers * treatment_bytes(shape) if treated else 0,
         fp16_bytes=sum(k.layers * k.held(context) for k in kinds) * shape.token_bytes(),
         fits=_fits(kinds, context),
         max_context=_longest(kinds),

@@ -584,8 +584,12 @@ def test_a_result_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(pagedkv.ConfigError, match=r"measured elsewhere \(mlx differ\)"):
         Result({}, path).resume()
-    path.write_text("{}")
-    with pytest.raises(pagedkv.ConfigError, match="is no result of pagedkv bench"):
+    for text in ("{}", '{"schema": 1, "benchmark": "pagedkv eval", "rows": []}'):
+        path.write_text(text)
+        with pytest.raises(pagedkv.ConfigError, match="is no result of pagedkv bench"):
+            Result({}, path).resume()
+    path.write_text('{"schema": 2, "benchmark": "pagedkv bench"}')
+    with pytest.raises(pagedkv.ConfigError, match="has schema 2, not 1"):
         Result({}, path).resume()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,30 @@ def test_the_choice_is_right_for_planted_outliers(factor: float) -> None:
     # A random model's numbers are normally distributed: there is nothing to gain by rotating.
     assert kl["hadamard"] > 3 * kl["none"], kl
     assert kl["auto"] < 1.1 * kl["none"], kl
+
+
+@pytest.mark.parametrize(
+    ("kv", "treatment", "treated"),
+    [
+        ("K4V4", "auto", True),
+        ("K8V4", "fourier", True),  # keys are left alone, and have a matrix all the same
+        ("K8V8:900,K3V8", "auto", True),
+        ("K4V4", "none", False),
+        ("K8V8", "auto", False),
+        ("fp16", "auto", False),
+    ],
+)
+def test_a_plan_counts_treatments(kv: str, treatment: str, treated: bool) -> None:
+    model = tiny_llama(layers=3, dim=128)
+    config = pagedkv.TierConfig(**SETTINGS, kv=kv, treatment=treatment)
+    with pagedkv.wrap(model, config) as cache:
+        stats = cache.stats()
+    pagedkv.unwrap(model)
+    plan = pagedkv.plan(KVShape(2, 32, 32), 3, 2000, config)
+    assert plan.treatment_bytes == stats.treatment_bytes
+    assert (plan.treatment_bytes > 0) == treated
+    without = pagedkv.plan(KVShape(2, 32, 32), 3, 2000, replace(config, treatment="none"))
+    assert plan.memory_bytes == without.memory_bytes + plan.treatment_bytes
 
 
 def test_saved_pages_keep_their_treatment(tmp_path: Path) -> None:

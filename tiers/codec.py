@@ -76,6 +76,22 @@ class PageCodec(Protocol):
         """
         ...
 
+    def recode(self, records: mx.array, stored: AffineCodec | Sixteen) -> mx.array:
+        """Pages of another precision of the same layer, encoded again.
+
+        Keys or values that keep their bits are copied. Others are computed in float32 from what
+        is stored, as the pages hold them (a treatment is not undone), rounded to float16 and
+        quantized like those that are sealed.
+
+        Args:
+            records: of whole pages.
+            stored: their codec: of the same shape, tokens per page and treatment.
+
+        Returns:
+            uint32 ``[pages, page_bytes / 4]``.
+        """
+        ...
+
     def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
         """Keys as the pages hold them, transposed: ``[pages, kv_heads, key_dim, tokens]``."""
         ...
@@ -107,14 +123,44 @@ class _Layout:
         self._dtypes = {"uint32": mx.uint32, "float16": mx.float16, "hot": hot_dtype}
         self._parts = {part.name: part for part in geometry.parts}
 
+    def encode(self, keys: mx.array, values: mx.array) -> mx.array:
+        """See `PageCodec.encode`. Inputs beyond float16's range are clamped to it."""
+        keys, values = self._pages(keys, values)
+        return self._join([*self._key_arrays(keys), *self._value_arrays(values)])
+
+    def recode(self, records: mx.array, stored: AffineCodec | Sixteen) -> mx.array:
+        """See `PageCodec.recode`."""
+        mine, theirs = self.geometry.precision, stored.geometry.precision
+        if mine.key_bits == theirs.key_bits:
+            keys = stored._arrays(records, "key")
+        else:
+            keys = self._key_arrays(to_16_bit(stored.page_keys(records, mx.float32), self._numbers))
+        if mine.value_bits == theirs.value_bits:
+            values = stored._arrays(records, "value")
+        else:
+            numbers = to_16_bit(stored.page_values(records, mx.float32), self._numbers)
+            values = self._value_arrays(numbers)
+        return self._join([*keys, *values])
+
+    @property
+    def _numbers(self) -> mx.Dtype:
+        """The 16-bit type that numbers have before they are stored."""
+        raise NotImplementedError
+
+    def _key_arrays(self, keys: mx.array) -> list[mx.array]:
+        """What a page stores of keys ``[pages, kv_heads, key_dim, tokens]`` in a 16-bit type."""
+        raise NotImplementedError
+
+    def _value_arrays(self, values: mx.array) -> list[mx.array]:
+        """Likewise of values ``[pages, kv_heads, tokens, value_dim]``."""
+        raise NotImplementedError
+
     @property
     def untreated(self: Layout) -> Layout:
         """The same for keys and values that are as pages hold them already."""
         return self if self.treatment is None else type(self)(self.geometry, self._dtypes["hot"])
 
-    def _pages(
-        self, keys: mx.array, values: mx.array, dtype: mx.Dtype
-    ) -> tuple[mx.array, mx.array]:
+    def _pages(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """What pages hold, in a 16-bit type.
 
         Returns:
@@ -129,6 +175,7 @@ class _Layout:
         keys, values = (x.reshape(split).swapaxes(0, 1) for x in (keys, values))
         if self.treatment:
             keys, values = self.treatment.page_keys(keys), self.treatment.page_values(values)
+        dtype = self._numbers
         return to_16_bit(keys, dtype).swapaxes(2, 3), to_16_bit(values, dtype)
 
     def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -160,6 +207,10 @@ class _Layout:
             words.append(mx.zeros((pages, padding), mx.uint32))
         return mx.concatenate(words, axis=1)
 
+    def _arrays(self, records: mx.array, kind: str) -> list[mx.array]:
+        """The stored arrays of keys (``"key"``) or of values (``"value"``)."""
+        return [self._part(records, name) for name in self._parts if name.startswith(kind)]
+
     def _part(self, records: mx.array, name: str) -> mx.array:
         part = self._parts[name]
         start = part.offset // 4
@@ -170,19 +221,19 @@ class _Layout:
 class AffineCodec(_Layout):
     """Keys and values quantized, each with its own bits (2, 3, 4 or 8)."""
 
-    def encode(self, keys: mx.array, values: mx.array) -> mx.array:
-        """See `PageCodec.encode`. Inputs beyond float16's range are clamped to it."""
-        keys, values = self._pages(keys, values, mx.float16)
-        extra = self.geometry.padded_value_dim - self.geometry.shape.value_dim
+    @property
+    def _numbers(self) -> mx.Dtype:
+        return mx.float16
+
+    def _key_arrays(self, keys: mx.array) -> list[mx.array]:
+        return [*quantize(keys, GROUP_TOKENS, self.geometry.precision.key_bits)]
+
+    def _value_arrays(self, values: mx.array) -> list[mx.array]:
+        geometry = self.geometry
+        extra = geometry.padded_value_dim - geometry.shape.value_dim
         if extra:
             values = mx.pad(values, [(0, 0)] * 3 + [(0, extra)])
-        precision = self.geometry.precision
-        return self._join(
-            [
-                *quantize(keys, GROUP_TOKENS, precision.key_bits),
-                *quantize(values, self.geometry.value_group, precision.value_bits),
-            ]
-        )
+        return [*quantize(values, geometry.value_group, geometry.precision.value_bits)]
 
     def key_triple(self, records: mx.array) -> QuantizedTriple:
         """Transposed keys, groups along the tokens: for ``q @ K`` with ``transpose=False``."""
@@ -219,9 +270,15 @@ class Sixteen(_Layout):
         dtype = mx.float16 if hot_dtype == mx.float32 else hot_dtype
         super().__init__(geometry, dtype, treatment)
 
-    def encode(self, keys: mx.array, values: mx.array) -> mx.array:
-        """See `PageCodec.encode`."""
-        return self._join([*self._pages(keys, values, self._dtypes["hot"])])
+    @property
+    def _numbers(self) -> mx.Dtype:
+        return self._dtypes["hot"]
+
+    def _key_arrays(self, keys: mx.array) -> list[mx.array]:
+        return [keys]
+
+    def _value_arrays(self, values: mx.array) -> list[mx.array]:
+        return [values]
 
     def page_keys(self, records: mx.array, dtype: mx.Dtype) -> mx.array:
         """See `PageCodec.page_keys`."""

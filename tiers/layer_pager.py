@@ -279,8 +279,8 @@ class LayerPager:
     def lower(self, number: int, precision: Precision) -> int:
         """Encode a page again at a lower precision, as a new page.
 
-        Starts from the stored numbers: the 16-bit ones are gone. The old page is untouched.
-        Writes lazily, as `seal` does.
+        Starts from the stored numbers: the 16-bit ones are gone. Keys or values that keep their
+        bits are copied. The old page is untouched. Writes lazily, as `seal` does.
 
         Returns:
             The new page's number, with one reference that the caller owns.
@@ -290,12 +290,8 @@ class LayerPager:
             ColdStoreError: if the disk failed.
         """
         old = self.pages[number]
-        codec = self.codecs[old.precision]
         record = self._one_record(old)
-        work = mx.float32
-        keys = codec.keys(record, work)[0].swapaxes(1, 2)
-        values = codec.values(record, work)[0]
-        fresh = self.codecs[precision].encode(keys, values)
+        fresh = self.codecs[precision].recode(record, self.codecs[old.precision])
         number = self._put(fresh, precision, old.position, old.lineage)
         self._pager.counters.lowered += 1
         return number

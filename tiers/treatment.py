@@ -179,7 +179,7 @@ class Treatment:
     @property
     def nbytes(self) -> int:
         """Bytes of memory: float32 A and B, float16 Q and O."""
-        return 6 * self.shape.kv_heads * (self.shape.key_dim**2 + self.shape.value_dim**2)
+        return treatment_bytes(self.shape)
 
     @cached_property
     def keys(self) -> mx.array:
@@ -225,6 +225,11 @@ class Treatment:
     def page_queries(self, rows: mx.array) -> mx.array:
         """Query rows ``[kv_heads, rows, key_dim]`` whose products with page keys are the scores."""
         return rows.astype(mx.float32) @ self.queries
+
+
+def treatment_bytes(shape: KVShape) -> int:
+    """What a layer's treatment takes, of keys alone or values alone as well: matrices of both."""
+    return 6 * shape.kv_heads * (shape.key_dim**2 + shape.value_dim**2)
 
 
 def treated_parts(precisions: Iterable[Precision], treatment: str) -> tuple[bool, bool]:

@@ -20,6 +20,7 @@ import pagedkv
 from pagedkv.errors import ConfigError
 
 SCHEMA = 1
+NAME = "pagedkv bench"
 _IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source", "blas")
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
@@ -129,7 +130,7 @@ class Result:
         self._path = path
         self._head: dict[str, Any] = {
             "schema": SCHEMA,
-            "benchmark": "pagedkv bench",
+            "benchmark": NAME,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": describe_machine(),
             "settings": dict(settings),
@@ -183,8 +184,13 @@ class Result:
         return {**self._head, "rows": self.rows}
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path, benchmark: str = NAME, schema: int = SCHEMA) -> dict[str, Any]:
     """Read a result file.
+
+    Args:
+        path: of the file.
+        benchmark: the command that wrote it.
+        schema: of its results.
 
     Raises:
         ConfigError: if it cannot be read, or is none.
@@ -193,6 +199,8 @@ def read_result(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read the result {str(path)!r}: {first_words(e)}") from e
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ConfigError(f"{str(path)!r} is no result of pagedkv bench (schema {SCHEMA})")
+    if not isinstance(document, dict) or document.get("benchmark") != benchmark:
+        raise ConfigError(f"{str(path)!r} is no result of {benchmark}")
+    if document.get("schema") != schema:
+        raise ConfigError(f"{str(path)!r} has schema {document.get('schema')}, not {schema}")
     return document

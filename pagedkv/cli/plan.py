@@ -187,9 +187,12 @@ def _facts(
             speed = f"at most {result.tokens_per_second:.3g}/s, reading {rate(disk, 1)}"
     else:
         nvme, speed = "none: nothing is cold", "not bound by the disk"
+    staging, scratch, treatments = map(
+        format_size, (result.staging_bytes, result.scratch_bytes, result.treatment_bytes)
+    )
     memory = (
-        f"{format_size(result.memory_bytes)} (hot, warm, "
-        f"staging {format_size(result.staging_bytes)}, scratch {format_size(result.scratch_bytes)})"
+        f"{format_size(result.memory_bytes)} (hot, warm, staging {staging}, scratch {scratch}, "
+        f"treatments {treatments})"
     )
     return [
         ("model", f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}"),

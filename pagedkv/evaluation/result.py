@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.bench.result import OK, SKIPPED, Row, describe_machine, first_words
+from pagedkv.bench import result as bench_result
+from pagedkv.bench.result import OK, SKIPPED, Row, describe_machine
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.metrics import Series
 from pagedkv.evaluation.retrieval_comparison import compare
@@ -190,17 +191,5 @@ def _one(group: Sequence[Row]) -> Row:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file.
-
-    Raises:
-        ConfigError: if it cannot be read, or is none.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot read the result {str(path)!r}: {first_words(e)}") from e
-    if not isinstance(document, dict) or document.get("benchmark") != NAME:
-        raise ConfigError(f"{str(path)!r} is no result of {NAME}")
-    if document.get("schema") != SCHEMA:
-        raise ConfigError(f"{str(path)!r} has schema {document.get('schema')}, not {SCHEMA}")
-    return document
+    """Read a result file; see `pagedkv.bench.read_result`."""
+    return bench_result.read_result(path, NAME, SCHEMA)
