@@ -59,8 +59,8 @@ def test_the_campaign_goes_on_where_its_time_was_up(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {
-        "prefill": script.Part("prefill", ("K8V8", "K8V8:256,K2V2"), (8,)),
-        "decode": script.Part("decode", ("K4V4",), texts=("english",)),
+        "prefill": script.Part(("prefill",), ("K8V8", "K8V8:256,K2V2"), (8,)),
+        "decode": script.Part(("decode",), ("K4V4",), texts=("english",)),
     }
     monkeypatch.setattr(script, "PARTS", small)
     read: list[tuple[str, str, str]] = []
