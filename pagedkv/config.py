@@ -68,7 +68,8 @@ class TierConfig:
         treatment: what is done to keys and values before they are quantized to less than 8 bits,
             and undone around attention: ``"auto"`` scales and rotates channels by what the model's
             weights say (nothing where they are not known, such as in a standalone cache),
-            ``"hadamard"`` and ``"fourier"`` rotate all without scaling, ``"none"`` leaves them.
+            ``"hadamard"``, ``"fourier"`` and ``"householder"`` (which hardly mixes) rotate all
+            without scaling, ``"none"`` leaves them.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
