@@ -265,7 +265,7 @@ def rotation_matrix(rotation: str, dim: int, seed: int, kind: str) -> Floats:
 def _signs(what: str, dim: int, seed: int) -> Floats:
     """Fixed random signs: the same on every machine."""
     bits = hashlib.shake_256(f"pagedkv {what} {dim} {seed}".encode()).digest(-(-dim // 8))
-    return 1.0 - 2.0 * np.unpackbits(np.frombuffer(bits, np.uint8))[:dim]
+    return np.where(np.unpackbits(np.frombuffer(bits, np.uint8))[:dim], -1.0, 1.0)
 
 
 def _hartley(dim: int) -> Floats:
