@@ -83,10 +83,11 @@ def _texts(tokens: Tokens) -> list[list[int]]:
         ConfigError: if they are none, or too short.
     """
     given: Any = tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
-    texts = [list(t) for t in given] if given and not isinstance(given[0], int) else [given]
+    several = bool(given) and all(isinstance(text, (list, tuple)) for text in given)
+    texts: list[list[int]] = [list(text) for text in given] if several else [given]
     for text in texts:
         if not all(isinstance(n, (int, np.integer)) and n >= 0 for n in text):
-            raise ConfigError("calibrate() needs ids of tokens, or lists of them")
+            raise ConfigError("calibrate() needs ids of tokens, or lists of them, one per text")
         if len(text) < LEAST:
             raise ConfigError(
                 f"a text of {len(text)} tokens says too little: calibrate with {LEAST} at least, "
