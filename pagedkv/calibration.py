@@ -70,7 +70,9 @@ def calibrate(
 
 
 def _treatment(spread: Spread, shape: KVShape) -> Treatment:
-    keys = np.sqrt(spread.queries / spread.keys)
+    # Least squares of the scores would be the root of queries over keys, but the largest keys are
+    # those that are attended: halfway to queries alone was best (docs/fidelity.md).
+    keys = np.sqrt(spread.queries) / spread.keys**0.25
     values = np.sqrt(spread.outputs / spread.values)
     steps = [tuple(scale_steps(head) for head in scales) for scales in (keys, values)]
     return Treatment("hadamard", 0, steps[0], steps[1], shape)
