@@ -157,6 +157,11 @@ def test_pages_and_stores_keep_their_calibration(model: Any, file: str, tmp_path
     with pagedkv.resume(model, mine) as cache:
         assert mx.array_equal(model(random_tokens(3, seed=1), cache=cache), want)
     pagedkv.unwrap(model)
+    from mlx_lm.models.cache import load_prompt_cache
+
+    loaded = load_prompt_cache(saved)  # without the file: the saved pages say what was done
+    got = model(random_tokens(3, seed=1), cache=loaded)
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
     with pytest.raises(pagedkv.CacheStateError, match="treatment"):
         pagedkv.load(saved, model, pagedkv.TierConfig(treatment=str(other), **SETTINGS))
     pagedkv.unwrap(model)
