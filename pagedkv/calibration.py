@@ -113,6 +113,8 @@ def measure(
     """
     require_model(model)
     make, done, total = stock_maker(model), 0, sum(len(text) for text in texts)
+    from pagedkv.mlx_lm_cache import paged_kind  # there is mlx-lm
+
     seen: dict[int, _Sums] = {}
     nested = False
     hook.install()
@@ -123,7 +125,7 @@ def measure(
             recorders = {
                 i: _Recorder(cache, seen.setdefault(i, _Sums()))
                 for i, cache in enumerate(streams(caches))
-                if hasattr(cache, "update_and_fetch")
+                if paged_kind(cache)
             }
             for start in range(0, len(text), CHUNK):
                 ids = mx.array(list(text[start : start + CHUNK]))[None]
