@@ -6,6 +6,8 @@ mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 
 from pagedkv.allocator import KVShape, Ladder, PageGeometry, Precision
 from pagedkv.cache import PagedCache, attention
+from pagedkv.calibration import calibrate
+from pagedkv.calibration_file import Calibration
 from pagedkv.config import TierConfig
 from pagedkv.errors import (
     CacheStateError,
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheStateError",
     "CacheStats",
+    "Calibration",
     "ClosedError",
     "ColdStoreError",
     "ConfigError",
@@ -60,6 +63,7 @@ __all__ = [
     "UnsafeStoreError",
     "__version__",
     "attention",
+    "calibrate",
     "format_size",
     "hooked",
     "load",

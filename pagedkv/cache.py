@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
-from pagedkv.config import KEPT_TOKENS, TierConfig
+from pagedkv.config import KEPT_TOKENS, TierConfig, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
@@ -47,6 +47,11 @@ class PagedCache(list[Any]):
                 ``cold_dir`` and found again; without one they cannot be.
         """
         config = config or TierConfig()
+        if names_file(config.treatment):
+            raise ConfigError(
+                f"treatment={config.treatment!r}: a calibration belongs to a model that is "
+                f"wrapped, and this cache is for a hand-written one"
+            )
         rotation = config.treatment if config.treatment in ROTATIONS else ""
         identity = config.store_identity(model, layers, rotation)
         pager = Pager(config.budget(), layers, identity=identity, rotation=rotation)

@@ -68,7 +68,9 @@ class TierConfig:
         treatment: what is done to keys and values before they are quantized to less than 8 bits,
             and undone around attention: ``"auto"`` scales and rotates channels by what the model's
             weights say (nothing where they are not known, such as in a standalone cache),
-            ``"hadamard"`` and ``"fourier"`` rotate all without scaling, ``"none"`` leaves them.
+            ``"hadamard"``, ``"fourier"`` and ``"householder"`` (which hardly mixes) rotate all
+            without scaling, ``"none"`` leaves them; or the path of a file ``NAME.json`` that
+            `Calibration.save` wrote, which is read when a model is wrapped.
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -119,9 +121,10 @@ class TierConfig:
             raise ConfigError(
                 f"hot_dtype is None, 'model', 'float16' or 'bfloat16', got {self.hot_dtype!r}"
             )
-        if self.treatment not in TREATMENTS:
+        if self.treatment not in TREATMENTS and not names_file(self.treatment):
             raise ConfigError(
-                f"treatment is one of {', '.join(TREATMENTS)}, got {self.treatment!r}"
+                f"treatment is one of {', '.join(TREATMENTS)}, or a file NAME.json of `pagedkv "
+                f"calibrate`; got {self.treatment!r}"
             )
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
@@ -186,6 +189,11 @@ class TierConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ``TierConfig(**config.to_dict())`` is the same again."""
         return asdict(self)
+
+
+def names_file(treatment: object) -> bool:
+    """Whether a treatment is a file of `pagedkv.calibrate`; it is not looked for."""
+    return isinstance(treatment, str) and treatment.endswith(".json")
 
 
 def _require_selection(skip_below: object, cold_pages: object) -> None:

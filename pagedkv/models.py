@@ -20,7 +20,7 @@ from pagedkv import hook, state
 from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
-from pagedkv.config import TierConfig
+from pagedkv.config import TierConfig, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
@@ -119,10 +119,10 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
             smaller than one page.
     """
     config = config or TierConfig()
-    _require_model(model)
-    if (earlier := wrapping_of(model)) and (cache := _wrapped_already(earlier, config)):
+    require_model(model)
+    if (earlier := wrapping_of(model)) and (cache := _wrapped_already(earlier, model, config)):
         return cache
-    stock = _stock_maker(model)
+    stock = stock_maker(model)
     from pagedkv.mlx_lm_cache import paged_kind, register
 
     register()
@@ -147,7 +147,8 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     try:
         wrapping.probes = _probe(model, kinds, pageable)
         pager = wrapping.pager
-        pager.treatments = choose_treatments(model, config, _plain_layers(kinds, wrapping.probes))
+        shapes = _plain_layers(kinds, wrapping.probes)
+        pager.treatments = choose_treatments(model, config, shapes, name)
         pager.identity = config.store_identity(name, len(pageable), digest_of(pager.treatments))
         cache = wrapping.make_cache()
         if wrapping.pager.has_cold:
@@ -169,17 +170,25 @@ def _plain_layers(kinds: list[Any], probes: dict[int, LayerProbe]) -> dict[int, 
     return {number: probe.shape for number, probe in probes.items()}
 
 
-def _wrapped_already(earlier: Wrapping, config: TierConfig) -> PagedCache | None:
+def _wrapped_already(earlier: Wrapping, model: Any, config: TierConfig) -> PagedCache | None:
     """A cache of the earlier wrapping, if it holds the store that this one would open."""
     if earlier.pager.identity is None:
         return None
     if not earlier.pager.users:  # its caches were dropped, not closed
         earlier.pager.close()
-    elif earlier.config == config:
+    elif earlier.config == config and not _calibrated_since(earlier, model):
         return earlier.make_cache()
     elif earlier.prefixes.alone(earlier.pager):
         earlier.prefixes.clear()  # the last of them closes the store
     return None
+
+
+def _calibrated_since(earlier: Wrapping, model: Any) -> bool:
+    """Whether the calibration file that the earlier wrapping read is another one now."""
+    if not names_file(earlier.config.treatment):
+        return False
+    now = choose_treatments(model, earlier.config, {}, earlier.fingerprint)
+    return now != earlier.pager.treatments
 
 
 def unwrap(model: Any) -> None:
@@ -219,7 +228,7 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     """
     states = state.load_states(path)
     metas = [state.parse_meta(s) for s in states]
-    _require_model(model)
+    require_model(model)
     mine = fingerprint(model)
     if not metas or metas[0]["fingerprint"] != mine:
         theirs = metas[0]["fingerprint"] if metas else "nothing"
@@ -261,7 +270,7 @@ def resume(
         SequenceNotFoundError, StoreMismatchError, CorruptStoreError, CorruptPageError,
         StoreLockedError, UnsafeStoreError, ColdStoreError: see `PagedCache.resume`.
     """
-    _require_model(model)
+    require_model(model)
     wrapping = wrapping_of(model)
     cache = wrapping.make_cache() if wrapping and config is None else wrap(model, config)
     try:
@@ -321,7 +330,7 @@ def _sample(weight: mx.array) -> mx.array:
 
 
 def _weights_of(model: Any) -> Callable[[], str]:
-    reference = weakref.ref(model)  # as in `_stock_maker`
+    reference = weakref.ref(model)  # as in `stock_maker`
 
     def weights() -> str:
         mine = reference()
@@ -333,7 +342,12 @@ def _weights_of(model: Any) -> Callable[[], str]:
 # Looking at a model
 
 
-def _require_model(model: Any) -> None:
+def require_model(model: Any) -> None:
+    """Check that this is a model of mlx-lm.
+
+    Raises:
+        ConfigError: if it is none.
+    """
     if not isinstance(model, Module) or not callable(model):
         raise ConfigError(
             f"wrap() needs a model of mlx-lm (an mlx.nn.Module with .layers), "
@@ -350,7 +364,12 @@ def _require_model(model: Any) -> None:
         )
 
 
-def _stock_maker(model: Any) -> Callable[[], list[Any]]:
+def stock_maker(model: Any) -> Callable[[], list[Any]]:
+    """What makes the caches that the model would have if it were not wrapped.
+
+    Raises:
+        ConfigError: if there is no mlx-lm.
+    """
     try:
         from mlx_lm.models.cache import make_prompt_cache
     except ImportError as e:

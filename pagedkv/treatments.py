@@ -1,4 +1,4 @@
-"""Which treatment a model's keys and values get, chosen from its weights; nothing is calibrated.
+"""Which treatment a model's keys and values get, from its weights unless the user calibrated it.
 
 A rotation spreads rounding errors evenly over a head's channels. That pays where the error of every
 channel matters alike, and ruins models whose queries make little of channels that are large (the
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
-from pagedkv.config import TierConfig
+from pagedkv.calibration_file import Calibration
+from pagedkv.config import TierConfig, names_file
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.treatment import scale_steps, treated_parts
 
@@ -31,6 +32,9 @@ OUTLIER = 4.0
 
 NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1", "norm", "pre_norm")
 """Names under which layers keep the norm before attention."""
+
+OUTPUTS = ("o_proj", "out_proj", "wo", "dense")
+"""Names under which attention keeps its output projection."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,19 +62,28 @@ class Spread:
 
 
 def choose_treatments(
-    model: Any, config: TierConfig, shapes: Mapping[int, KVShape]
+    model: Any, config: TierConfig, shapes: Mapping[int, KVShape], fingerprint: str = ""
 ) -> dict[int, Treatment]:
     """The treatments of a model's layers.
 
     Args:
         model: with ``layers``.
-        config: says which precisions pages have, and may name a rotation for all.
+        config: says which precisions pages have, and may name a rotation for all, or a file.
         shapes: by layer number, what layers cache, as far as it is known.
+        fingerprint: of the model, which a file must have.
 
     Returns:
         By layer number; layers that are left as they are do not occur.
+
+    Raises:
+        ConfigError: if there is no such file, or it is damaged or of another model.
     """
     keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
+    if names_file(config.treatment):  # read where nothing is treated, too: it may be damaged
+        calibration = Calibration.load(config.treatment)
+        calibration.require(fingerprint, shapes, config.treatment)
+        treated = calibration if keys or values else {}
+        return {number: t.only(keys, values) for number, t in treated.items()}
     chosen = {}
     for number, shape in shapes.items():
         if not (keys or values):
@@ -153,14 +166,58 @@ def measure_spread(layer: Any, shape: KVShape) -> Spread | None:
     if queries.shape[1] % (heads * key_dim):
         return None
     per_head = queries.shape[1] // (heads * key_dim)
-    zeros = mx.zeros((SAMPLES, heads * per_head * value_dim), x.dtype)
-    _, (outputs,) = mx.vjp(lambda v: attention.o_proj(v), [zeros], [signs.astype(x.dtype)])
+    outputs = _outputs(attention.o_proj, shape, heads * per_head, x.dtype)
     return Spread(
         _paired(attention, _rms(queries, heads, key_dim)),
         _paired(attention, _rms(keys, heads, key_dim)),
         _rms(values, heads, value_dim),
-        _rms(outputs, heads, value_dim),
+        outputs,
     )
+
+
+def output_spread(layer: Any, shape: KVShape, query_heads: int) -> Floats | None:
+    """What a layer's output projection makes of value channels.
+
+    Args:
+        layer: of the model.
+        shape: what it caches.
+        query_heads: that read it.
+
+    Returns:
+        Root mean squares, ``[kv_heads, value_dim]``; None if there is no projection of the usual
+        names, or it has another size.
+    """
+    modules = layer.children().values()
+    found = (getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name))
+    projection = next(found, None)
+    if projection is None:
+        return None
+    try:
+        return _outputs(projection, shape, query_heads, mx.float32)
+    except Exception:  # whatever an unknown layer raises, it only says nothing
+        return None
+
+
+def paired(layer: Any, rms: Floats) -> Floats:
+    """Root mean squares made equal for channels that a layer's rotary embedding mixes.
+
+    Which of a pair is the larger changes from position to position.
+
+    Args:
+        layer: of the model.
+        rms: ``[kv_heads, key_dim]``.
+    """
+    attention = next((m for m in layer.children().values() if hasattr(m, "rope")), None)
+    return _paired(attention, rms)
+
+
+def _outputs(projection: Any, shape: KVShape, query_heads: int, dtype: mx.Dtype) -> Floats:
+    """Random signs put through an output projection from behind."""
+    zeros = mx.zeros((SAMPLES, query_heads * shape.value_dim), dtype)
+    out: mx.array = projection(zeros)
+    signs = _signs(SAMPLES, int(out.shape[1])).astype(out.dtype)
+    _, (rows,) = mx.vjp(lambda v: projection(v), [zeros], [signs])
+    return _rms(rows, shape.kv_heads, shape.value_dim)
 
 
 def _input_size(layer: Any, attention: Any) -> int | None:

@@ -53,7 +53,7 @@ def as_process(*argv: str, **options: Any) -> subprocess.Popen[bytes]:
 
 def test_help_has_examples(capsys: Capture) -> None:
     assert run(capsys, "--help")[0] == 0
-    for command in ("generate", "serve", "plan", "doctor", "stress"):
+    for command in ("generate", "serve", "plan", "doctor", "stress", "calibrate"):
         code, out, _ = run(capsys, command, "--help")
         assert code == 0
         assert f"  pagedkv {command} " in out.partition("examples:")[2]

@@ -51,18 +51,19 @@ def filled(
     count: int,
     dtype: mx.Dtype = mx.float16,
     backend: Backend | None = None,
+    treatment: Treatment = TREATMENT,
 ) -> pagedkv.PagedCache:
     """A one-layer cache on the emulated GPU, filled in chunks; its layer is treated."""
     cache = pagedkv.PagedCache.standalone(1, settings)
     layer = cache[0]
     layer._backend = backend or KernelBackend(HostLauncher())
-    layer._context.pager.treatments[0] = TREATMENT
+    layer._context.pager.treatments[0] = treatment
     keys, values = tokens_of(count, dtype)
     for start in range(0, count, 700):
         part = slice(start, start + 700)
         layer.append(keys[:, :, part], values[:, :, part])
         layer._settle()
-    assert layer.treatment is TREATMENT
+    assert layer.treatment is treatment
     return cache
 
 
@@ -71,7 +72,8 @@ def plain(cache: pagedkv.PagedCache) -> tuple[np.ndarray, np.ndarray]:
     keys, values = reference.stored(cache[0])
     pages = slice(cache[0].sink_tokens, cache[0].sink_tokens + cache[0]._table.tokens)
     queries, outputs = (
-        np.array(x).astype(np.float64) for x in (TREATMENT.queries, TREATMENT.outputs)
+        np.array(x).astype(np.float64)
+        for x in (cache[0].treatment.queries, cache[0].treatment.outputs)
     )
     keys[:, pages] = keys[:, pages] @ queries.swapaxes(1, 2)
     values[:, pages] = values[:, pages] @ outputs
@@ -98,9 +100,12 @@ def check(cache: pagedkv.PagedCache, q: mx.array, sinks: mx.array | None = None)
     assert error(output(cache, q, sinks), expected) < roundings * ROUNDING[q.dtype]
 
 
-@pytest.mark.parametrize("count", [556, 1580, 4660])
-def test_every_length_of_context(count: int) -> None:
-    cache = filled(config(kv="K4V4"), count)
+@pytest.mark.parametrize(
+    ("count", "rotation"), [(556, "householder"), (1580, "fourier"), (4660, "hadamard")]
+)
+def test_every_length_of_context(count: int, rotation: str) -> None:
+    treatment = replace(TREATMENT, rotation=rotation)
+    cache = filled(config(kv="K4V4"), count, treatment=treatment)
     for length in (1, 5, 30):
         check(cache, queries(4, length, 64, mx.float16))
 

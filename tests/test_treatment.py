@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def scaled(shape: KVShape, seed: int = 0) -> Treatment:
+def scaled(shape: KVShape, seed: int = 0, rotation: str = "hadamard") -> Treatment:
     """Some treatment with scales far from one, and a head that is left as it is."""
     rng = np.random.default_rng(seed)
 
@@ -35,7 +35,7 @@ def scaled(shape: KVShape, seed: int = 0) -> Treatment:
         heads = [tuple(map(int, rng.integers(-9, 9, dim))) for _ in range(shape.kv_heads)]
         return (*heads[:-1], None)
 
-    return Treatment("hadamard", 3, steps(shape.key_dim), steps(shape.value_dim), shape)
+    return Treatment(rotation, 3, steps(shape.key_dim), steps(shape.value_dim), shape)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -45,7 +45,16 @@ def test_rotations_are_orthogonal_and_differ_by_seed(rotation: str, dim: int) ->
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(dim), atol=1e-12)
     others = [rotation_matrix(rotation, dim, 1, "key"), rotation_matrix(rotation, dim, 0, "value")]
     assert all(np.abs(matrix - other).max() > 0.1 for other in others)
-    assert np.abs(matrix).max() < 2.5 / np.sqrt(dim), "a rotation that mixes everything"
+    if rotation != "householder":
+        assert np.abs(matrix).max() < 2.5 / np.sqrt(dim), "a rotation that mixes everything"
+
+
+def test_a_reflection_moves_little_of_each_channel() -> None:
+    matrix = rotation_matrix("householder", 64, 0, "key")
+    np.testing.assert_allclose(np.abs(matrix), np.full((64, 64), 2 / 64) + np.eye(64) * 60 / 64)
+    np.testing.assert_array_equal(matrix, rotation_matrix("householder", 64, 0, "key"))
+    assert 8 < np.sum(np.diag(matrix) < 0) < 56, "random signs"
+    assert np.linalg.matrix_rank(np.abs(np.diag(matrix)) * np.sign(np.diag(matrix))[:, None]) == 1
 
 
 def test_products_with_page_keys_are_the_scores() -> None:
@@ -125,17 +134,22 @@ def test_what_is_quantized_stays_within_float16(bits: int) -> None:
     assert mx.isfinite(out.astype(mx.float16)).all().item()
 
 
-@pytest.mark.parametrize("kv", ["K4V4", "K2V3", "fp16:300,K4V4"])
+@pytest.mark.parametrize(
+    ("kv", "rotation"),
+    [("K4V4", "householder"), ("K2V3", "hadamard"), ("fp16:300,K4V4", "fourier")],
+)
 @pytest.mark.parametrize("backend", ["dequantize", "quantized"])
 @pytest.mark.parametrize("queries", [1, 20])
-def test_attention_over_treated_pages_is_exact(kv: str, backend: str, queries: int) -> None:
+def test_attention_over_treated_pages_is_exact(
+    kv: str, rotation: str, backend: str, queries: int
+) -> None:
     """Against float64 attention over what the pages stand for."""
     shape = KVShape(2, 64, 64)
     rng = np.random.default_rng(1)
     with pagedkv.PagedCache.standalone(
         1, pagedkv.TierConfig(kv=kv, backend=backend, **SETTINGS)
     ) as cache:
-        cache.context.pager.treatments[0] = scaled(shape)
+        cache.context.pager.treatments[0] = scaled(shape, rotation=rotation)
         layer = cache[0]
         tokens = 1000
         k = rng.standard_normal((1, 2, tokens, 64)) * rng.uniform(0.1, 8, 64)
@@ -215,7 +229,7 @@ def test_only_what_has_few_bits_is_treated() -> None:
     assert parts("K8V4") == {"values"}
     assert parts("K4V8") == {"keys"}
     assert parts("K8V8:4096,K8V4:8192,K4V4") == {"keys", "values"}
-    assert parts("K4V4", "fourier") == {"keys", "values"}
+    assert all(parts("K4V4", name) == {"keys", "values"} for name in ROTATIONS)
     with pytest.raises(pagedkv.ConfigError, match="treatment is one of"):
         pagedkv.TierConfig(treatment="spin")
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import ConfigError, KVShape, Precision
 
-ROTATIONS = ("hadamard", "fourier")
+ROTATIONS = ("hadamard", "fourier", "householder")
 STEPS_PER_OCTAVE = 4
 MOST_STEPS = 24
 """Scales are powers of two in quarter steps, between 1/64 and 64: rounding them costs nothing."""
@@ -47,7 +47,7 @@ class Treatment:
     """How one layer's keys and values are transformed; decided before its first page is sealed.
 
     Attributes:
-        rotation: ``"hadamard"`` or ``"fourier"``.
+        rotation: one of `ROTATIONS`, see `rotation_matrix`.
         seed: of the signs.
         key_steps: scales of key channels, per KV head.
         value_steps: likewise of values.
@@ -246,7 +246,8 @@ def rotation_matrix(rotation: str, dim: int, seed: int, kind: str) -> Floats:
     Args:
         rotation: ``"hadamard"``: Sylvester's matrix of the largest power of two in `dim`, and the
             Fourier one for what is left; ``"fourier"``: the real transform of Hartley,
-            ``cos + sin``, of any size.
+            ``cos + sin``, of any size; ``"householder"``: a reflection along random signs, with
+            2/dim beside its diagonal and 1 - 2/dim on it, so it hardly mixes.
         dim: rows and columns.
         seed: of the signs.
         kind: told apart by their signs, such as keys and values.
@@ -254,14 +255,22 @@ def rotation_matrix(rotation: str, dim: int, seed: int, kind: str) -> Floats:
     Returns:
         float64 ``[dim, dim]``; rows times it are rotated.
     """
-    bits = hashlib.shake_256(f"pagedkv signs {kind} {dim} {seed}".encode()).digest(-(-dim // 8))
-    signs = 1.0 - 2.0 * np.unpackbits(np.frombuffer(bits, np.uint8))[:dim]
+    signs = _signs(f"signs {kind}", dim, seed)
+    if rotation == "householder":
+        along = _signs(f"reflection {kind}", dim, seed)
+        return signs[:, None] * (np.eye(dim) - 2 / dim * np.outer(along, along))
     odd = dim
     transform = np.ones((1, 1))
     while rotation == "hadamard" and odd % 2 == 0:
         odd //= 2
         transform = np.block([[transform, transform], [transform, -transform]]) / np.sqrt(2)
     return signs[:, None] * np.kron(_hartley(odd), transform)
+
+
+def _signs(what: str, dim: int, seed: int) -> Floats:
+    """Fixed random signs: the same on every machine."""
+    bits = hashlib.shake_256(f"pagedkv {what} {dim} {seed}".encode()).digest(-(-dim // 8))
+    return np.where(np.unpackbits(np.frombuffer(bits, np.uint8))[:dim], -1.0, 1.0)
 
 
 def _hartley(dim: int) -> Floats:

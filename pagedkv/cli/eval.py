@@ -114,7 +114,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--treatment",
         metavar="NAME,...",
         help=f"what is done to keys and values before they are quantized, a row each: "
-        f"{', '.join(TREATMENTS)} (default: {TierConfig().treatment})",
+        f"{', '.join(TREATMENTS)}, or files of `pagedkv calibrate` "
+        f"(default: {TierConfig().treatment})",
     )
     for flag, text in (
         ("--hot-tokens", "newest tokens kept in 16 bit"),
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     say = Notes(args.quiet)
     settings, grid = _settings(args), _grid(args)
     variants, of_tasks = _variants(args, MLX_LM if settings else NONE), _variants(args, NONE)
-    sources = _sources(args.text or BUILT_IN) if settings else []
+    sources = text_sources(args.text or BUILT_IN) if settings else []
     folder = Path(args.output).expanduser() if args.output else None
     model, tokenizer = load_model(args.model, args.dtype, say)
     texts = [Text.of(name, text, tokenizer) for name, text in sources]
@@ -240,8 +241,12 @@ def _bits(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _sources(given: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and contents of each text."""
+def text_sources(given: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and contents of each text: of the built-in ones, or in files.
+
+    Raises:
+        ConfigError: if one is given twice, or cannot be read.
+    """
     names = [text if text in BUILT_IN else short_name(text) for text in given]
     if len(set(names)) < len(names):
         names = list(given)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
-from pagedkv.cli import bench, doctor, eval, generate, plan, serve, stress
+from pagedkv.cli import bench, calibrate, doctor, eval, generate, plan, serve, stress
 from pagedkv.errors import PagedKVError
 
 _EPILOG = """\
@@ -25,6 +25,7 @@ examples:
   pagedkv stress --model synthetic:llama3-8b --layers 2 --tokens 64K --warm 32MB
   pagedkv bench all --quick
   pagedkv eval --model demo --tokens 2048 --decode-tokens 512
+  pagedkv calibrate --model demo --out demo.json
 
 `pagedkv COMMAND --help` shows every option. Exit codes: 0 well, 1 an error or a failed check,
 2 a command line that cannot be read.
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pagedkv {pagedkv.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (generate, serve, plan, doctor, stress, bench, eval):
+    for command in (generate, serve, plan, doctor, stress, bench, eval, calibrate):
         command.add_parser(commands)
     return parser
 

@@ -51,7 +51,8 @@ _TIER_OPTIONS = (
     (
         "--treatment",
         "NAME",
-        f"what is done to keys and values before they are quantized: {', '.join(TREATMENTS)}",
+        f"what is done to keys and values before they are quantized: {', '.join(TREATMENTS)}, or "
+        f"a file of `pagedkv calibrate`",
     ),
     ("--backend", "NAME", f"how pages are attended: {', '.join(BACKENDS)}"),
 )

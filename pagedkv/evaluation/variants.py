@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pagedkv.bench.contenders import QUANTIZED_GROUP
-from pagedkv.config import TierConfig
+from pagedkv.config import TierConfig, names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
@@ -59,14 +60,15 @@ def paged_variants(
         texts: each one ladder (``"fp16:1024,K8V4:4096,K4V4"``), or precisions with commas between
             them (``"K8V4,K4V4"``), a row each.
         base: all else; its budgets are replaced by ones that hold everything in memory.
-        treatments: values of `TierConfig.treatment`, a row each (``"K4V4 none"``); that of `base`
-            if there are none. What is kept in 8 bits and more is never treated: one row.
+        treatments: values of `TierConfig.treatment`, a row each (``"K4V4 none"``; files by their
+            names); that of `base` if there are none. What is kept in 8 bits and more is never
+            treated: one row.
 
     Raises:
         ConfigError: if one is no precision and no ladder, or no treatment, or comes twice.
     """
     labels = [label.strip() for text in texts for label in _split(text)]
-    found = []
+    found, names = [], _names(treatments)
     for label in labels:
         if not label:
             raise ConfigError(f"{','.join(texts)!r} has an empty precision: write K8V4,K4V4")
@@ -74,11 +76,17 @@ def paged_variants(
         if not treatments or not _treatable(config):
             found.append(Variant(str(config.ladder), config))
             continue
-        for treatment in treatments:
+        for name, treatment in zip(names, treatments, strict=True):
             treated = replace(config, treatment=treatment)
-            found.append(Variant(f"{config.ladder} {treatment}", treated))
+            found.append(Variant(f"{config.ladder} {name}", treated))
     require_different(found)
     return found
+
+
+def _names(treatments: Sequence[str]) -> list[str]:
+    """What treatments are called in labels: files by their names, if those are different."""
+    names = [Path(t).name if names_file(t) else t for t in treatments]
+    return names if len(set(names)) == len(names) else list(treatments)
 
 
 def _treatable(config: TierConfig) -> bool:

@@ -1,0 +1,156 @@
+"""What `pagedkv.calibrate` found, and the file that `TierConfig.treatment` may name."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pagedkv.allocator import KVShape
+from pagedkv.config import names_file
+from pagedkv.errors import ConfigError
+from pagedkv.tiers import Treatment
+
+FORMAT = "pagedkv calibration 1"
+
+
+@dataclass(frozen=True)
+class Calibration(Mapping[int, Treatment]):
+    """Treatments by layer number (in models that nest caches: by the number of the cache).
+
+    Attributes:
+        model: fingerprint of the model that they were measured in; they are for no other.
+        tokens: how many were read.
+        treatments: by layer; layers whose queries were not seen do not occur, and are left as
+            they are.
+    """
+
+    model: str
+    tokens: int
+    treatments: Mapping[int, Treatment]
+
+    def __getitem__(self, layer: int) -> Treatment:
+        return self.treatments[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.treatments)
+
+    def __len__(self) -> int:
+        return len(self.treatments)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file for `TierConfig.treatment`, complete or not at all.
+
+        Args:
+            path: of the file; it ends in ``.json``. A file of that name is replaced.
+
+        Raises:
+            ConfigError: if the name ends otherwise, or the file cannot be written.
+        """
+        target = require_name(path)
+        document = {
+            "format": FORMAT,
+            "model": self.model,
+            "tokens": self.tokens,
+            "layers": [
+                {"layer": number, "shape": _sizes(treatment.shape), **treatment.to_dict()}
+                for number, treatment in sorted(self.items())
+            ],
+        }
+        temporary = ""
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file)
+                file.write("\n")
+            Path(temporary).replace(target)
+        except OSError as e:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+            raise ConfigError(f"cannot write {str(path)!r}: {e.strerror}") from e
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: if there is no such file, or it is damaged or of another format.
+        """
+        try:
+            saved = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigError(
+                f"cannot read the calibration {str(path)!r}: {e.strerror}; `pagedkv calibrate` "
+                f"makes one"
+            ) from e
+        except ValueError as e:
+            raise ConfigError(f"{str(path)!r} is not a calibration: {e}") from e
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            found = saved.get("format") if isinstance(saved, dict) else None
+            raise ConfigError(
+                f"{str(path)!r} is not a calibration that this version reads: its format is "
+                f"{found!r}, not {FORMAT!r}"
+            )
+        try:
+            model, tokens = saved["model"], saved["tokens"]
+            if not isinstance(model, str) or not isinstance(tokens, int):
+                raise TypeError("model is text and tokens are a number")
+            layers = [_layer(entry, tokens) for entry in saved["layers"]]
+        except (ConfigError, KeyError, TypeError, ValueError) as e:
+            reason = f"there is no {e}" if isinstance(e, KeyError) else e
+            raise ConfigError(f"the calibration {str(path)!r} is damaged: {reason}") from e
+        if len(dict(layers)) < len(layers):
+            raise ConfigError(f"the calibration {str(path)!r} is damaged: a layer comes twice")
+        return cls(model, tokens, dict(layers))
+
+    def require(self, model: str, shapes: Mapping[int, KVShape], path: str) -> None:
+        """Check that it is of this model.
+
+        Args:
+            model: fingerprint.
+            shapes: by layer, as far as they are known.
+            path: of the file, for errors.
+
+        Raises:
+            ConfigError: if it is of another one.
+        """
+        if model != self.model:
+            raise ConfigError(
+                f"{path!r} was calibrated with another model: it belongs to {self.model}, this "
+                f"one is {model} (weights in other bits or another type are another model)"
+            )
+        for number, treatment in self.items():
+            if shapes.get(number, treatment.shape) != treatment.shape:
+                raise ConfigError(
+                    f"{path!r} is damaged: layer {number} caches {_sizes(shapes[number])} (heads, "
+                    f"key and value channels), and it has {_sizes(treatment.shape)}"
+                )
+
+
+def require_name(path: str | os.PathLike[str]) -> Path:
+    """The path of a calibration to be written.
+
+    Raises:
+        ConfigError: if `TierConfig.treatment` would not take it for one.
+    """
+    if not names_file(os.fspath(path)):
+        raise ConfigError(f"a calibration is a file NAME.json, got {os.fspath(path)!r}")
+    return Path(path).expanduser()
+
+
+def _sizes(shape: KVShape) -> list[int]:
+    return [shape.kv_heads, shape.key_dim, shape.value_dim]
+
+
+def _layer(entry: dict[str, Any], tokens: int) -> tuple[int, Treatment]:
+    number, sizes = entry["layer"], entry["shape"]
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no layer")
+    treatment = Treatment.from_dict(entry, KVShape(*sizes))
+    if any(entry[name] != value for name, value in treatment.to_dict().items()):
+        raise ValueError(f"the scales of layer {number} are no whole steps")
+    return number, replace(treatment, reason=f"calibrated on {tokens:,} tokens")
