@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pagedkv import hook
 from pagedkv.allocator import KVShape
+from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.attention import KVView, stock_attention
 from pagedkv.calibration_file import Calibration
 from pagedkv.errors import ConfigError
@@ -25,9 +26,6 @@ from pagedkv.streams import inner_caches, streams
 from pagedkv.tiers import HotTokens, Treatment
 from pagedkv.tiers.treatment import scale_steps
 from pagedkv.treatments import Spread, output_spread, paired
-
-GROUP = 64
-"""Tokens whose keys share a scale and a bias: a mean over them costs nothing."""
 
 FIRST = 64
 """Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
@@ -219,11 +217,12 @@ class _Recorder:
         self._new = int(keys.shape[2])
         skipped = self._skipped(self._new)
         self._tokens += self._new
-        whole = (self._new - skipped) // GROUP * GROUP
+        # Tokens whose keys share a scale and a bias: a mean over them costs nothing.
+        whole = (self._new - skipped) // GROUP_TOKENS * GROUP_TOKENS
         if whole:
             heads, dim = int(keys.shape[1]), int(keys.shape[3])
             k = keys[0, :, skipped : skipped + whole].astype(mx.float32)
-            k = k.reshape(heads, -1, GROUP, dim)
+            k = k.reshape(heads, -1, GROUP_TOKENS, dim)
             k = k - k.mean(axis=2, keepdims=True)
             self._note("keys", k.reshape(heads, -1, dim))
         self._note("values", values[0, :, skipped:])

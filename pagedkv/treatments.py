@@ -22,7 +22,7 @@ from pagedkv.allocator import KVShape
 from pagedkv.calibration_file import Calibration
 from pagedkv.config import TierConfig, names_file
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.treatment import scale_steps, treated_parts
+from pagedkv.tiers.treatment import random_signs, scale_steps, treated_parts
 
 SAMPLES = 64
 """Random inputs per layer: spreads are then known to a tenth, half a step of a scale."""
@@ -231,10 +231,9 @@ def _input_size(layer: Any, attention: Any) -> int | None:
 
 
 def _signs(rows: int, columns: int) -> mx.array:
-    """Fixed random signs: the same on every machine."""
-    bits = hashlib.shake_256(f"pagedkv probe {columns}".encode()).digest(rows * columns // 8 + 1)
-    unpacked = np.unpackbits(np.frombuffer(bits, np.uint8))[: rows * columns]
-    return mx.array((1.0 - 2.0 * unpacked).reshape(rows, columns).astype(np.float32))
+    """Random inputs, float32: the same on every machine."""
+    signs = random_signs(f"probe {columns}", rows * columns)
+    return mx.array(signs.reshape(rows, columns).astype(np.float32))
 
 
 def _normalized(layer: Any, signs: mx.array) -> mx.array:

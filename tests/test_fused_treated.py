@@ -12,7 +12,7 @@ import pytest
 import pagedkv
 from pagedkv import kernel_check
 from pagedkv.allocator import KVShape
-from pagedkv.attention import DECODE_TOKENS, attend
+from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import Backend, CpuBackend, KernelBackend
 from pagedkv.kernel_check import attend_difference
 from pagedkv.state import page_records
@@ -22,7 +22,7 @@ from tests import reference
 from tests.emulator import HostLauncher
 from tests.kernel_cases import Case, codecs
 from tests.test_attention import ROUNDING, config, error, queries
-from tests.test_fused import LADDER, Untrusted
+from tests.test_fused import LADDER, Untrusted, output
 from tests.test_kernels import LINUX, plant
 
 pytestmark = LINUX
@@ -78,13 +78,6 @@ def plain(cache: pagedkv.PagedCache) -> tuple[np.ndarray, np.ndarray]:
     keys[:, pages] = keys[:, pages] @ queries.swapaxes(1, 2)
     values[:, pages] = values[:, pages] @ outputs
     return keys, values
-
-
-def output(cache: pagedkv.PagedCache, q: mx.array, sinks: mx.array | None = None) -> mx.array:
-    layer = cache[0]
-    out = attend(layer.view(), q, q.shape[-1] ** -0.5, "causal", sinks, layer._backend)
-    mx.eval(out)
-    return out
 
 
 def check(cache: pagedkv.PagedCache, q: mx.array, sinks: mx.array | None = None) -> None:

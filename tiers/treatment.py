@@ -255,9 +255,9 @@ def rotation_matrix(rotation: str, dim: int, seed: int, kind: str) -> Floats:
     Returns:
         float64 ``[dim, dim]``; rows times it are rotated.
     """
-    signs = _signs(f"signs {kind}", dim, seed)
+    signs = random_signs(f"signs {kind} {dim} {seed}", dim)
     if rotation == "householder":
-        along = _signs(f"reflection {kind}", dim, seed)
+        along = random_signs(f"reflection {kind} {dim} {seed}", dim)
         return signs[:, None] * (np.eye(dim) - 2 / dim * np.outer(along, along))
     odd = dim
     transform = np.ones((1, 1))
@@ -267,10 +267,10 @@ def rotation_matrix(rotation: str, dim: int, seed: int, kind: str) -> Floats:
     return signs[:, None] * np.kron(_hartley(odd), transform)
 
 
-def _signs(what: str, dim: int, seed: int) -> Floats:
-    """Fixed random signs: the same on every machine."""
-    bits = hashlib.shake_256(f"pagedkv {what} {dim} {seed}".encode()).digest(-(-dim // 8))
-    return np.where(np.unpackbits(np.frombuffer(bits, np.uint8))[:dim], -1.0, 1.0)
+def random_signs(name: str, count: int) -> Floats:
+    """Fixed random signs, 1 and -1: the same for a name on every machine."""
+    bits = hashlib.shake_256(f"pagedkv {name}".encode()).digest(-(-count // 8))
+    return np.where(np.unpackbits(np.frombuffer(bits, np.uint8))[:count], -1.0, 1.0)
 
 
 def _hartley(dim: int) -> Floats:

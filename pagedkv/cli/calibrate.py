@@ -8,7 +8,7 @@ from typing import Any
 
 from pagedkv.calibration import LEAST, calibrate
 from pagedkv.calibration_file import require_name
-from pagedkv.cli.eval import text_sources
+from pagedkv.cli.eval import add_text_option, text_sources
 from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model
 from pagedkv.cli.options import parse_tokens
 from pagedkv.cli.output import (
@@ -53,12 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     add_model_options(parser, dtypes=(*DTYPES, MODELS_OWN))
     group = parser.add_argument_group("what")
-    group.add_argument(
-        "--text",
-        action="append",
-        metavar="FILE",
-        help=f"text to read, or one of {', '.join(BUILT_IN)}; may be repeated (default: both)",
-    )
+    add_text_option(group)
     group.add_argument(
         "--tokens", default=str(TOKENS), metavar="N", help=f"of each text (default: {TOKENS})"
     )

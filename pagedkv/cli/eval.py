@@ -89,14 +89,19 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what")
+def add_text_option(group: argparse._ArgumentGroup) -> None:
+    """Add ``--text``; `text_sources` reads what it names."""
     group.add_argument(
         "--text",
         action="append",
         metavar="FILE",
         help=f"text to read, or one of {', '.join(BUILT_IN)}; may be repeated (default: both)",
     )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    add_text_option(group)
     group.add_argument(
         "--kv",
         action="append",

@@ -113,14 +113,11 @@ class Series:
         loss = _joined(reference)
         return cls(first, np.zeros_like(loss), loss, np.zeros_like(loss), loss)
 
-    def between(self, first: int, count: int) -> Series | None:
-        """`count` positions from `first` on; None if some of them are not here."""
-        start = first - self.first
-        if start < 0 or start + count > self.kl.size:
-            return None
-        part = slice(start, start + count)
-        numbers = (self.kl, self.loss, self.flips, self.reference_loss)
-        return Series(first, *(values[part] for values in numbers))
+    def kl_beside(self, other: Series) -> Floats | None:
+        """`kl` at the positions of another series; None if some of them are not here."""
+        start = other.first - self.first
+        stop = start + other.kl.size
+        return self.kl[start:stop] if start >= 0 and stop <= self.kl.size else None
 
     @property
     def broken(self) -> int:

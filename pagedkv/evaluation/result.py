@@ -30,16 +30,8 @@ IDENTITY = ("device", "backend", "mlx", "mlx_lm", "pagedkv", "source")
 KEY = ("model", "text", "leg", "what")
 SUMMED_UP = (
     *("perplexity", "perplexity_reference", "perplexity_percent", "kl_mean", "kl_p99", "kl_max"),
-    *(
-        "top1_percent",
-        "flips",
-        "slope_per_1000",
-        "added_slope_per_1000",
-        "bits",
-        "bytes_per_token",
-        "cache_bytes",
-    ),
-    *("fp16_bytes", "seconds"),
+    *("top1_percent", "flips", "slope_per_1000", "added_slope_per_1000"),
+    *("bits", "bytes_per_token", "cache_bytes", "fp16_bytes", "seconds"),
 )
 """Numbers whose mean and extremes over segments are worth having."""
 

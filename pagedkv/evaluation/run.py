@@ -196,8 +196,8 @@ class Evaluation:
         elif series.kl.size >= 2 * self.settings.block:
             row |= self._slope("slope", series.kl)
             prefill = self._prefills.get(place)
-            if prefill is not None and (same := prefill.between(series.first, series.kl.size)):
-                row |= self._slope("added_slope", series.kl - same.kl)
+            if prefill is not None and (read := prefill.kl_beside(series)) is not None:
+                row |= self._slope("added_slope", series.kl - read)
         if reader.footprint.pages == 0:
             row["note"] = "nothing was quantized: no page was full"
         if row.get("cut_short"):
