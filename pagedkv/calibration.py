@@ -13,30 +13,25 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv import hook
 from pagedkv.allocator import KVShape
-from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.attention import KVView, stock_attention
+from pagedkv.balance import turns_of
 from pagedkv.calibration_file import Calibration
+from pagedkv.covariances import Covariances
 from pagedkv.errors import ConfigError
 from pagedkv.models import fingerprint, require_model, stock_maker
 from pagedkv.streams import inner_caches, streams
 from pagedkv.tiers import HotTokens, Treatment
-from pagedkv.tiers.treatment import scale_steps
-from pagedkv.treatments import Spread, output_spread, paired
-
-FIRST = 64
-"""Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
+from pagedkv.treatments import balanced, measured, rope_of
 
 LEAST = 256
 """Tokens of a text."""
 
 CHUNK = 256
-"""Tokens per call of the model: whole groups."""
+"""Tokens per call of the model: whole groups, as `FIRST` are."""
 
-Floats = npt.NDArray[np.float64]
 Tokens = mx.array | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -61,19 +56,28 @@ def calibrate(
             numbers are not finite.
     """
     texts = _texts(tokens)
-    spreads = measure(model, texts, watch or (lambda done, total: None))
-    chosen = {number: _treatment(spread, shape) for number, (spread, shape) in spreads.items()}
+    seen = measure(model, texts, watch or (lambda done, total: None))
+    nested = any(inner_caches(cache) is not None for cache in stock_maker(model)())
+    layers = () if nested else model.layers  # streams and layers have the same numbers then
+    chosen = {
+        number: _treatment(stream, layers[number] if number < len(layers) else None, number)
+        for number, stream in seen.items()
+    }
     total = sum(len(text) for text in texts)
     return Calibration(fingerprint(model), total, chosen)
 
 
-def _treatment(spread: Spread, shape: KVShape) -> Treatment:
-    # Least squares of the scores would be the root of queries over keys, but the largest keys are
-    # those that are attended: halfway to queries alone was best (docs/fidelity.md).
-    keys = np.sqrt(spread.queries) / spread.keys**0.25
-    values = np.sqrt(spread.outputs / spread.values)
-    steps = [tuple(scale_steps(head) for head in scales) for scales in (keys, values)]
-    return Treatment("hadamard", 0, steps[0], steps[1], shape)
+def _treatment(stream: Stream, layer: Any, number: int) -> Treatment:
+    assert stream.shape is not None
+    seen, shape = stream.seen, stream.shape
+    if not all(np.isfinite(x).all() for x in (seen.queries, seen.keys, seen.values)):
+        raise ConfigError(f"layer {number}: queries, keys or values are not finite")
+    known = measured(layer, shape, seen, stream.query_heads)
+    try:
+        turns = turns_of(None if layer is None else rope_of(layer), shape.key_dim)
+    except (TypeError, ValueError):
+        turns = []  # what was read is long enough to show it
+    return balanced(known, seen, turns)
 
 
 def _texts(tokens: Tokens) -> list[list[int]]:
@@ -98,8 +102,8 @@ def _texts(tokens: Tokens) -> list[list[int]]:
 
 def measure(
     model: Any, texts: Sequence[Sequence[int]], watch: Callable[[int, int], None]
-) -> dict[int, tuple[Spread, KVShape]]:
-    """Spreads of the streams of a model that reads texts, and what the streams cache.
+) -> dict[int, Stream]:
+    """What the streams of a model are like that reads texts, by their numbers.
 
     Args:
         model: of mlx-lm.
@@ -113,34 +117,27 @@ def measure(
     make, done, total = stock_maker(model), 0, sum(len(text) for text in texts)
     from pagedkv.mlx_lm_cache import paged_kind  # there is mlx-lm
 
-    seen: dict[int, _Sums] = {}
-    nested = False
+    found: dict[int, Stream] = {}
     hook.install()
     try:
         for text in texts:
             caches = make()
-            nested = any(inner_caches(cache) is not None for cache in caches)
-            recorders = {
-                i: _Recorder(cache, seen.setdefault(i, _Sums()))
+            recorders = [
+                _Recorder(cache, found.setdefault(i, Stream()))
                 for i, cache in enumerate(streams(caches))
                 if paged_kind(cache)
-            }
+            ]
             for start in range(0, len(text), CHUNK):
                 ids = mx.array(list(text[start : start + CHUNK]))[None]
                 out = model(ids, cache=caches)
-                mx.eval([r.taken for r in recorders.values()] or out)
-                for recorder in recorders.values():
-                    recorder.add()
+                mx.eval([r.taken for r in recorders] or out)
+                for recorder in recorders:
+                    recorder.let_go()
                 done += int(ids.size)
                 watch(done, total)
     finally:
         hook.uninstall()
-    layers = () if nested else model.layers  # streams and layers have the same numbers then
-    found = {}
-    for number, sums in seen.items():
-        if (shape := sums.shape) is not None:
-            layer = layers[number] if number < len(layers) else None
-            found[number] = _spread(sums, shape, layer, number), shape
+    found = {number: stream for number, stream in found.items() if stream.shape is not None}
     if not found:
         raise ConfigError(
             f"no queries of {type(model).__name__} were seen: its layers compute attention by "
@@ -149,83 +146,46 @@ def measure(
     return found
 
 
-def _spread(sums: _Sums, shape: KVShape, layer: Any, number: int) -> Spread:
-    queries, keys, values = (sums.rms(name) for name in ("queries", "keys", "values"))
-    if not all(np.isfinite(x).all() for x in (queries, keys, values)):
-        raise ConfigError(f"layer {number}: queries, keys or values are not finite")
-    outputs = None if layer is None else output_spread(layer, shape, sums.query_heads)
-    if outputs is None:  # not known: all channels count alike
-        outputs = np.ones_like(values)
-    if layer is not None:
-        queries, keys = paired(layer, queries), paired(layer, keys)
-    return Spread(queries, keys, values, outputs)
-
-
 @dataclass
-class _Sums:
+class Stream:
     """What was seen of one stream.
 
     Attributes:
+        seen: its queries, keys and values.
         shape: what it caches; None as long as no query was seen.
         query_heads: that read it.
-        squares: sums of squares per KV head and channel, by name.
-        counts: how many numbers are in each, by name.
     """
 
+    seen: Covariances = field(default_factory=Covariances)
     shape: KVShape | None = None
     query_heads: int = 0
-    squares: dict[str, Floats] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, squares: mx.array, count: int) -> None:
-        """Count some more numbers in."""
-        self.squares[name] = self.squares.get(name, 0.0) + np.array(squares, np.float64)
-        self.counts[name] = self.counts.get(name, 0) + count
-
-    def rms(self, name: str) -> Floats:
-        """Root mean squares, ``[kv_heads, channels]``; never zero."""
-        means = self.squares[name] / self.counts[name]
-        return np.asarray(np.sqrt(np.maximum(means, 1e-12)))
 
 
 class _Recorder:
     """Stands behind one stock cache and notes what passes; the cache does its work as ever."""
 
-    def __init__(self, cache: Any, sums: _Sums) -> None:
-        self._fetch, self._sums = cache.update_and_fetch, sums
+    def __init__(self, cache: Any, stream: Stream) -> None:
+        self._fetch, self._stream = cache.update_and_fetch, stream
         cache.update_and_fetch = self._update_and_fetch  # of this one object, not of its class
         self._tokens = 0
-        self._new = 0
-        self._noted: list[tuple[str, mx.array, int]] = []
         self._stored: tuple[mx.array, mx.array] | None = None
 
     @property
     def taken(self) -> list[mx.array]:
-        """What has to be computed before `add`: this call's sums, and what the cache holds now."""
-        return [*(sums for _, sums, _ in self._noted), *(self._stored or ())]
+        """What has to be computed: sums so far, and what the cache holds now."""
+        return [*self._stream.seen.arrays, *(self._stored or ())]
 
-    def add(self) -> None:
-        """Count a call of the model in, now that it is computed."""
-        for name, sums, count in self._noted:
-            self._sums.add(name, sums, count)
-        self._noted, self._stored = [], None
+    def let_go(self) -> None:
+        """A call of the model is computed."""
+        self._stored = None
 
     def _update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         fetched = self._fetch(keys, values)
         if not values.shape[3]:  # an index of keys: nobody attends to it
             return fetched
-        self._new = int(keys.shape[2])
-        skipped = self._skipped(self._new)
-        self._tokens += self._new
-        # Tokens whose keys share a scale and a bias: a mean over them costs nothing.
-        whole = (self._new - skipped) // GROUP_TOKENS * GROUP_TOKENS
-        if whole:
-            heads, dim = int(keys.shape[1]), int(keys.shape[3])
-            k = keys[0, :, skipped : skipped + whole].astype(mx.float32)
-            k = k.reshape(heads, -1, GROUP_TOKENS, dim)
-            k = k - k.mean(axis=2, keepdims=True)
-            self._note("keys", k.reshape(heads, -1, dim))
-        self._note("values", values[0, :, skipped:])
+        self._stream.seen.add_keys(keys, self._tokens)
+        self._stream.seen.add_values(values, self._tokens)
+        self._tokens += int(keys.shape[2])
         all_keys, all_values = self._stored = fetched
         held = int(all_keys.shape[2])
         view = KVView(None, (), HotTokens(all_keys, all_values, held, held), 0)
@@ -240,20 +200,8 @@ class _Recorder:
         sinks: mx.array | None,
     ) -> mx.array:
         """MLX's own attention; the queries are noted."""
-        keys, values = view.keys, view.values
-        heads = int(keys.shape[1])
-        self._sums.shape = KVShape(heads, int(keys.shape[3]), int(values.shape[3]))
-        self._sums.query_heads = int(q.shape[1])
-        after = self._tokens - int(q.shape[2])
-        rows = q[0, :, max(0, FIRST - after) :]
-        self._note("queries", rows.reshape(heads, -1, rows.shape[2]))
+        keys, values, stream = view.keys, view.values, self._stream
+        stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        stream.query_heads = int(q.shape[1])
+        stream.seen.add_queries(q, stream.shape.kv_heads, self._tokens - int(q.shape[2]))
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
-
-    def _skipped(self, new: int) -> int:
-        return min(new, max(0, FIRST - self._tokens))
-
-    def _note(self, name: str, rows: mx.array) -> None:
-        """Note ``[kv_heads, rows, channels]``."""
-        if rows.shape[1]:
-            squares = mx.square(rows.astype(mx.float32)).sum(axis=1)
-            self._noted.append((name, squares, int(rows.shape[1])))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from pagedkv.allocator import KVShape
 from pagedkv.config import names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers import Treatment
 
-FORMAT = "pagedkv calibration 1"
+FORMAT = "pagedkv calibration 2"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,20 @@ class Calibration(Mapping[int, Treatment]):
     def __len__(self) -> int:
         return len(self.treatments)
 
+    def to_text(self) -> str:
+        """As a JSON document; matrices in base64, little-endian."""
+        layers = [
+            {
+                "layer": number,
+                "shape": _sizes(treatment.shape),
+                **treatment.describe(),
+                "matrices": base64.b64encode(_little(treatment.all_words)).decode(),
+            }
+            for number, treatment in sorted(self.items())
+        ]
+        document = {"format": FORMAT, "model": self.model, "tokens": self.tokens, "layers": layers}
+        return json.dumps(document) + "\n"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file for `TierConfig.treatment`, complete or not at all.
 
@@ -51,22 +69,12 @@ class Calibration(Mapping[int, Treatment]):
         Raises:
             ConfigError: if the name ends otherwise, or the file cannot be written.
         """
-        target = require_name(path)
-        document = {
-            "format": FORMAT,
-            "model": self.model,
-            "tokens": self.tokens,
-            "layers": [
-                {"layer": number, "shape": _sizes(treatment.shape), **treatment.to_dict()}
-                for number, treatment in sorted(self.items())
-            ],
-        }
+        target, text = require_name(path), self.to_text()
         temporary = ""
         try:
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-                file.write("\n")
+                file.write(text)
             Path(temporary).replace(target)
         except OSError as e:
             if temporary:
@@ -81,13 +89,28 @@ class Calibration(Mapping[int, Treatment]):
             ConfigError: if there is no such file, or it is damaged or of another format.
         """
         try:
-            saved = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            text = Path(path).expanduser().read_bytes()
         except OSError as e:
             raise ConfigError(
                 f"cannot read the calibration {str(path)!r}: {e.strerror}; `pagedkv calibrate` "
                 f"makes one"
             ) from e
-        except ValueError as e:
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(cls, text: bytes, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `to_text` gave.
+
+        Args:
+            text: in UTF-8.
+            path: where it was, for errors.
+
+        Raises:
+            ConfigError: if it is damaged or of another format.
+        """
+        try:
+            saved = json.loads(text.decode())
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{str(path)!r} is not a calibration: {e}") from e
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             found = saved.get("format") if isinstance(saved, dict) else None
@@ -150,7 +173,10 @@ def _layer(entry: dict[str, Any], tokens: int) -> tuple[int, Treatment]:
     number, sizes = entry["layer"], entry["shape"]
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{number!r} is no layer")
-    treatment = Treatment.from_dict(entry, KVShape(*sizes))
-    if any(entry[name] != value for name, value in treatment.to_dict().items()):
-        raise ValueError(f"the scales of layer {number} are no whole steps")
-    return number, replace(treatment, reason=f"calibrated on {tokens:,} tokens")
+    words = np.frombuffer(base64.b64decode(entry["matrices"], validate=True), "<u4")
+    reason = f"calibrated on {tokens:,} tokens"
+    return number, Treatment.restore(entry, words.astype(np.uint32), KVShape(*sizes), reason)
+
+
+def _little(words: mx.array) -> bytes:
+    return np.asarray(words).astype("<u4").tobytes()

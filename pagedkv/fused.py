@@ -41,8 +41,9 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import MAX_PRECISIONS, AttentionSpec, group_count, supported
 from pagedkv.tiers import HotTokens, LayerPager, Treatment
-from pagedkv.tiers.codec import to_16_bit
+from pagedkv.tiers.codec import AffineCodec, Sixteen
 from pagedkv.tiers.reader import Batch
+from pagedkv.tiers.rounding import to_16_bit
 
 SIXTEEN = (mx.float16, mx.bfloat16)
 
@@ -332,7 +333,9 @@ class FusedLayer:
         codec, arrays = pager.codecs[precision], (hot.keys, hot.values)
         if pager.treatment is not None:
             dtype = mx.float16 if precision.quantized else hot.keys.dtype
-            arrays = _sealed_from(pager.treatment, pager.page_tokens, hot, first, pages, dtype)
+            arrays = _sealed_from(
+                pager.treatment, pager.page_tokens, hot, first, pages, dtype, codec
+            )
             codec, first = codec.untreated, 0
         spec = _seal_spec(codec.geometry, arrays[0].dtype == mx.bfloat16)
         if not self._works(
@@ -472,7 +475,13 @@ def _matrices(pager: LayerPager) -> list[mx.array]:
 
 
 def _sealed_from(
-    treatment: Treatment, tokens: int, hot: HotTokens, first: int, pages: int, dtype: mx.Dtype
+    treatment: Treatment,
+    tokens: int,
+    hot: HotTokens,
+    first: int,
+    pages: int,
+    dtype: mx.Dtype,
+    codec: AffineCodec | Sixteen | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Hot keys and values as a treated layer's pages have them.
 
@@ -483,18 +492,23 @@ def _sealed_from(
         first: where the first page begins.
         pages: how many.
         dtype: of the result, 16 bit.
+        codec: that is going to round the keys; None if they are not rounded.
 
     Returns:
         ``[1, kv_heads, pages * tokens, dim]``, twice.
     """
 
-    def treated(x: mx.array, change: Callable[[mx.array], mx.array]) -> mx.array:
+    def split(x: mx.array) -> mx.array:
         x = x[0, :, first : first + pages * tokens]
-        heads, length, dim = x.shape
-        x = change(x.reshape(heads, pages, tokens, dim).swapaxes(0, 1)).swapaxes(0, 1)
-        return to_16_bit(x.reshape(1, heads, length, dim), dtype)
+        return x.reshape(x.shape[0], pages, tokens, -1).swapaxes(0, 1)
 
-    return treated(hot.keys, treatment.page_keys), treated(hot.values, treatment.page_values)
+    def joined(x: mx.array) -> mx.array:
+        return x.swapaxes(0, 1).reshape(1, x.shape[1], pages * tokens, -1)
+
+    keys = to_16_bit(treatment.page_keys(split(hot.keys)), dtype)
+    if isinstance(codec, AffineCodec):
+        keys = codec.compensated(keys.swapaxes(2, 3)).swapaxes(2, 3)
+    return joined(keys), joined(to_16_bit(treatment.page_values(split(hot.values)), dtype))
 
 
 def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> int:

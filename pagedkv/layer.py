@@ -24,8 +24,8 @@ from pagedkv.errors import (
 from pagedkv.layer_pages import LayerPages
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.tiers import HotBuffer
-from pagedkv.tiers.codec import to_16_bit
 from pagedkv.tiers.reader import Batch
+from pagedkv.tiers.rounding import to_16_bit
 
 
 class PagedLayerCache(LayerPages):
@@ -95,7 +95,7 @@ class PagedLayerCache(LayerPages):
         known = self.reaches_hook[self._appended == 1]
         if not view.entries:
             # Nothing to learn and nothing to seal afterwards: the stock path.
-            if known is not None and not self._overflowing():
+            if known is not None and not self._overflowing() and not (known and self._asks()):
                 return view.keys, view.values
         elif known and hook.installed():
             return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
@@ -105,6 +105,11 @@ class PagedLayerCache(LayerPages):
         if not hook.installed():
             return dense
         return hook.tag_pair(self, view, *dense, placeholder=False)
+
+    def _asks(self) -> bool:
+        """Whether the queries of this call are to be seen, before there is a page."""
+        chooser = self._pager.chooser if self._pager else None
+        return chooser is not None and chooser.wants(self._appended, self.offset - self._appended)
 
     def append(self, keys: mx.array, values: mx.array) -> KVView:
         """Append tokens and return what attention over everything needs.
@@ -183,6 +188,9 @@ class PagedLayerCache(LayerPages):
         few = length <= DECODE_TOKENS
         heads = self._pager.shape.kv_heads if self._pager else view.hot.keys.shape[1]
         self._rows = query_heads * length // heads if few else 0
+        chooser = self._pager.chooser if self._pager else None
+        if chooser and chooser.wants(length, self.offset - length):
+            chooser.see(q, self.offset - length)
         if not few:
             self._catch_up(view, q)
         scratch = self._context.pager.budget.scratch_bytes

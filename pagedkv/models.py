@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
-from pagedkv import hook, state
+from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
@@ -27,7 +27,7 @@ from pagedkv.layer import PagedLayerCache
 from pagedkv.prefixes import Prefixes
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import HotTokens, Pager
-from pagedkv.treatments import choose_treatments, digest_of
+from pagedkv.treatments import choose_treatments, choosers_for, name_of
 
 _WRAPPED = "_pagedkv_wrapping"
 
@@ -149,10 +149,12 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         pager = wrapping.pager
         shapes = _plain_layers(kinds, wrapping.probes)
         pager.treatments = choose_treatments(model, config, shapes, name)
-        pager.identity = config.store_identity(name, len(pageable), digest_of(pager.treatments))
+        pager.choosers = choosers_for(model, config, shapes, pager.treatments)
+        told = name_of(config, pager.treatments, bool(pager.choosers))
+        pager.identity = config.store_identity(name, len(pageable), told)
+        if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
+            sequences.settle_treatments(pager, name, shapes)
         cache = wrapping.make_cache()
-        if wrapping.pager.has_cold:
-            wrapping.pager.cold  # noqa: B018  # a bad directory shows here, not in mid-text
     except BaseException:
         wrapping.pager.close()
         hook.uninstall()

@@ -12,7 +12,7 @@ from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.config import KEPT_TOKENS, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.layer_pager import choose_page_tokens
-from pagedkv.tiers.treatment import treated_parts, treatment_bytes
+from pagedkv.tiers.treatment import ROTATIONS, treated_parts, treatment_bytes
 from pagedkv.window_sizes import WindowSizes
 
 
@@ -104,7 +104,8 @@ def plan(
     cold = sum(pages.values()) - sum(warm.values())
     paged = any(any(pages.values()) for _, pages, _ in placed)
     scratch = min(budget.scratch_bytes, most.held(context) * shape.token_bytes())
-    treated = any(treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment))
+    parts = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
+    feedback = parts[0] and config.treatment not in ROTATIONS
     return Plan(
         context=context,
         page_tokens=tokens,
@@ -116,7 +117,7 @@ def plan(
         cold_bytes=cold_bytes,
         staging_bytes=budget.staging_bytes + budget.write_buffer_bytes if cold_bytes else 0,
         scratch_bytes=scratch if paged else 0,
-        treatment_bytes=layers * treatment_bytes(shape) if treated else 0,
+        treatment_bytes=layers * treatment_bytes(shape, feedback) if any(parts) else 0,
         fp16_bytes=sum(k.layers * k.held(context) for k in kinds) * shape.token_bytes(),
         fits=_fits(kinds, context),
         max_context=_longest(kinds),

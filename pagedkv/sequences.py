@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
+from pagedkv.calibration_file import Calibration
 from pagedkv.config import require_durability
 from pagedkv.errors import (
     CacheStateError,
@@ -21,7 +24,7 @@ from pagedkv.errors import (
     StoreMismatchError,
 )
 from pagedkv.streams import streams
-from pagedkv.tiers import FileColdStore, LayerState, SequenceState, StoredSequence
+from pagedkv.tiers import FileColdStore, LayerState, Pager, SequenceState, StoredSequence
 from pagedkv.tiers.checkpoint import Checkpoint, Entries, damaged, precisions, read_hot
 from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 MOST_UNITS = 8000
 """Digests that a checkpoint has room for beside everything else in its description."""
+
+TREATMENTS = "treatments.json"
+"""Kept in a store, in the format of calibrations: the matrices of its pages."""
 
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -59,6 +65,7 @@ def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> Sto
         spare=spare,
         prompt_rate=cache.context.pace.prompt_per_second or cache.context.prefixes.prompt_rate,
     )
+    _keep_treatments(cache, store, durability == "power")
     store.commit(state, pages, _hot(layers), durable=durability == "power")
     return next(s for s in store.checkpoints.stored() if s.sequence == state.sequence)
 
@@ -124,7 +131,51 @@ def _describe(layer: PagedLayerCache) -> LayerState:
         hot_tokens=layer._hot.used,
         pages=len(layer._table),
         dropped=layer.dropped,
+        treatment=_treatment_of(layer) if len(layer._table) else "",
     )
+
+
+def _treatment_of(layer: PagedLayerCache) -> str:
+    """The digest of what is done to pages."""
+    pager = layer._pager
+    return pager.treatment.digest if pager and pager.treatment else ""
+
+
+# Treatments: a store keeps those of its pages
+
+
+def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> None:
+    """Write the matrices into the store that its pages need."""
+    if settled := cache.context.pager.settled:
+        text = Calibration(cache.context.fingerprint, 0, settled).to_text()
+        store.checkpoints.keep(TREATMENTS, text.encode(), durable)
+
+
+def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -> None:
+    """Treat what is to come like the pages that are in the store, which is opened for it.
+
+    Args:
+        pager: without pages.
+        model: fingerprint.
+        shapes: by layer, as far as they are known.
+
+    Raises:
+        See `Pager.cold`.
+    """
+    store = pager.cold.sequences
+    content = store.checkpoints.kept(TREATMENTS) if store else None
+    if store is None or content is None:
+        return
+    path = str(store.checkpoints.directory / TREATMENTS)
+    try:
+        kept = Calibration.from_text(content, path)
+        kept.require(model, shapes, path)
+    except ConfigError as e:
+        # Not the end of it: each sequence says which matrices it needs, and is refused.
+        warnings.warn(f"{e}: the sequences in this store cannot be read", stacklevel=3)
+        return
+    for number, treatment in kept.items():
+        pager.settle(number, replace(treatment, reason="kept in the store"))
 
 
 def _dtype_name(layer: PagedLayerCache) -> str:
@@ -247,6 +298,13 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
         raise StoreMismatchError(
             f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
             f"{_tell(*here)}: resume with the settings that it was flushed with"
+        )
+    if state.pages and state.treatment != _treatment_of(layer):
+        raise StoreMismatchError(
+            f"layer {state.layer} of {checkpoint.path} needs the matrices "
+            f"{state.treatment or 'of no treatment'}, here they are "
+            f"{_treatment_of(layer) or 'those of no treatment'}: the store's {TREATMENTS} is "
+            f"missing, damaged or another one"
         )
     entries = checkpoint.entries
     mine = entries[entries["layer"] == state.layer]

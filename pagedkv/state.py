@@ -1,7 +1,8 @@
 """A cache as a tree of arrays and strings: what mlx-lm saves, and what `save` streams to a file.
 
-Per layer: ``meta`` (JSON text), ``hot_keys``, ``hot_values``, and ``pages`` with one uint32 array
-per sealed page. The file is the safetensors file that mlx-lm's `save_prompt_cache` would write.
+Per layer: ``meta`` (JSON text), ``hot_keys``, ``hot_values``, ``treatment`` with the matrices if
+there are any (uint32), and ``pages`` with one uint32 array per sealed page. The file is the
+safetensors file that mlx-lm's `save_prompt_cache` would write.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.config import TierConfig
-from pagedkv.errors import CacheStateError, PagedKVError
+from pagedkv.errors import CacheStateError, ConfigError, PagedKVError
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
     from pagedkv.layer import PagedLayerCache
 
-FORMAT = "pagedkv-1"
+FORMAT = "pagedkv-2"
 _SCALAR = re.compile(r"2\.\d+\.0")  # in mlx-lm's metadata: the name of a leaf that is no array
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _SAFETENSORS = {
@@ -64,6 +65,8 @@ def full_state(cache: PagedLayerCache) -> dict[str, Any]:
     full: dict[str, Any] = {"meta": json.dumps(describe(cache))}
     if not cache.empty():
         full["hot_keys"], full["hot_values"] = cache._hot.view()
+        if cache._pager and cache._pager.treatment:
+            full["treatment"] = cache._pager.treatment.all_words
         pages = {f"p{i}": record for i, record in enumerate(page_records(cache))}
         if pages:
             full["pages"] = pages
@@ -92,7 +95,7 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
         meta["dtype"] = str(cache._dtype).removeprefix("mlx.core.")
         meta["page_tokens"] = cache._pager.page_tokens
         if treatment := cache._pager.treatment:
-            meta["treatment"] = treatment.to_dict()
+            meta["treatment"] = treatment.describe()
         pages = cache._pager.pages
         meta["pages"] = [
             [str(pages[e.page].precision), pages[e.page].position, e.tokens] for e in cache._table
@@ -159,7 +162,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
         _loading[key] = context
     try:
-        if "shape" in meta and (treatment := _treatment(meta, KVShape(*meta["shape"]))):
+        if "shape" in meta and (treatment := _treatment(meta, value)):
             context.pager.treatments[meta["layer"]] = treatment
         cache.start_from(context, meta)
     except (KeyError, TypeError) as e:
@@ -187,7 +190,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                 f"saved pages hold {meta['page_tokens']} tokens and this cache's hold "
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
             )
-        _require_treatment(cache._pager.treatment, _treatment(meta, shape), cache.layer)
+        _accept_treatment(cache, meta, _treatment(meta, value))
         cache.accept_window(meta.get("window", {}), int(meta["offset"]))
         if cache.sink_tokens != meta["sink_tokens"]:
             raise CacheStateError(
@@ -222,17 +225,44 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
         )
 
 
-def _treatment(meta: dict[str, Any], shape: KVShape) -> Treatment | None:
-    saved = meta.get("treatment")
-    return Treatment.from_dict(saved, shape) if saved else None
+def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
+    """What was done to the saved keys and values.
 
-
-def _require_treatment(mine: Treatment | None, saved: Treatment | None, layer: int) -> None:
-    if mine != saved:
-        told = [f"{t.rotation} {t.digest}" if t else "none" for t in (saved, mine)]
+    Raises:
+        CacheStateError: if the file is damaged there.
+    """
+    if not (told := meta.get("treatment")):
+        return None
+    try:
+        words = np.asarray(value["treatment"])
+        return Treatment.restore(told, words, KVShape(*meta["shape"]), "saved with the cache")
+    except (ConfigError, KeyError, TypeError, ValueError) as e:
         raise CacheStateError(
-            f"layer {layer}: the saved pages' treatment is {told[0]} and this cache's {told[1]}: "
-            f"wrap the model with the treatment that the file was made with"
+            f"the saved state of layer {meta.get('layer')} is damaged: {e}"
+        ) from e
+
+
+def _accept_treatment(
+    cache: PagedLayerCache, meta: dict[str, Any], saved: Treatment | None
+) -> None:
+    """See that new pages are treated like those of a file.
+
+    Raises:
+        CacheStateError: if other pages are treated otherwise already.
+    """
+    pager = cache._pager
+    assert pager is not None
+    if not meta["pages"] or pager.treatment == saved:
+        if meta["pages"] and pager.chooser:
+            pager.treat(saved)  # as it is: the pages are there
+    elif pager.chooser and saved:
+        pager.treat(saved)
+    else:
+        told = [f"{t.kind} {t.digest}" if t else "none" for t in (saved, pager.treatment)]
+        raise CacheStateError(
+            f"layer {cache.layer}: the saved pages' treatment is {told[0]} and this cache's "
+            f"{told[1]}: load it before the wrapped model reads anything, or wrap it with the "
+            f"treatment that the file was made with"
         )
 
 
@@ -324,6 +354,8 @@ def _layer_entries(place: str, layer: Any, texts: list[str]) -> Iterator[Entry]:
         return
     for name, array in zip(("hot_keys", "hot_values"), layer._hot.view(), strict=True):
         yield _entry(f"{place}.{name}", array)
+    if layer._pager and layer._pager.treatment:
+        yield _entry(f"{place}.treatment", layer._pager.treatment.all_words)
     yield from _page_entries(place, layer)
 
 

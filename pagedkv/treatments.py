@@ -1,16 +1,20 @@
-"""Which treatment a model's keys and values get, from its weights unless the user calibrated it.
+"""Which treatment a model's keys and values get, unless the user calibrated it.
 
 A rotation spreads rounding errors evenly over a head's channels. That pays where the error of every
 channel matters alike, and ruins models whose queries make little of channels that are large (the
-keys of Qwen2.5, by their biases). So channels are scaled first: by the square root of how much
-queries make of them, less where a key channel is an outlier of its own. Both are known without any
-text: random signs are put through the layer's norm and projections.
+keys of Qwen2.5, by their biases). So channels are balanced first. How is decided when a layer's
+first page is to be sealed, from the queries and keys of the tokens until then (`FirstTokens`).
+
+What is known before that is what the weights say: random signs are put through the layer's norm and
+projections. Values are scaled by it, and keys where queries cannot be seen: by the square root of
+how much queries make of a channel, less where a key channel is an outlier of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +23,24 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
+from pagedkv.balance import Turn, balanced_keys, turns_of
 from pagedkv.calibration_file import Calibration
 from pagedkv.config import TierConfig, names_file
-from pagedkv.tiers import Treatment
-from pagedkv.tiers.treatment import random_signs, scale_steps, treated_parts
+from pagedkv.covariances import FIRST, Covariances
+from pagedkv.tiers import Chooser, Treatment
+from pagedkv.tiers.treatment import random_signs, treated_parts
 
 SAMPLES = 64
-"""Random inputs per layer: spreads are then known to a tenth, half a step of a scale."""
+"""Random inputs per layer: spreads are then known to a tenth."""
+
+LEAST, ENOUGH = 128, 2048
+"""Tokens whose queries and keys must be seen to balance keys by them; more than enough of them."""
+
+EVERY = 4
+"""Of tokens that are generated, the query of one in so many is looked at."""
 
 OUTLIER = 4.0
-"""Key channels that spread beyond so many times the median are scaled down, see `balanced`."""
+"""Key channels that spread beyond so many times the median are scaled down, see `scaled`."""
 
 NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1", "norm", "pre_norm")
 """Names under which layers keep the norm before attention."""
@@ -97,12 +109,142 @@ def choose_treatments(
     return chosen
 
 
-def digest_of(treatments: Mapping[int, Treatment]) -> str:
-    """Names all of them, as 16 hex digits; empty if there are none."""
-    if not treatments:
-        return ""
+def name_of(config: TierConfig, treatments: Mapping[int, Treatment], chosen_later: bool) -> str:
+    """What a store's identity says of treatments; empty if there are none.
+
+    The matrices themselves are kept in the store: they are not the same on every machine.
+
+    Args:
+        config: says which treatment is wanted.
+        treatments: of the layers; those of a file name it.
+        chosen_later: whether there are others to come.
+    """
+    if not names_file(config.treatment):
+        return config.treatment if treatments or chosen_later else ""
     text = " ".join(f"{number}:{treatments[number].digest}" for number in sorted(treatments))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if treatments else ""
+
+
+def choosers_for(
+    model: Any,
+    config: TierConfig,
+    shapes: Mapping[int, KVShape],
+    treatments: Mapping[int, Treatment],
+) -> dict[int, Chooser]:
+    """Who decides on layers' keys when their first pages are sealed.
+
+    Args:
+        model: with ``layers``.
+        config: says which treatment is wanted.
+        shapes: by layer number, what layers cache, as far as it is known.
+        treatments: of layers, by their weights.
+
+    Returns:
+        By layer number; where nobody does, `treatments` are final.
+    """
+    keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
+    if config.treatment != "auto" or not keys:
+        return {}
+    found: dict[int, Chooser] = {}
+    for number, shape in shapes.items():
+        layer = model.layers[number]
+        if rope_of(layer) is not None:  # else nobody knows what becomes of keys farther away
+            found[number] = FirstTokens(layer, shape, treatments.get(number), values)
+    return found
+
+
+class FirstTokens:
+    """Balances a layer's keys by the queries and keys of the first tokens that it reads.
+
+    Nothing is gained by waiting for more: some hundred tokens of any text do nearly as well as all
+    of this one (`docs/design.md`).
+
+    Attributes:
+        shape: of the layer.
+    """
+
+    def __init__(self, layer: Any, shape: KVShape, known: Treatment | None, values: bool) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            layer: of the model.
+            shape: what it caches.
+            known: what its weights say: used for values, and for keys if too few queries are seen;
+                None if they say nothing.
+            values: whether values are to be treated.
+        """
+        self.shape = shape
+        self._layer = weakref.ref(layer)  # caches that outlive their model do not keep it
+        self._known, self._values = known, values
+        self._seen = Covariances()
+        self._query_heads = 0
+
+    def wants(self, tokens: int, position: int) -> bool:
+        """See `Chooser.wants`. Where a prompt has shown enough, what follows is let pass."""
+        seen = self._seen.query_tokens
+        return seen < ENOUGH if tokens > 1 else seen < LEAST and position % EVERY == 0
+
+    def see(self, queries: mx.array, position: int) -> None:
+        """See `Chooser.see`."""
+        # What is noted is started when the next is: the graph of a step stays one.
+        mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
+        self._query_heads = int(queries.shape[1])
+        self._seen.add_queries(queries, self.shape.kv_heads, position)
+
+    def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
+        """See `Chooser.choose`."""
+        seen, known, layer = self._seen, self._known, self._layer()
+        seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
+        if layer is None or min(seen.query_tokens, seen.key_tokens) < LEAST:
+            return known
+        if known is None:
+            seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
+            known = measured(layer, self.shape, seen, self._query_heads)
+        try:
+            turns = turns_of(rope_of(layer), self.shape.key_dim)
+            return balanced(known.only(True, self._values), seen, turns)
+        except (TypeError, ValueError):
+            return self._known  # embeddings of an unknown kind, or numbers that are not finite
+
+
+def measured(layer: Any, shape: KVShape, seen: Covariances, query_heads: int) -> Treatment:
+    """Values scaled by what was seen of them and by the output projection; keys rotated.
+
+    Args:
+        layer: of the model; None if it is not known which.
+        shape: what it caches.
+        seen: its values.
+        query_heads: that read them.
+    """
+    outputs = None if layer is None else output_spread(layer, shape, query_heads)
+    values = np.sqrt((1.0 if outputs is None else outputs) / seen.values)  # unknown: all alike
+    return Treatment.scaled(shape, np.ones((shape.kv_heads, shape.key_dim)), values)
+
+
+def balanced(known: Treatment, seen: Covariances, turns: Sequence[Turn]) -> Treatment:
+    """Keys balanced by what was seen, values as they are known.
+
+    Args:
+        known: the rest of the treatment, and why it is as it is.
+        seen: queries and keys.
+        turns: by the layer's rotary embedding.
+
+    Raises:
+        ValueError: if numbers are not finite, or float16 does not hold the matrices (ConfigError).
+    """
+    queries, feedback = balanced_keys(seen.queries, seen.keys, turns)
+    outputs = np.asarray(known.outputs, np.float64) if known.parts[1] else None
+    reason = f"keys balanced over {seen.query_tokens:,} tokens"
+    if known.reason:
+        reason = f"{reason}; {known.reason}"
+    kind = "balanced and rotated (hadamard)"
+    return Treatment.of(known.shape, queries, outputs, feedback, kind, reason)
+
+
+def rope_of(layer: Any) -> Any:
+    """The rotary embedding of a layer's attention; None if it has none by that name."""
+    attention = next((m for m in layer.children().values() if hasattr(m, "rope")), None)
+    return getattr(attention, "rope", None)
 
 
 def _from_weights(model: Any, number: int, shape: KVShape) -> Treatment | None:
@@ -110,10 +252,10 @@ def _from_weights(model: Any, number: int, shape: KVShape) -> Treatment | None:
         spread = measure_spread(model.layers[number], shape)
     except Exception:  # whatever an unknown layer raises, it is only left as it is
         return None
-    return balanced(spread, shape) if spread is not None else None
+    return scaled(spread, shape) if spread is not None else None
 
 
-def balanced(spread: Spread, shape: KVShape) -> Treatment:
+def scaled(spread: Spread, shape: KVShape) -> Treatment:
     """Channels scaled by what they matter, then rotated.
 
     Args:
@@ -126,14 +268,8 @@ def balanced(spread: Spread, shape: KVShape) -> Treatment:
     divisors = np.clip((excess / OUTLIER) ** 2, 1.0, np.maximum(1.0, excess))
     keys = np.sqrt(spread.queries / divisors)
     values = np.sqrt(spread.outputs / spread.values)
-    return Treatment(
-        "hadamard",
-        0,
-        tuple(scale_steps(head) for head in keys),
-        tuple(scale_steps(head) for head in values),
-        shape,
-        f"largest key channel {spread.outlier:.1f} times the median",
-    )
+    reason = f"largest key channel {spread.outlier:.1f} times the median"
+    return Treatment.scaled(shape, keys, values, reason=reason)
 
 
 def measure_spread(layer: Any, shape: KVShape) -> Spread | None:
@@ -196,19 +332,6 @@ def output_spread(layer: Any, shape: KVShape, query_heads: int) -> Floats | None
         return _outputs(projection, shape, query_heads, mx.float32)
     except Exception:  # whatever an unknown layer raises, it only says nothing
         return None
-
-
-def paired(layer: Any, rms: Floats) -> Floats:
-    """Root mean squares made equal for channels that a layer's rotary embedding mixes.
-
-    Which of a pair is the larger changes from position to position.
-
-    Args:
-        layer: of the model.
-        rms: ``[kv_heads, key_dim]``.
-    """
-    attention = next((m for m in layer.children().values() if hasattr(m, "rope")), None)
-    return _paired(attention, rms)
 
 
 def _outputs(projection: Any, shape: KVShape, query_heads: int, dtype: mx.Dtype) -> Floats:

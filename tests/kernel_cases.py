@@ -22,7 +22,9 @@ from pagedkv.kernels.decode import (
 )
 from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.source import AttentionSpec, group_count
-from pagedkv.tiers.codec import FLOAT16_MAX, codec_for
+from pagedkv.tiers import treatment as page_treatment
+from pagedkv.tiers.codec import codec_for
+from pagedkv.tiers.rounding import FLOAT16_MAX, feedback_for
 from tests import reference
 
 SLOTS = 3
@@ -176,6 +178,17 @@ def treatment(heads: int, key_dim: int, value_dim: int) -> Treatment:
     keys[:, 1:, 1:] = matrices(key_dim - 1)
     queries, outputs = np.linalg.inv(keys).swapaxes(1, 2), np.linalg.inv(values)
     return Treatment(keys, values, half(queries), half(outputs))
+
+
+def with_feedback(known: page_treatment.Treatment) -> page_treatment.Treatment:
+    """The same, where errors of channels are made up for by others."""
+    heads, dim = known.shape.kv_heads, known.shape.key_dim
+    x = np.random.default_rng(dim).standard_normal((heads, 2 * dim, dim))
+    feedback = np.stack([feedback_for(head.T @ head / len(head)) for head in x])
+    queries, outputs = (np.asarray(m, np.float64) for m in (known.queries, known.outputs))
+    return page_treatment.Treatment.of(
+        known.shape, queries, outputs, feedback, known.kind, known.reason
+    )
 
 
 def treatment_of(case: Case) -> Treatment | None:

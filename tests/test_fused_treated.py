@@ -17,10 +17,10 @@ from pagedkv.backends import Backend, CpuBackend, KernelBackend
 from pagedkv.kernel_check import attend_difference
 from pagedkv.state import page_records
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import to_16_bit
+from pagedkv.tiers.rounding import to_16_bit
 from tests import reference
 from tests.emulator import HostLauncher
-from tests.kernel_cases import Case, codecs
+from tests.kernel_cases import Case, codecs, with_feedback
 from tests.test_attention import ROUNDING, config, error, queries
 from tests.test_fused import LADDER, Untrusted, output
 from tests.test_kernels import LINUX, plant
@@ -30,13 +30,14 @@ pytestmark = LINUX
 SHAPE = KVShape(2, 64, 64)
 
 
-def random_steps(seed: int) -> tuple[tuple[int, ...], ...]:
-    """Scales between 1/4 and 4."""
-    steps = np.random.default_rng(seed).integers(-8, 9, (SHAPE.kv_heads, SHAPE.key_dim))
-    return tuple(tuple(int(n) for n in head) for head in steps)
+def random_scales(seed: int) -> np.ndarray:
+    """Between 1/4 and 4."""
+    steps = np.random.default_rng(seed).uniform(-2, 2, (SHAPE.kv_heads, SHAPE.key_dim))
+    return np.exp2(steps)
 
 
-TREATMENT = Treatment("hadamard", 5, random_steps(1), random_steps(2), SHAPE)
+SCALED = Treatment.scaled(SHAPE, random_scales(1), random_scales(2), seed=5)
+TREATMENT = with_feedback(SCALED)
 
 
 def tokens_of(count: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

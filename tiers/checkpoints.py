@@ -12,8 +12,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from pagedkv.allocator import CorruptStoreError, OutOfPagesError, SequenceNotFoundError
 from pagedkv.tiers.checkpoint import (
@@ -25,12 +28,15 @@ from pagedkv.tiers.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from pagedkv.tiers.disk import Disk
+from pagedkv.tiers.disk import READ, Disk
 from pagedkv.tiers.files import (
     TEMPORARY,
     again,
+    open_private,
     put_in_place,
+    read_exactly,
     remove_file,
+    replace_file,
     sync_directory,
     told,
     write_new,
@@ -39,6 +45,9 @@ from pagedkv.tiers.page_files import PageFiles, Place
 from pagedkv.tiers.sequence import SequenceState, StoreIdentity
 
 _NAME = re.compile(r"sequence-([0-9a-f]{16})\.checkpoint")
+
+KEPT = ".json"
+"""Ends the names of files that are kept beside the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Checkpoints:
         self._committed: dict[str, _Committed] = {}
         self._doubtful: dict[str, list[Place]] = {}
         self._names_durable = False
+        self._kept: dict[str, tuple[bytes, bool]] = {}
         self.damaged: dict[str, CorruptStoreError] = {}
         with told(f"cannot open the store {directory}"):
             self._read_all()
@@ -104,6 +114,8 @@ class Checkpoints:
                 remove_file(self._disk, self.directory / name)
             elif match := _NAME.fullmatch(name):
                 self._read(match[1])
+            elif name.endswith(KEPT):
+                self._files.budget.checkpoints += self._size(self.directory / name)
         held = chain.from_iterable(c.places for c in self._committed.values())
         self._files.open_existing(held, keep_all=bool(self.damaged))
         for committed in self._committed.values():  # not those beyond the end of a file
@@ -259,6 +271,59 @@ class Checkpoints:
             self._files.let_go(old.places)
             self._files.budget.checkpoints -= old.summary.checkpoint_bytes
         self._files.let_go(self._doubtful.pop(sequence, ()))
+
+    def keep(self, name: str, content: bytes, durable: bool) -> None:
+        """Put a file beside the checkpoints, in the place of the last one; they need it.
+
+        Args:
+            name: of the file.
+            content: of the file; nothing is written if it is there already.
+            durable: return only when a power failure cannot undo it.
+
+        Raises:
+            OutOfPagesError: if the disk budget does not hold it.
+            ColdStoreError: if the disk fails.
+        """
+        mark = sha256(content).digest(), durable
+        if self._kept.get(name) in (mark, (mark[0], True)):
+            return
+        budget, path = self._files.budget, self.directory / name
+        with told(f"cannot write {path}"):
+            before = self._size(path)
+            self._require_room(len(content))
+            self._kept.pop(name, None)
+            replace_file(self._disk, path, content, durable)
+        budget.checkpoints += len(content) - before
+        self._kept[name] = mark
+
+    def kept(self, name: str) -> bytes | None:
+        """The content of a file that `keep` wrote; None if there is none.
+
+        Raises:
+            ColdStoreError, UnsafeStoreError: if it cannot be read, or is not ours.
+        """
+        path = self.directory / name
+        with told(f"cannot read {path}"):
+            try:
+                fd = open_private(self._disk, path, READ)
+            except FileNotFoundError:
+                return None
+            try:
+                content = np.zeros(again(self._disk.fstat, fd).st_size, np.uint8)
+                if content.size:
+                    read_exactly(self._disk, fd, [content], 0)
+            except EOFError:
+                return None  # cut short meanwhile
+            finally:
+                self._disk.close(fd)
+        return content.tobytes()
+
+    def _size(self, path: Path) -> int:
+        """Of a file, 0 if there is none."""
+        try:
+            return again(self._disk.lstat, path).st_size
+        except FileNotFoundError:
+            return 0
 
     def discard(self, sequence: str, durable: bool) -> None:
         """Delete a checkpoint; its pages' slots are free for others.

@@ -17,19 +17,8 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.tiers.treatment import Treatment
-
-FLOAT16_MAX = 65504.0
-LEAST_SCALE = 2.0**-24
-"""The smallest number above zero in float16."""
-
-TRIMMED = {2: 10, 3: 40}
-"""By bits, the part of a group's range that its codes leave out at either end: one in so many.
-
-With few codes a smaller step is worth more than the ends. One in ten gave the least KL at 2 bits,
-one in forty at 3, none from 4 on; a search for the least squared error of each group gave more than
-those (`docs/design.md`).
-"""
+from pagedkv.tiers.rounding import compensated, quantize, to_16_bit
+from pagedkv.tiers.treatment import LEAST_BITS, Treatment
 
 
 class QuantizedTriple(NamedTuple):
@@ -226,7 +215,20 @@ class AffineCodec(_Layout):
         return mx.float16
 
     def _key_arrays(self, keys: mx.array) -> list[mx.array]:
+        keys = self.compensated(keys)
         return [*quantize(keys, GROUP_TOKENS, self.geometry.precision.key_bits)]
+
+    def compensated(self, keys: mx.array) -> mx.array:
+        """Page keys as they are to be rounded: see `pagedkv.tiers.rounding.compensated`.
+
+        Args:
+            keys: float16 ``[pages, kv_heads, key_dim, tokens]``.
+        """
+        feedback = self.treatment.feedback if self.treatment else None
+        bits = self.geometry.precision.key_bits
+        if feedback is None or bits >= LEAST_BITS:
+            return keys
+        return compensated(keys, feedback, GROUP_TOKENS, bits)
 
     def _value_arrays(self, values: mx.array) -> list[mx.array]:
         geometry = self.geometry
@@ -289,53 +291,6 @@ class Sixteen(_Layout):
         return self._part(records, "values").astype(dtype)
 
 
-def quantize(x: mx.array, group: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Affine codes as `mx.dequantize` reads them, by rounding between a group's ends.
-
-    `mx.quantize` moves the scale so that zero and the larger end are exact; that costs a fifth of
-    the KL of 4-bit keys (`docs/design.md`). The ends of the range are left out where there are few
-    codes, see `TRIMMED`. Scale and bias are rounded to float16 first, then codes are chosen. Every
-    operation rounds once and none can be fused, so that kernels give the same bits.
-
-    Args:
-        x: float16, the last axis a multiple of `group`.
-        group: neighbours that share a scale and a bias.
-        bits: of a code: 2, 3, 4 or 8.
-
-    Returns:
-        uint32 codes, lowest bits first along the last axis; float16 scales and biases, one per
-        group.
-    """
-    numbers = x.astype(mx.float32).reshape(*x.shape[:-1], -1, group)
-    low, high = numbers.min(axis=-1, keepdims=True), numbers.max(axis=-1, keepdims=True)
-    steps, parts = 2**bits - 1, TRIMMED.get(bits)
-    width, bias = high - low, low
-    if parts:
-        width, bias = (parts - 2) * width, ((parts - 1) * low + high) / parts
-    scale = mx.maximum(width / (steps * (parts or 1)), LEAST_SCALE).astype(mx.float16)
-    bias = bias.astype(mx.float16)
-    bias = mx.where(bias == 0, mx.array(0, mx.float16), bias)  # no minus zero
-    # The last code must stand for a number that float16 has: a scale that was rounded up may not.
-    last = bias.astype(mx.float32) + steps * scale.astype(mx.float32)
-    bits_of = scale.view(mx.uint16)
-    scale = mx.where(last > FLOAT16_MAX, bits_of - 1, bits_of).view(mx.float16)
-    codes = mx.round((numbers - bias.astype(mx.float32)) / scale.astype(mx.float32))
-    codes = mx.clip(codes, 0, steps).astype(mx.uint32).reshape(x.shape)
-    return _packed(codes, bits), scale[..., 0], bias[..., 0]
-
-
-def _packed(codes: mx.array, bits: int) -> mx.array:
-    """Codes side by side in words, the last axis a multiple of 32."""
-    in_word = 8 if bits == 3 else 32 // bits
-    parts = codes.reshape(*codes.shape[:-1], -1, in_word)
-    words = (parts << (bits * mx.arange(in_word, dtype=mx.uint32))).sum(axis=-1)
-    if bits != 3:
-        return words
-    a, b, c, d = (words[..., i::4] for i in range(4))  # 24 bits each: three words of four
-    whole = mx.stack([a | b << 24, b >> 8 | c << 16, c >> 16 | d << 8], axis=-1)
-    return whole.reshape(*whole.shape[:-2], -1)
-
-
 def codec_for(
     shape: KVShape,
     tokens: int,
@@ -359,13 +314,3 @@ def codec_for(
 
 def _on_gpu() -> bool:
     return bool(mx.default_device() == mx.gpu)
-
-
-def to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Cast; what float16 cannot hold is clamped: infinities would poison a whole group."""
-    if x.dtype == dtype:
-        return x
-    if dtype == mx.float16:
-        # In float32: bfloat16 has no 65504, its nearest number is beyond.
-        x = mx.clip(x.astype(mx.float32), -FLOAT16_MAX, FLOAT16_MAX)
-    return x.astype(dtype)

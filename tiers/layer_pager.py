@@ -30,7 +30,7 @@ from pagedkv.tiers.kept_pages import KeptPages
 from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
-from pagedkv.tiers.treatment import Treatment
+from pagedkv.tiers.treatment import Chooser, Treatment
 from pagedkv.tiers.warm import WarmSlab
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class LayerPager:
         hot_dtype: mx.Dtype,
         span: int | None = None,
         treatment: Treatment | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         budget = pager.budget
         self._pager = pager
@@ -137,6 +138,7 @@ class LayerPager:
         self.shape = shape
         self.hot_dtype = hot_dtype
         self.treatment = treatment
+        self.chooser = chooser
         self.precisions = budget.ladder.beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
@@ -155,6 +157,27 @@ class LayerPager:
         self.bounds = LayerBounds(budget.bounds_bytes // pager.layers)
         self._unbounded: dict[ColdRecord, int] = {}  # pages that came without theirs
         self.kept = KeptPages(budget.kept_pages)
+
+    def decide(self, keys: mx.array, values: mx.array) -> None:
+        """Settle what is done to keys and values, now that a page is to be sealed.
+
+        Args:
+            keys: of the sequence's first tokens, ``[1, kv_heads, tokens, key_dim]``.
+            values: likewise.
+        """
+        if self.chooser is not None:
+            self.treat(self.chooser.choose(keys, values))
+
+    def treat(self, treatment: Treatment | None) -> None:
+        """Settle what is done to keys and values; there must be no page yet."""
+        assert not self.pages
+        self.chooser = None
+        self.treatment = treatment
+        self._pager.settle(self.layer, treatment)
+        for precision in self.precisions:
+            self.codecs[precision] = codec_for(
+                self.shape, self.page_tokens, precision, self.hot_dtype, treatment
+            )
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}

@@ -19,7 +19,7 @@ from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
-from pagedkv.tiers.treatment import Treatment, treated_parts
+from pagedkv.tiers.treatment import Chooser, Treatment, treated_parts
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 
@@ -54,6 +54,7 @@ class Pager:
         relief: asked in turn when there is no room for pages: each gives up a sequence that it
             keeps for later, and says whether it had one.
         treatments: of layers' keys and values, to be set before a layer's first page.
+        choosers: of layers where the first tokens decide on another one.
         rotation: of layers that have none of those; empty for none.
     """
 
@@ -68,6 +69,7 @@ class Pager:
     pressure: Pressure = field(init=False)
     relief: list[Callable[[], bool]] = field(default_factory=list)
     treatments: dict[int, Treatment] = field(default_factory=dict)
+    choosers: dict[int, Chooser] = field(default_factory=dict)
     rotation: str = ""
 
     def __post_init__(self) -> None:
@@ -92,8 +94,12 @@ class Pager:
             ConfigError: if the warm budget holds no page of this shape.
         """
         if layer not in self._layer_pagers:
+            treatment = self._treatment(layer, shape)
+            chooser = self.choosers.get(layer)
+            if chooser and chooser.shape != shape:
+                chooser = None
             self._layer_pagers[layer] = LayerPager(
-                self, layer, shape, hot_dtype, span, self._treatment(layer, shape)
+                self, layer, shape, hot_dtype, span, treatment, chooser
             )
             if self._cold:
                 self._cold.budget.reserve = self._checkpoint_reserve()
@@ -106,6 +112,18 @@ class Pager:
             parts = treated_parts(self.budget.ladder.beyond(self.budget.hot_tokens), self.rotation)
             treatment = Treatment.plain(shape, self.rotation).only(*parts) if any(parts) else None
         return treatment if treatment and treatment.shape == shape else None
+
+    def settle(self, layer: int, treatment: Treatment | None) -> None:
+        """Note a layer's treatment for as long as this pager is used."""
+        self.choosers.pop(layer, None)
+        self.treatments.pop(layer, None)
+        if treatment:
+            self.treatments[layer] = treatment
+
+    @property
+    def settled(self) -> dict[int, Treatment]:
+        """By layer, treatments that can change no more."""
+        return {n: t for n, t in sorted(self.treatments.items()) if n not in self.choosers}
 
     @property
     def layer_pagers(self) -> list[LayerPager]:
@@ -144,6 +162,7 @@ class Pager:
             hot = budget.sink_tokens + budget.hot_tokens + layer.page_tokens
             pages = budget.cold_bytes // self.layers // layer.least_page_bytes
             total += layer.shape.token_bytes(8 * layer.hot_dtype.size) * hot
+            total += layer.treatment.file_bytes if layer.treatment else 0
             total += pages * ENTRY.itemsize
         return 2 * total
 

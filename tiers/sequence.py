@@ -70,6 +70,7 @@ class LayerState:
         hot_tokens: tokens that are in no page.
         pages: pages.
         dropped: tokens that a window left behind: they are nowhere.
+        treatment: `Treatment.digest` of the pages; empty for none, and without pages.
     """
 
     layer: int
@@ -81,6 +82,7 @@ class LayerState:
     hot_tokens: int
     pages: int
     dropped: int = 0
+    treatment: str = ""
 
     @property
     def shape(self) -> KVShape:
@@ -200,6 +202,7 @@ def _layer(take: _Fields) -> LayerState:
         pages=take.number("pages", 0),
         # Files from before there were windows do not have it.
         dropped=take.number("dropped", 0) if "dropped" in take.raw else 0,
+        treatment=take.text("treatment") if "treatment" in take.raw else "",
     )
 
 

@@ -1,26 +1,24 @@
 """What is done to keys and values before they are quantized, and undone around attention.
 
-Per KV head a page holds ``K · A`` and ``V · B`` instead of keys K and values V: channels scaled,
-then mixed by a fixed rotation with random signs (the subsampled randomized Hadamard or Fourier
-transform without the subsampling). Rotated numbers are close to normally distributed, so a group's
-range is small beside its spread. Queries are multiplied once by ``Q = A^-T``, so that products with
-page keys are products of queries and keys; what pages sum up is multiplied once by ``O = B^-1``.
+Per KV head a page holds ``K · A`` and ``V · B`` instead of keys K and values V: channels scaled or
+mixed by what they matter, then by a fixed rotation with random signs (the subsampled randomized
+Hadamard or Fourier transform without the subsampling). Rotated numbers are close to normally
+distributed, so a group's range is small beside its spread. Queries are multiplied once by
+``Q = A^-T``, so that products with page keys are products of queries and keys; what pages sum up is
+multiplied once by ``O = B^-1``. A rotation alone gives every channel the same error, whether
+queries make much of the channel or not: `pagedkv.treatments` chooses what comes before it.
 
-Scales: a rotation gives every channel the same error, whether queries make much of the channel or
-not. With errors proportional to a channel's spread, the sum of squared errors of the scores is
-least if channels are scaled by the square root of query spread over key spread before they are
-rotated (Cauchy-Schwarz), and then never above that without a rotation. `pagedkv.treatments`
-chooses.
+Q and O are what a treatment is: in float16, as kernels read them. A and B are made from those, so
+that both belong together whatever rounding did.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -29,136 +27,200 @@ import numpy.typing as npt
 from pagedkv.allocator import ConfigError, KVShape, Precision
 
 ROTATIONS = ("hadamard", "fourier", "householder")
-STEPS_PER_OCTAVE = 4
-MOST_STEPS = 24
-"""Scales are powers of two in quarter steps, between 1/64 and 64: rounding them costs nothing."""
+
+MOST_SCALE = 64.0
+"""Scales are between 1/64 and 64 times their geometric mean, so that float16 holds all products."""
 
 LEAST_BITS = 8
 """Keys or values of so many bits are left as they are: the error of rounding is small already."""
 
-Steps = tuple[tuple[int, ...] | None, ...]
-"""Per KV head the scales of its channels, in steps; None for a head that is left as it is."""
-
 Floats = npt.NDArray[np.float64]
+Halves = npt.NDArray[np.float16]
+Scales = Sequence[Floats | None] | Floats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Treatment:
     """How one layer's keys and values are transformed; decided before its first page is sealed.
 
+    Equal where the matrices are, however they came about.
+
     Attributes:
-        rotation: one of `ROTATIONS`, see `rotation_matrix`.
-        seed: of the signs.
-        key_steps: scales of key channels, per KV head.
-        value_steps: likewise of values.
         shape: what the layer caches per token.
+        words: for kernels: float16 Q of all heads, row by row, then O, as uint32; with ones on the
+            diagonal where nothing is done.
+        parts: whether anything is done to keys, and to values.
+        feedback: how errors of channels are made up for by others when keys are rounded, float16
+            ``[kv_heads, key_dim, key_dim]``, see `rounding.compensated`; None if they are not.
+        kind: what is done, for people.
         reason: why it was chosen, for people.
     """
 
-    rotation: str
-    seed: int
-    key_steps: Steps
-    value_steps: Steps
     shape: KVShape
-    reason: str = field(default="", compare=False)
+    words: mx.array
+    parts: tuple[bool, bool]
+    feedback: mx.array | None = None
+    kind: str = ""
+    reason: str = ""
 
-    def __post_init__(self) -> None:
-        if self.rotation not in ROTATIONS:
-            raise ConfigError(f"a rotation is one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
-        for name, steps, dim in (
-            ("key", self.key_steps, self.shape.key_dim),
-            ("value", self.value_steps, self.shape.value_dim),
-        ):
-            if len(steps) != self.shape.kv_heads:
-                raise ConfigError(
-                    f"{name} scales are given for {len(steps)} heads of {self.shape.kv_heads}"
-                )
-            for head in steps:
-                if head is None:
-                    continue
-                if len(head) != dim:
-                    raise ConfigError(f"a head has {dim} {name} channels, not {len(head)}")
-                if any(abs(n) > MOST_STEPS for n in head):
-                    raise ConfigError(f"scales are within {MOST_STEPS} steps, got {head}")
+    @classmethod
+    def of(
+        cls,
+        shape: KVShape,
+        queries: Floats | None,
+        outputs: Floats | None,
+        feedback: Floats | None = None,
+        kind: str = "",
+        reason: str = "",
+    ) -> Treatment:
+        """From matrices, which are rounded to float16.
+
+        Args:
+            shape: of the layer.
+            queries: Q, invertible ``[kv_heads, key_dim, key_dim]``; None to leave keys alone.
+            outputs: O, likewise of values; None to leave them alone.
+            feedback: see the class.
+            kind: what is done, for people.
+            reason: why it was chosen, for people.
+
+        Raises:
+            ConfigError: if matrices have other sizes, or numbers that float16 does not hold.
+        """
+        heads, key_dim, value_dim = shape.kv_heads, shape.key_dim, shape.value_dim
+        q, o = (
+            _halves(queries, heads, key_dim, "keys"),
+            _halves(outputs, heads, value_dim, "values"),
+        )
+        words = mx.array(np.concatenate([q.ravel(), o.ravel()]).view(np.uint32))
+        errors = feedback if queries is not None else None
+        told = None if errors is None else mx.array(_halves(errors, heads, key_dim, "errors"))
+        return cls(shape, words, (queries is not None, outputs is not None), told, kind, reason)
 
     @classmethod
     def plain(cls, shape: KVShape, rotation: str, seed: int = 0) -> Treatment:
-        """A rotation of all heads without scales."""
-        keys = ((0,) * shape.key_dim,) * shape.kv_heads
-        values = ((0,) * shape.value_dim,) * shape.kv_heads
-        return cls(rotation, seed, keys, values, shape, "asked for")
+        """A rotation of all heads.
+
+        Args:
+            shape: of the layer.
+            rotation: one of `ROTATIONS`, see `rotation_matrix`.
+            seed: of the signs.
+        """
+        keys = np.ones((shape.kv_heads, shape.key_dim))
+        values = np.ones((shape.kv_heads, shape.value_dim))
+        rotated = cls.scaled(shape, keys, values, rotation, seed)
+        return replace(rotated, kind=f"rotated ({rotation})", reason="asked for")
+
+    @classmethod
+    def scaled(
+        cls,
+        shape: KVShape,
+        keys: Scales,
+        values: Scales,
+        rotation: str = "hadamard",
+        seed: int = 0,
+        reason: str = "",
+    ) -> Treatment:
+        """Channels scaled, then rotated.
+
+        Args:
+            shape: of the layer.
+            keys: scales of key channels per KV head, positive ``[kv_heads][key_dim]``; None for a
+                head that is left as it is. What all scales of a head share does not matter.
+            values: likewise of values.
+            rotation: one of `ROTATIONS`.
+            seed: of the signs.
+            reason: why.
+        """
+        q = [_unscaled(head, shape.key_dim, rotation, seed, "key") for head in keys]
+        o = [_unscaled(head, shape.value_dim, rotation, seed, "value").T for head in values]
+        kind = f"scaled and rotated ({rotation})"
+        return cls.of(shape, np.stack(q), np.stack(o), None, kind, reason)
 
     def only(self, keys: bool, values: bool) -> Treatment:
         """The same for keys or values alone."""
-        untouched: Steps = (None,) * self.shape.kv_heads
-        return replace(
-            self,
-            key_steps=self.key_steps if keys else untouched,
-            value_steps=self.value_steps if values else untouched,
-        )
+        q = np.asarray(self.queries, np.float64) if keys and self.parts[0] else None
+        o = np.asarray(self.outputs, np.float64) if values and self.parts[1] else None
+        told = self.feedback
+        feedback = None if told is None else np.asarray(told, np.float64)
+        return Treatment.of(self.shape, q, o, feedback, self.kind, self.reason)
 
     def __str__(self) -> str:
-        parts = [("keys", self.key_steps), ("values", self.value_steps)]
-        told = []
-        for name, heads in parts:
-            scaled = any(head and any(head) for head in heads)
-            if any(head is not None for head in heads):
-                told.append(f"{name} {'scaled and rotated' if scaled else 'rotated'}")
-        text = f"{', '.join(told) or 'none'} ({self.rotation})"
+        names = ("keys", "values")
+        told = " and ".join(name for name, on in zip(names, self.parts, strict=True) if on)
+        text = f"{told} {self.kind}" if told else "none"
         return f"{text}: {self.reason}" if self.reason else text
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "rotation": self.rotation,
-            "seed": self.seed,
-            "keys": [list(head) if head else None for head in self.key_steps],
-            "values": [list(head) if head else None for head in self.value_steps],
-        }
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Treatment) and self.digest == other.digest
 
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any], shape: KVShape) -> Treatment:
-        """What `to_dict` gave.
-
-        Raises:
-            ConfigError: if it is none, or of another shape.
-        """
-        try:
-            keys, values = (_steps(saved[name]) for name in ("keys", "values"))
-            return cls(str(saved["rotation"]), int(saved["seed"]), keys, values, shape)
-        except (KeyError, TypeError, ValueError) as e:
-            if isinstance(e, ConfigError):
-                raise
-            raise ConfigError(f"this is not the treatment of a layer's pages: {e}") from e
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that name it."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(f"pagedkv treatment 1 {text}".encode()).hexdigest()[:16]
+        """16 hex digits that name the matrices."""
+        sizes = [self.shape.kv_heads, self.shape.key_dim, self.shape.value_dim, *self.parts]
+        digest = hashlib.sha256(f"pagedkv treatment 2 {sizes}".encode())
+        digest.update(np.asarray(self.all_words).tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def all_words(self) -> mx.array:
+        """`words`, and those of the feedback behind them: what a file keeps."""
+        if self.feedback is None:
+            return self.words
+        return mx.concatenate([self.words, self.feedback.reshape(-1).view(mx.uint32)])
+
+    def describe(self) -> dict[str, Any]:
+        """All but `all_words`, for JSON."""
+        return {
+            "kind": self.kind,
+            "parts": [*self.parts],
+            "feedback": self.feedback is not None,
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def restore(
+        cls, told: dict[str, Any], words: npt.NDArray[np.uint32], shape: KVShape, reason: str = ""
+    ) -> Treatment:
+        """What `describe` and `all_words` gave.
+
+        Args:
+            told: by `describe`.
+            words: `all_words`.
+            shape: of the layer.
+            reason: why it was chosen, for people.
+
+        Raises:
+            ConfigError: if it is none, damaged, or of another shape.
+        """
+        try:
+            keys, values = (bool(part) for part in told["parts"])
+            halves = np.ascontiguousarray(words).view(np.float16)
+            heads, dim, count = shape.kv_heads, shape.key_dim, _numbers(shape)
+            expected = count + (heads * dim * dim if told["feedback"] else 0)
+            if halves.size != expected:
+                raise ValueError(f"{halves.size} numbers, and {shape} needs {expected}")
+            if not np.isfinite(halves).all():
+                raise ValueError("numbers are not finite")
+            rest = halves[count:].reshape(heads, dim, dim) if told["feedback"] else None
+            found = cls(
+                shape,
+                mx.array(halves[:count].view(np.uint32)),
+                (keys, values),
+                None if rest is None else mx.array(rest),
+                str(told["kind"]),
+                reason,
+            )
+            if found.digest != told["digest"]:
+                raise ValueError(f"their digest is {found.digest}, not {told['digest']!r}")
+        except (KeyError, TypeError, ValueError) as e:
+            what = f"there is no {e}" if isinstance(e, KeyError) else e
+            raise ConfigError(f"these are not the matrices of a layer's pages: {what}") from e
+        return found
 
     # The arrays
-
-    @property
-    def _query_matrices(self) -> Floats:
-        """Q per head, in numbers that float16 holds: kernels keep them so."""
-        return self._matrices(self.key_steps, self.shape.key_dim, "key", transpose=False)
-
-    @property
-    def _output_matrices(self) -> Floats:
-        """O per head, likewise."""
-        return self._matrices(self.value_steps, self.shape.value_dim, "value", transpose=True)
-
-    def _matrices(self, steps: Steps, dim: int, kind: str, transpose: bool) -> Floats:
-        rotation = rotation_matrix(self.rotation, dim, self.seed, kind)
-        out = np.empty((len(steps), dim, dim))
-        for matrix, head in zip(out, steps, strict=True):
-            if head is None:
-                matrix[:] = np.eye(dim)
-                continue
-            undone = 2.0 ** (-np.array(head) / STEPS_PER_OCTAVE)
-            matrix[:] = rotation.T * undone if transpose else undone[:, None] * rotation
-        return out.astype(np.float16).astype(np.float64)
 
     # Made from `words` each time, which takes little: kept, they would be as large as all the rest.
 
@@ -178,30 +240,29 @@ class Treatment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory: float32 A and B, float16 Q and O."""
-        return treatment_bytes(self.shape)
+        """Bytes of memory: float32 A and B, float16 Q, O and feedback."""
+        return treatment_bytes(self.shape, self.feedback is not None)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of `all_words` in base64, feedback included whether there is one yet or not."""
+        return 3 * (_numbers(self.shape) + self.shape.kv_heads * self.shape.key_dim**2)
 
     @cached_property
     def keys(self) -> mx.array:
         """A, the inverse of Q transposed, float32."""
-        inverse = np.linalg.inv(self._query_matrices).swapaxes(1, 2)
+        inverse = np.linalg.inv(np.asarray(self.queries, np.float64)).swapaxes(1, 2)
         return mx.array(np.ascontiguousarray(inverse, np.float32))
 
     @cached_property
     def values(self) -> mx.array:
         """B, the inverse of O, float32."""
-        return mx.array(np.linalg.inv(self._output_matrices).astype(np.float32))
-
-    @cached_property
-    def words(self) -> mx.array:
-        """For kernels: float16 Q of all heads, row by row, then O, as uint32."""
-        both = [m.astype(np.float16).ravel() for m in (self._query_matrices, self._output_matrices)]
-        return mx.array(np.concatenate(both).view(np.uint32))
+        return mx.array(np.linalg.inv(np.asarray(self.outputs, np.float64)).astype(np.float32))
 
     @cached_property
     def output_gain(self) -> npt.NDArray[np.float32]:
         """By how much the largest page value of a head may grow, ``[kv_heads]``."""
-        gain = np.abs(self._output_matrices).sum(axis=1).max(axis=1)
+        gain = np.abs(np.asarray(self.outputs)).sum(axis=1).max(axis=1)
         return np.asarray(gain, np.float32)
 
     # What is multiplied. Rows are `[..., kv_heads, rows, dim]`; results are float32.
@@ -227,9 +288,49 @@ class Treatment:
         return rows.astype(mx.float32) @ self.queries
 
 
-def treatment_bytes(shape: KVShape) -> int:
-    """What a layer's treatment takes, of keys alone or values alone as well: matrices of both."""
-    return 6 * shape.kv_heads * (shape.key_dim**2 + shape.value_dim**2)
+class Chooser(Protocol):
+    """Decides on a layer's treatment when its first page is to be sealed.
+
+    Attributes:
+        shape: what the layer must cache per token.
+    """
+
+    shape: KVShape
+
+    def wants(self, tokens: int, position: int) -> bool:
+        """Whether it would look at the queries of so many tokens, the first at this position."""
+        ...
+
+    def see(self, queries: mx.array, position: int) -> None:
+        """Note queries ``[1, query_heads, tokens, key_dim]``, the first at this position."""
+        ...
+
+    def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
+        """The treatment, given what was seen and the first tokens.
+
+        Args:
+            keys: ``[1, kv_heads, tokens, key_dim]``.
+            values: ``[1, kv_heads, tokens, value_dim]``.
+
+        Returns:
+            None to leave both as they are.
+        """
+        ...
+
+
+def treatment_bytes(shape: KVShape, feedback: bool) -> int:
+    """What a layer's treatment takes, of keys alone or values alone as well: matrices of both.
+
+    Args:
+        shape: of the layer.
+        feedback: whether errors of keys are made up for.
+    """
+    return 6 * _numbers(shape) + 2 * shape.kv_heads * shape.key_dim**2 * feedback
+
+
+def _numbers(shape: KVShape) -> int:
+    """In Q and O of a layer."""
+    return shape.kv_heads * (shape.key_dim**2 + shape.value_dim**2)
 
 
 def treated_parts(precisions: Iterable[Precision], treatment: str) -> tuple[bool, bool]:
@@ -278,16 +379,26 @@ def _hartley(dim: int) -> Floats:
     return np.asarray((np.cos(angles) + np.sin(angles)) / np.sqrt(dim))
 
 
-def scale_steps(scales: Floats) -> tuple[int, ...]:
-    """Scales of a head's channels in steps, their geometric mean taken out.
+def _unscaled(scales: Floats | None, dim: int, rotation: str, seed: int, kind: str) -> Floats:
+    """Inverse scales of a head, then a rotation; ``[dim, dim]``."""
+    turned = rotation_matrix(rotation, dim, seed, kind)
+    if scales is None:
+        return np.eye(dim)
+    if len(scales) != dim:
+        raise ConfigError(f"a head has {dim} {kind} channels, not {len(scales)}")
+    scales = np.clip(scales / np.exp(np.log(scales).mean()), 1 / MOST_SCALE, MOST_SCALE)
+    return np.asarray(turned / scales[:, None])
 
-    Args:
-        scales: positive, ``[channels]``.
-    """
-    octaves = np.log2(scales)
-    steps = np.rint(STEPS_PER_OCTAVE * (octaves - octaves.mean()))
-    return tuple(int(n) for n in np.clip(steps, -MOST_STEPS, MOST_STEPS))
 
-
-def _steps(saved: Sequence[Sequence[int] | None]) -> Steps:
-    return tuple(None if head is None else tuple(int(n) for n in head) for head in saved)
+def _halves(matrices: Floats | None, heads: int, dim: int, what: str) -> Halves:
+    if matrices is None:
+        return np.tile(np.eye(dim, dtype=np.float16), (heads, 1, 1))
+    if matrices.shape != (heads, dim, dim):
+        raise ConfigError(
+            f"matrices for {what} are {[heads, dim, dim]}, got {list(matrices.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        halves = matrices.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ConfigError(f"matrices for {what} have numbers that float16 does not hold")
+    return halves

@@ -12,7 +12,7 @@ from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.kernels.decode import PARAMS
 from pagedkv.kernels.launch import Launcher, device_words
 from pagedkv.kernels.source import LANES, KernelText, page_constants, specialize
-from pagedkv.tiers.codec import TRIMMED
+from pagedkv.tiers.rounding import TRIMMED
 
 MAX_WARPS = 8
 

@@ -1,0 +1,143 @@
+"""Matrices that make rounding cost least: keys mixed by how they spread and by what is asked.
+
+With S the covariance of keys and C that of queries, keys are stored as ``K · A``. Rounding errs in
+every channel in proportion to its spread, and a score by the sum over channels of error times
+query: in total ``sum_i (A' S A)_ii (A^-1 C A'^-1)_ii``. By Cauchy and Schwarz that is least where
+both factors are the same matrix with the same diagonal everywhere. They are the same wherever
+``Q = A'^-1`` is a factor, ``Q Q' = M``, of the geometric mean M of S and the inverse of C
+(for M is what solves ``M C M = S``); a rotation behind it makes the diagonal even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.tiers.rounding import feedback_for
+from pagedkv.tiers.treatment import rotation_matrix
+
+STEP = 128
+"""Tokens of the shortest turn."""
+
+DOUBLINGS = 6
+"""Turns are by 1, 2, 4, ... steps: together they cover 8K tokens."""
+
+SHRINK = 0.5
+"""Added to covariances, as a part of their own diagonal: some hundred tokens do not show how all
+channels go together. In proportion to each channel, so that what a channel is counted in does not
+matter: a model with planted outliers gets the matrices of the model without them."""
+
+FEEDBACK_SHRINK = 0.2
+"""Likewise where errors are made up for."""
+
+LEAST_EIGENVALUE = 1e-9
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a rotary embedding does to rows when they move on: pairs of channels are turned.
+
+    Attributes:
+        kept: of each channel, how much of it stays.
+        other: the channel that it is turned with.
+        taken: how much of that one is added.
+    """
+
+    kept: Floats
+    other: npt.NDArray[np.intp]
+    taken: Floats
+
+    def moved(self, covariances: Floats) -> Floats:
+        """Covariances ``[..., dim, dim]`` of the rows when they have moved on."""
+        columns = covariances * self.kept + covariances[..., self.other] * self.taken
+        rows = columns * self.kept[:, None] + columns[..., self.other, :] * self.taken[:, None]
+        return np.asarray(rows)
+
+
+def turns_of(rope: Any, dim: int) -> list[Turn]:
+    """How a rotary embedding moves rows of `dim` channels on: by 1, 2, 4, ... steps.
+
+    Args:
+        rope: a layer's module, called with rows and their offset; None if there is none.
+        dim: channels of a key.
+
+    Returns:
+        The turns; none without an embedding.
+
+    Raises:
+        ValueError: if it does something else than turning pairs.
+    """
+    turns = []
+    for n in range(DOUBLINGS if rope is not None else 0):
+        rows = rope(mx.eye(dim)[:, None, None, :], offset=STEP * 2**n)
+        turn = np.array(rows.astype(mx.float32), np.float64).reshape(dim, dim)
+        turn /= np.linalg.norm(turn, axis=1, keepdims=True)  # some scale queries and keys as well
+        kept, rest = np.diag(turn), turn - np.diag(np.diag(turn))
+        other = np.abs(rest).argmax(axis=0)
+        found = Turn(kept, other, rest[other, np.arange(dim)])
+        alone = np.zeros((dim, dim))
+        alone[other, np.arange(dim)] = found.taken
+        if not np.abs(rest - alone).max() < 1e-3:
+            raise ValueError("these embeddings do not turn pairs of channels")
+        turns.append(found)
+    return turns
+
+
+def averaged(covariances: Floats, turns: Sequence[Turn]) -> Floats:
+    """Covariances as they are over a long context, from those at its beginning.
+
+    Args:
+        covariances: ``[..., dim, dim]``.
+        turns: by one, two, four steps: each doubles what is covered.
+    """
+    for turn in turns:
+        covariances = (covariances + turn.moved(covariances)) / 2
+    return covariances
+
+
+def balanced_keys(
+    queries: Floats, keys: Floats, turns: Sequence[Turn], rotation: str = "hadamard"
+) -> tuple[Floats, Floats]:
+    """What queries are multiplied with, and how errors are made up for.
+
+    Args:
+        queries: covariances C, ``[kv_heads, dim, dim]``.
+        keys: covariances S within groups, likewise.
+        turns: by the layer's rotary embedding, see `turns_of`.
+        rotation: at the end, see `rotation_matrix`.
+
+    Returns:
+        Q, the inverse of A transposed, with determinant 1; and the feedback
+        (`rounding.feedback_for`). Both ``[kv_heads, dim, dim]``.
+
+    Raises:
+        ValueError: if numbers are not finite.
+    """
+    if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
+        raise ValueError("covariances are not finite")
+    dim = queries.shape[-1]
+    asked, spread = averaged(queries, turns), averaged(keys, turns)
+    # With C = L L', the geometric mean is L'^-1 (L' S L)^1/2 L^-1.
+    lower = np.linalg.cholesky(_shrunk(asked, SHRINK))
+    upper = lower.swapaxes(1, 2)
+    values, vectors = np.linalg.eigh(upper @ _shrunk(spread, SHRINK) @ lower)
+    values = np.maximum(values, LEAST_EIGENVALUE * values[:, -1:])
+    root = (vectors * values[:, None, :] ** 0.25) @ vectors.swapaxes(1, 2)
+    turned = np.linalg.solve(upper, root @ rotation_matrix(rotation, dim, 0, "key"))
+    q = turned / np.exp(np.linalg.slogdet(turned)[1] / dim)[:, None, None]
+    weights = q.swapaxes(1, 2) @ _shrunk(asked, FEEDBACK_SHRINK) @ q
+    return q, np.stack([feedback_for(head) for head in weights])
+
+
+def _shrunk(covariances: Floats, part: float) -> Floats:
+    diagonal = np.einsum("...ii->...i", covariances)
+    # A channel that nobody asks for, or that is always the same, keeps a little.
+    diagonal = np.maximum(diagonal, LEAST_EIGENVALUE * diagonal.mean(axis=-1, keepdims=True))
+    return np.asarray(covariances + part * diagonal[..., None] * np.eye(covariances.shape[-1]))

@@ -1,0 +1,95 @@
+"""What queries, keys and values of a layer are like: second moments of those that were seen."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.allocator.precision import GROUP_TOKENS
+
+FIRST = 64
+"""Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
+
+Floats = npt.NDArray[np.float64]
+
+
+class Covariances:
+    """Sums of products of channels, per KV head, in float32.
+
+    The arrays are MLX's and lazy; whoever adds to them has them computed now and then.
+
+    Attributes:
+        query_tokens: whose queries were seen.
+        key_tokens: whose keys were.
+        value_tokens: likewise.
+    """
+
+    def __init__(self) -> None:
+        self.query_tokens = self.key_tokens = self.value_tokens = 0
+        self._rows = 0
+        self._queries = self._keys = self._values = mx.array(0.0)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be computed some time."""
+        return [self._queries, self._keys, self._values]
+
+    def add_queries(self, queries: mx.array, heads: int, position: int) -> None:
+        """Count queries in.
+
+        Args:
+            queries: ``[1, query_heads, tokens, key_dim]``.
+            heads: KV heads.
+            position: of their first token.
+        """
+        queries = queries[0, :, max(0, FIRST - position) :]
+        rows = queries.astype(mx.float32).reshape(heads, -1, queries.shape[2])
+        if rows.shape[1]:
+            self._queries = self._queries + rows.swapaxes(1, 2) @ rows
+            self._rows += int(rows.shape[1])
+            self.query_tokens += int(queries.shape[1])
+
+    def add_keys(self, keys: mx.array, position: int) -> None:
+        """Count keys in: how they spread within groups that share a scale and a bias.
+
+        Args:
+            keys: ``[1, kv_heads, tokens, key_dim]``; what is beyond whole groups is not looked at.
+            position: of their first token.
+        """
+        keys = keys[0, :, max(0, FIRST - position) :]
+        heads, tokens, dim = keys.shape
+        if groups := tokens // GROUP_TOKENS:
+            parts = keys[:, : groups * GROUP_TOKENS].astype(mx.float32)
+            parts = parts.reshape(heads, groups, GROUP_TOKENS, dim)
+            rows = (parts - parts.mean(axis=2, keepdims=True)).reshape(heads, -1, dim)
+            self._keys = self._keys + rows.swapaxes(1, 2) @ rows
+            self.key_tokens += groups * GROUP_TOKENS
+
+    def add_values(self, values: mx.array, position: int) -> None:
+        """Count values in, channel by channel.
+
+        Args:
+            values: ``[1, kv_heads, tokens, value_dim]``.
+            position: of their first token.
+        """
+        rows = values[0, :, max(0, FIRST - position) :].astype(mx.float32)
+        if rows.shape[1]:
+            self._values = self._values + mx.square(rows).sum(axis=1)
+            self.value_tokens += int(rows.shape[1])
+
+    @property
+    def queries(self) -> Floats:
+        """Mean products of query channels, ``[kv_heads, key_dim, key_dim]``."""
+        return np.array(self._queries, np.float64) / max(1, self._rows)
+
+    @property
+    def keys(self) -> Floats:
+        """Covariances of key channels within groups, ``[kv_heads, key_dim, key_dim]``."""
+        return np.array(self._keys, np.float64) / max(1, self.key_tokens)
+
+    @property
+    def values(self) -> Floats:
+        """Root mean squares of value channels, ``[kv_heads, value_dim]``; never zero."""
+        means = np.array(self._values, np.float64) / max(1, self.value_tokens)
+        return np.asarray(np.sqrt(np.maximum(means, 1e-12)))

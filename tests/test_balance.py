@@ -1,0 +1,179 @@
+"""What makes rounding cost least: matrices from covariances, and errors that others make up for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx_lm.models.rope_utils import initialize_rope
+
+from pagedkv import balance
+from pagedkv.balance import DOUBLINGS, STEP, averaged, balanced_keys, turns_of
+from pagedkv.tiers.rounding import BLOCKS, compensated, feedback_for, quantize
+from pagedkv.tiers.treatment import rotation_matrix
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+ROPES = {
+    "halves": lambda: nn.RoPE(64, traditional=False, base=10_000),
+    "pairs": lambda: nn.RoPE(64, traditional=True, base=10_000),
+    "a part": lambda: nn.RoPE(32, traditional=False, base=10_000),
+    "llama3": lambda: initialize_rope(64, 10_000, False, LLAMA3, 16_384),
+    "yarn": lambda: initialize_rope(64, 10_000, False, YARN, 16_384),
+}
+
+
+def covariances(seed: int, heads: int = 2, dim: int = 64, spread: float = 1.0) -> np.ndarray:
+    """Of correlated channels, some larger than others."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((heads, 3 * dim, dim)) * np.exp(spread * rng.standard_normal(dim))
+    x = x @ (np.eye(dim) + 0.3 * rng.standard_normal((heads, dim, dim)))
+    return x.swapaxes(1, 2) @ x / x.shape[1]
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_covariances_over_a_long_context(name: str) -> None:
+    """The mean over all positions of what each embedding makes of them, in float64."""
+    rope = ROPES[name]()
+    c = covariances(1)
+    want = np.zeros_like(c)
+    for n in range(2**DOUBLINGS):
+        turn = rope(mx.eye(64)[:, None, None, :], offset=n * STEP).reshape(64, 64)
+        turn = np.array(turn, np.float64)
+        turn /= np.linalg.norm(turn, axis=1, keepdims=True)
+        want += turn.T @ c @ turn / 2**DOUBLINGS
+    np.testing.assert_allclose(averaged(c, turns_of(rope, 64)), want, atol=2e-3 * c.max())
+    assert np.abs(want - c).max() > 0.1 * c.max()
+
+
+def test_embeddings_that_do_something_else() -> None:
+    assert turns_of(None, 64) == []
+    mixing = mx.array(np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0])
+    with pytest.raises(ValueError, match="do not turn pairs"):
+        turns_of(lambda x, offset: x @ mixing.astype(mx.float32), 64)
+
+
+def predicted(a: np.ndarray, keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Squared error of scores per head, where every channel errs in proportion to its spread."""
+    inverse = np.linalg.inv(a)
+    spread = np.einsum("hii->hi", a.swapaxes(1, 2) @ keys @ a)
+    asked = np.einsum("hii->hi", inverse @ queries @ inverse.swapaxes(1, 2))
+    return (spread * asked).sum(axis=1)
+
+
+def test_both_factors_of_the_error_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "SHRINK", 0.0)
+    keys, queries = covariances(1), covariances(2)
+    q, _ = balanced_keys(queries, keys, [])
+    np.testing.assert_allclose(np.abs(np.linalg.det(q)), 1, rtol=1e-6)
+    a = np.linalg.inv(q).swapaxes(1, 2)
+    spread, asked = a.swapaxes(1, 2) @ keys @ a, q.swapaxes(1, 2) @ queries @ q
+    for s, c in zip(spread, asked, strict=True):
+        np.testing.assert_allclose(s / np.trace(s), c / np.trace(c), rtol=0, atol=1e-5)
+    rotation = np.broadcast_to(rotation_matrix("hadamard", 64, 0, "key"), a.shape)
+    scales = np.einsum("hii->hi", queries) ** 0.25 / np.einsum("hii->hi", keys) ** 0.25
+    least = predicted(a, keys, queries)
+    assert (least < 0.7 * predicted(scales[:, :, None] * rotation, keys, queries)).all()
+    assert (least < 0.5 * predicted(rotation, keys, queries)).all()
+    rng = np.random.default_rng(3)
+    for _ in range(20):  # and nothing close to it is better
+        other = a @ (np.eye(64) + 0.05 * rng.standard_normal((64, 64)))
+        assert (least < predicted(other, keys, queries)).all()
+
+
+@pytest.mark.parametrize("name", ["halves", "pairs"])
+def test_what_a_channel_is_counted_in_does_not_matter(name: str) -> None:
+    keys, queries, turns = covariances(1), covariances(2), turns_of(ROPES[name](), 64)
+    factors = np.ones(64)
+    pair = (5, 37) if name == "halves" else (10, 11)  # turned into each other: alike
+    factors[[*pair]] = 100.0
+    q, feedback = balanced_keys(queries, keys, turns)
+    planted = queries / factors / factors[:, None], keys * factors * factors[:, None]
+    other, same = balanced_keys(*planted, turns)
+    np.testing.assert_allclose(other / factors[:, None], q / 100 ** (2 / 64), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(same, feedback, rtol=1e-5, atol=1e-7)
+
+
+def test_channels_that_nobody_asks_for() -> None:
+    keys, queries = covariances(1), covariances(2)
+    for silent in (keys, queries):
+        silent[:, 7], silent[:, :, 7] = 0, 0
+    queries[1] = 0
+    queries[1, 3, 3] = 1
+    q, feedback = balanced_keys(queries, keys, [])
+    assert np.isfinite(q.astype(np.float16)).all()
+    assert np.isfinite(feedback.astype(np.float16)).all()
+    with pytest.raises(ValueError, match="not finite"):
+        balanced_keys(queries * np.nan, keys, [])
+
+
+# Errors that other channels make up for
+
+
+def test_feedback_aims_at_the_least_error() -> None:
+    """Given errors of the first channels, what all others should err by: linear algebra."""
+    dim = 40
+    weights = covariances(4, 1, dim)[0]
+    feedback, size = feedback_for(weights), -(-dim // BLOCKS)
+    rng = np.random.default_rng(0)
+    for start in range(size, dim, size):
+        made = rng.standard_normal(start)
+        rest = -np.linalg.solve(weights[start:, start:], weights[start:, :start] @ made)
+        moved = -feedback[start : start + size, :start] @ made
+        np.testing.assert_allclose(moved, rest[:size], rtol=1e-8, atol=1e-10)
+    mask = np.arange(dim)[:, None] // size > np.arange(dim) // size
+    assert not feedback[~mask].any()
+    assert feedback[mask].all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_errors_are_made_up_for(bits: int, dim: int) -> None:
+    rng = np.random.default_rng(dim + bits)
+    weights = covariances(5, 2, dim, spread=0.3)
+    feedback = mx.array(np.stack([feedback_for(head) for head in weights]), mx.float16)
+    x = mx.array(rng.standard_normal((3, 2, dim, 128)) + 5, mx.float16)
+    moved = compensated(x, feedback, 64, bits)
+    assert (moved.dtype, moved.shape) == (mx.float16, x.shape)
+
+    def rounded(numbers: Any) -> np.ndarray:
+        codes, scales, biases = quantize(numbers, 64, bits)
+        wide = [part.astype(mx.float32) for part in (scales, biases)]
+        said = mx.dequantize(codes, *wide, group_size=64, bits=bits)
+        return np.array(said, np.float64)
+
+    def cost(numbers: Any) -> float:
+        e = rounded(numbers) - np.array(x, np.float64)
+        return float(np.einsum("phct,hcd,phdt->", e, weights, e))
+
+    assert cost(moved) < (0.75 if bits == 2 else 0.6) * cost(x)
+    # Block by block, in float64.
+    size, true = -(-dim // BLOCKS), np.array(x, np.float64)
+    want = true.copy()
+    for start in range(0, dim, size):
+        part = slice(start, start + size)
+        errors = rounded(mx.array(want, mx.float16))[:, :, :start] - true[:, :, :start]
+        want[:, :, part] = (
+            true[:, :, part] - np.array(feedback, np.float64)[:, part, :start] @ errors
+        )
+    np.testing.assert_array_equal(np.array(moved)[:, :, :size], np.array(x)[:, :, :size])
+    # A number next to the middle between two codes may go to the other: then the rest differs.
+    close = np.abs(np.array(moved, np.float64) - want) < 0.02
+    assert close.mean() > 0.97
+    # No page depends on which others are rounded with it.
+    np.testing.assert_array_equal(np.array(compensated(x[1:2], feedback, 64, bits)), moved[1:2])
+
+
+def test_no_feedback_moves_nothing() -> None:
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 64, 64)), mx.float16)
+    assert mx.array_equal(compensated(x, mx.zeros((1, 64, 64), mx.float16), 64, 4), x).item()
