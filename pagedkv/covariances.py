@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +80,30 @@ class Covariances:
         if rows.shape[1]:
             self._values = self._values + mx.square(rows).sum(axis=1)
             self.value_tokens += int(rows.shape[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The queries seen so far, bit for bit, for JSON."""
+        sums = np.asarray(self._queries).astype("<f4").tobytes()
+        queries = base64.b64encode(sums).decode()
+        return {"tokens": self.query_tokens, "rows": self._rows, "queries": queries}
+
+    def recall(self, told: dict[str, Any], heads: int, dim: int) -> None:
+        """Go on from what `to_dict` gave.
+
+        Args:
+            told: by `to_dict`.
+            heads: KV heads.
+            dim: channels of a key.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is none.
+        """
+        sums = np.frombuffer(base64.b64decode(told["queries"], validate=True), "<f4")
+        sums = sums.astype(np.float32).reshape(heads, dim, dim)
+        tokens, rows = int(told["tokens"]), int(told["rows"])
+        if not (0 < tokens <= rows and np.isfinite(sums).all()):
+            raise ValueError(f"{rows} rows of {tokens} tokens")
+        self._queries, self._rows, self.query_tokens = mx.array(sums), rows, tokens
 
     @property
     def queries(self) -> Floats:

@@ -18,13 +18,16 @@ import numpy.typing as npt
 
 from pagedkv.allocator import Precision, TableEntry
 from pagedkv.kernel_check import (
+    COMPENSATE_TOLERANCE,
     SEAL_TOLERANCE,
     TOLERANCE,
     attend_difference,
+    compensate_difference,
     expand_difference,
     seal_difference,
     works,
 )
+from pagedkv.kernels.compensate import MOST_CHANNELS, CompensateSpec, compensate
 from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     STAGED,
@@ -333,8 +336,9 @@ class FusedLayer:
         codec, arrays = pager.codecs[precision], (hot.keys, hot.values)
         if pager.treatment is not None:
             dtype = mx.float16 if precision.quantized else hot.keys.dtype
+            change = self._compensation(codec)
             arrays = _sealed_from(
-                pager.treatment, pager.page_tokens, hot, first, pages, dtype, codec
+                pager.treatment, pager.page_tokens, hot, first, pages, dtype, change
             )
             codec, first = codec.untreated, 0
         spec = _seal_spec(codec.geometry, arrays[0].dtype == mx.bfloat16)
@@ -343,6 +347,20 @@ class FusedLayer:
         ):
             return None
         return seal_pages(self._launcher, spec, arrays, first, pages)
+
+    def _compensation(self, codec: AffineCodec | Sixteen) -> Callable[[mx.array], mx.array] | None:
+        """What makes up for errors of keys before they are rounded; None for nothing."""
+        feedback = codec.feedback if isinstance(codec, AffineCodec) else None
+        if feedback is None or not isinstance(codec, AffineCodec):
+            return None
+        spec = _compensate_spec(codec.geometry)
+        if codec.geometry.shape.key_dim > MOST_CHANNELS or not self._works(
+            spec.text.name,
+            lambda: compensate_difference(self._launcher, spec),
+            COMPENSATE_TOLERANCE,
+        ):
+            return lambda keys: codec.compensated(keys.swapaxes(2, 3)).swapaxes(2, 3)
+        return lambda keys: compensate(self._launcher, spec, keys, feedback)
 
     def expand(
         self,
@@ -481,7 +499,7 @@ def _sealed_from(
     first: int,
     pages: int,
     dtype: mx.Dtype,
-    codec: AffineCodec | Sixteen | None = None,
+    change: Callable[[mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Hot keys and values as a treated layer's pages have them.
 
@@ -492,7 +510,7 @@ def _sealed_from(
         first: where the first page begins.
         pages: how many.
         dtype: of the result, 16 bit.
-        codec: that is going to round the keys; None if they are not rounded.
+        change: what else is done to page keys, ``[pages, kv_heads, tokens, key_dim]``.
 
     Returns:
         ``[1, kv_heads, pages * tokens, dim]``, twice.
@@ -506,8 +524,8 @@ def _sealed_from(
         return x.swapaxes(0, 1).reshape(1, x.shape[1], pages * tokens, -1)
 
     keys = to_16_bit(treatment.page_keys(split(hot.keys)), dtype)
-    if isinstance(codec, AffineCodec):
-        keys = codec.compensated(keys.swapaxes(2, 3)).swapaxes(2, 3)
+    if change is not None:
+        keys = change(keys)
     return joined(keys), joined(to_16_bit(treatment.page_values(split(hot.values)), dtype))
 
 
@@ -519,6 +537,7 @@ def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> 
 
 # Making a text reads and hashes it: not for each layer of each chunk.
 _seal_spec = lru_cache(maxsize=64)(SealSpec)
+_compensate_spec = lru_cache(maxsize=64)(CompensateSpec)
 _expand_spec = lru_cache(maxsize=64)(ExpandSpec)
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
+from pagedkv.allocator.precision import GROUP_TOKENS
+from pagedkv.kernels.compensate import CompensateSpec, compensate
 from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     SplitPlan,
@@ -31,12 +33,16 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import AttentionSpec
 from pagedkv.tiers import AffineCodec, Sixteen
+from pagedkv.tiers.rounding import compensated, feedback_for, quantize
 
 TOLERANCE = {mx.float16: 5e-3, mx.bfloat16: 3e-2}
 """Largest difference allowed, relative to the largest number: a few roundings to 16 bit."""
 
 SEAL_TOLERANCE = 1e-3
 """A page may be so much farther from its numbers than plain MLX's, relative to the largest."""
+
+COMPENSATE_TOLERANCE = 0.05
+"""Of the error that is made up for, more or less: borders between codes are met by chance."""
 
 HOT, CAPACITY, LAST_PAGE, HIDDEN = 70, 96, 100, 75
 """Tokens of the small input: hot ones, room for them, valid ones of its last page, and for windows
@@ -245,6 +251,31 @@ def seal_difference(launcher: Launcher, spec: SealSpec, codec: AffineCodec | Six
         ours, theirs = (_difference(decode(r, mx.float32), exact) for r in (records, reference))
         worst = max(worst, ours - theirs)
     return worst
+
+
+def compensate_difference(launcher: Launcher, spec: CompensateSpec) -> float:
+    """How much more the kernel's keys err, as queries see it, than plain MLX's; not negative."""
+    shape, tokens = spec.geometry.shape, spec.geometry.tokens
+    bits, dim = spec.geometry.precision.key_bits, shape.key_dim
+    x = mx.random.normal((shape.kv_heads, 2 * dim, dim), key=mx.random.key(8))
+    weights = (x.swapaxes(1, 2) @ x / x.shape[1]).astype(mx.float32)
+    feedback = mx.array(
+        np.stack([feedback_for(np.asarray(head, np.float64)) for head in weights]), mx.float16
+    )
+    keys = mx.random.normal((1, shape.kv_heads, tokens, dim), key=mx.random.key(9))
+    keys = keys.astype(mx.float16)
+    across = keys.swapaxes(2, 3)
+
+    def cost(moved: mx.array) -> float:
+        codes, scales, biases = quantize(moved, GROUP_TOKENS, bits)
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        said = mx.dequantize(codes, scales, biases, group_size=GROUP_TOKENS, bits=bits)
+        errors = (said - across.astype(mx.float32))[0]
+        return float(np.asarray((errors * (weights @ errors)).sum()))
+
+    ours = cost(compensate(launcher, spec, keys, feedback).swapaxes(2, 3))
+    theirs = cost(compensated(across, feedback, GROUP_TOKENS, bits))
+    return max(0.0, ours / theirs - 1)
 
 
 def _difference(out: mx.array, expected: mx.array) -> float:

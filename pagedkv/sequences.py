@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,9 @@ MOST_UNITS = 8000
 
 TREATMENTS = "treatments.json"
 """Kept in a store, in the format of calibrations: the matrices of its pages."""
+
+UNDECIDED = "undecided.json"
+"""Likewise, before there is a page: what layers have seen by which theirs will be chosen."""
 
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -145,10 +149,14 @@ def _treatment_of(layer: PagedLayerCache) -> str:
 
 
 def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> None:
-    """Write the matrices into the store that its pages need."""
-    if settled := cache.context.pager.settled:
+    """Write the matrices into the store that its pages need, or what is to decide on them."""
+    pager = cache.context.pager
+    if settled := pager.settled:
         text = Calibration(cache.context.fingerprint, 0, settled).to_text()
         store.checkpoints.keep(TREATMENTS, text.encode(), durable)
+    seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
+    if any(seen.values()):
+        store.checkpoints.keep(UNDECIDED, json.dumps(seen).encode(), durable)
 
 
 def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -> None:
@@ -163,8 +171,11 @@ def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -
         See `Pager.cold`.
     """
     store = pager.cold.sequences
-    content = store.checkpoints.kept(TREATMENTS) if store else None
-    if store is None or content is None:
+    if store is None:
+        return
+    _recall(pager, store.checkpoints.kept(UNDECIDED))
+    content = store.checkpoints.kept(TREATMENTS)
+    if content is None:
         return
     path = str(store.checkpoints.directory / TREATMENTS)
     try:
@@ -191,6 +202,17 @@ def _hot(layers: list[PagedLayerCache]) -> Iterator[Bytes]:
                 if plain.dtype == mx.bfloat16:
                     plain = plain.view(mx.uint16)  # numpy has no bfloat16
                 yield np.asarray(plain).reshape(-1).view(np.uint8)
+
+
+def _recall(pager: Pager, content: bytes | None) -> None:
+    """Let what was seen in another process decide here; only quality depends on it."""
+    try:
+        seen = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return
+    for number, chooser in pager.choosers.items():
+        if isinstance(seen, dict) and isinstance(told := seen.get(str(number)), dict):
+            chooser.recall(told)
 
 
 # Resuming

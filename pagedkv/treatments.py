@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +191,15 @@ class FirstTokens:
         mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
         self._query_heads = int(queries.shape[1])
         self._seen.add_queries(queries, self.shape.kv_heads, position)
+
+    def told(self) -> dict[str, Any] | None:
+        """See `Chooser.told`."""
+        return self._seen.to_dict() if self._seen.query_tokens else None
+
+    def recall(self, told: dict[str, Any]) -> None:
+        """See `Chooser.recall`."""
+        with suppress(KeyError, TypeError, ValueError):
+            self._seen.recall(told, self.shape.kv_heads, self.shape.key_dim)
 
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """See `Chooser.choose`."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
+from pagedkv.kernel_check import COMPENSATE_TOLERANCE, compensate_difference
+from pagedkv.kernels.compensate import CompensateSpec, compensate
 from pagedkv.kernels.decode import PRECISION_SHIFT, STAGED
 from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import SHARED_LIMIT
 from pagedkv.tiers.codec import codec_for
+from pagedkv.tiers.rounding import BLOCKS, compensated, feedback_for
 from tests.emulator import EmulatorError, HostLauncher
 from tests.reference import page_arrays
+from tests.test_kernels import plant
 
 LAUNCHER = HostLauncher()
 F16, BF16 = mx.float16, mx.bfloat16
@@ -277,6 +283,58 @@ def test_seal_and_expand_are_inverse() -> None:
     got = expand_pages(LAUNCHER, spec, page, (hot[0], hot[1]), 0, 0, [record, record])
     for a, b in zip(got, hot, strict=True):
         assert mx.array_equal(a.view(mx.uint16), b.view(mx.uint16))
+
+
+@pytest.mark.parametrize("target", ["cuda", "metal"])
+@pytest.mark.parametrize(
+    ("shape", "page_tokens", "bits"),
+    [((2, 128, 64), 256, 4), ((1, 80, 64), 512, 3), ((2, 64, 64), 256, 2), ((1, 16, 8), 1024, 2)],
+)
+def test_compensate_equals_plain_mlx(
+    target: str, shape: tuple[int, int, int], page_tokens: int, bits: int
+) -> None:
+    """But for numbers next to the border between two codes, and those that follow from them."""
+    geometry = PageGeometry(KVShape(*shape), page_tokens, Precision.parse(f"K{bits}V4"))
+    spec, launcher = CompensateSpec(geometry), HostLauncher(target=target)
+    heads, dim, _ = shape
+    rng = np.random.default_rng(dim)
+    x = rng.standard_normal((heads, 2 * dim, dim))
+    feedback = mx.array(np.stack([feedback_for(h.T @ h / len(h)) for h in x]), mx.float16)
+    keys = numbers(1, 2, heads, page_tokens, dim)
+    keys[..., 3] = mx.array([-65504.0, 65504.0] * (page_tokens // 2))  # and what comes of those
+    got = compensate(launcher, spec, keys, feedback)
+    want = compensated(keys.swapaxes(2, 3), feedback, 64, bits).swapaxes(2, 3)
+    assert (got.dtype, got.shape) == (mx.float16, keys.shape)
+    a, b, plain = (np.array(x, np.float64) for x in (got, want, keys))
+    size = dim // BLOCKS
+    np.testing.assert_array_equal(a[..., :size], plain[..., :size])
+    same = np.abs(a - b) <= 2e-3 * np.maximum(1, np.abs(b))
+    assert same.mean() > 0.8
+    assert (np.abs(a - plain)[..., size:] > 0).mean() > 0.8, "they are moved"
+    assert compensate_difference(launcher, spec) < 0.02
+    alone = compensate(launcher, spec, keys[1:], feedback)
+    assert mx.array_equal(alone, got[1:]).item(), "no page depends on another"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("plain[n] - moves", "plain[n] + moves"),
+        ("feedback + head *", "feedback + 0 *"),
+        ("(start + c) * ROW", "c * ROW"),
+        ("mask < 32", "mask < 16"),
+        ("* a.scale + a.bias - plain[n]", "* a.scale - plain[n]"),
+        ("(token + 32) * ROW;", "(token + 16) * ROW;"),
+    ],
+)
+def test_compensate_is_watched(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistakes are found by the check that comes before its first use."""
+    plant(("compensate.h", right, wrong), tmp_path / "kernels", monkeypatch)
+    geometry = PageGeometry(KVShape(2, 64, 64), 256, Precision.parse("K4V4"))
+    off = compensate_difference(HostLauncher(), CompensateSpec(geometry))
+    assert off > 2 * COMPENSATE_TOLERANCE
 
 
 def test_the_texts_for_metal() -> None:

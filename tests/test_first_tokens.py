@@ -15,7 +15,7 @@ import pagedkv
 from pagedkv import treatments
 from pagedkv.calibration_file import Calibration
 from pagedkv.models import fingerprint
-from pagedkv.sequences import TREATMENTS
+from pagedkv.sequences import TREATMENTS, UNDECIDED
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama
 from tests.test_treatment import SETTINGS, divergence
@@ -272,14 +272,30 @@ def test_a_store_keeps_the_matrices_of_its_pages(model: Any, tmp_path: Path) -> 
     pagedkv.unwrap(model)
 
 
-def test_going_on_in_another_process_bit_for_bit(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [200, 600])
+def test_going_on_in_another_process_bit_for_bit(model: Any, tmp_path: Path, count: int) -> None:
+    """Before anything is decided, too: what was seen goes with the tokens."""
     with pagedkv.wrap(model, stored(tmp_path)) as cache:
-        read(model, cache, 600, seed=1)
+        read(model, cache, count, seed=1)
         cache.flush()
         want = read(model, cache, 400, seed=2)
     pagedkv.unwrap(model)
     with pagedkv.resume(model, stored(tmp_path)) as cache:
         assert mx.array_equal(read(model, cache, 400, seed=2), want).item(), "new pages as well"
+    pagedkv.unwrap(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"[3", b"[]", b'{"0": 3, "1": {"queries": "AAAA"}}'])
+def test_what_was_seen_may_be_damaged(model: Any, tmp_path: Path, content: bytes) -> None:
+    with pagedkv.wrap(model, stored(tmp_path)) as cache:
+        read(model, cache, 200)
+        cache.flush()
+    pagedkv.unwrap(model)
+    (path,) = tmp_path.rglob(UNDECIDED)
+    path.write_bytes(content)
+    with pagedkv.resume(model, stored(tmp_path)) as cache:
+        read(model, cache, 400, seed=2)
+        assert all("balanced over" in told for told in cache.stats().treatments)
     pagedkv.unwrap(model)
 
 

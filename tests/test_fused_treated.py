@@ -98,7 +98,7 @@ def check(cache: pagedkv.PagedCache, q: mx.array, sinks: mx.array | None = None)
     ("count", "rotation"), [(556, "householder"), (1580, "fourier"), (4660, "hadamard")]
 )
 def test_every_length_of_context(count: int, rotation: str) -> None:
-    treatment = replace(TREATMENT, rotation=rotation)
+    treatment = with_feedback(Treatment.plain(SHAPE, rotation))
     cache = filled(config(kv="K4V4"), count, treatment=treatment)
     for length in (1, 5, 30):
         check(cache, queries(4, length, 64, mx.float16))
@@ -132,8 +132,12 @@ def test_placement_does_not_change_a_bit(length: int) -> None:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("kv", ["K4V2", "fp16"])
 def test_pages_are_sealed_as_the_codec_does(dtype: mx.Dtype, kv: str) -> None:
-    """Coded pages are made from float16, 16-bit ones keep the cache's type."""
-    kernel, composed = (filled(config(kv=kv), 1400, dtype, x) for x in (None, CpuBackend()))
+    """Coded pages are made from float16, 16-bit ones keep the cache's type.
+
+    Where errors are made up for, numbers next to the border between two codes may differ
+    (`test_compensate_equals_plain_mlx`).
+    """
+    kernel, composed = (filled(config(kv=kv), 1400, dtype, x, SCALED) for x in (None, CpuBackend()))
     assert kernel.stats().warm.pages == 5
     for ours, theirs in zip(page_records(kernel[0]), page_records(composed[0]), strict=True):
         assert mx.array_equal(ours, theirs).item()
@@ -193,7 +197,7 @@ def test_kernels_are_checked_before_they_are_used(monkeypatch: pytest.MonkeyPatc
     for length in (1, 20):
         check(cache, queries(4, length, 64, mx.float16))
     called = sorted(name.split("_")[1] for name in kernel_check.results)
-    assert called == ["attend", "expand", "seal", "seal"]
+    assert called == ["attend", "compensate", "expand", "seal", "seal"]
     assert not any(kernel_check.results.values()), kernel_check.results
 
 

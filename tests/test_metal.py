@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from pagedkv.kernels.compensate import CompensateSpec
 from pagedkv.kernels.expand import ExpandSpec
 from pagedkv.kernels.seal import SealSpec
 from pagedkv.kernels.source import KernelText
@@ -92,6 +93,7 @@ def test_clang_finds_nothing(case: Case) -> None:
         spec.merge,
         ExpandSpec(geometries, case.shape, case.page_tokens, spec.query_bfloat, bfloat16).text,
         *(SealSpec(geometry, bfloat16).text for geometry in geometries),
+        *(CompensateSpec(g).text for g in geometries if g.precision.key_bits < 8),
     ]
     for text in texts:
         assert complaints(text) == []

@@ -224,11 +224,15 @@ class AffineCodec(_Layout):
         Args:
             keys: float16 ``[pages, kv_heads, key_dim, tokens]``.
         """
-        feedback = self.treatment.feedback if self.treatment else None
-        bits = self.geometry.precision.key_bits
-        if feedback is None or bits >= LEAST_BITS:
+        if self.feedback is None:
             return keys
-        return compensated(keys, feedback, GROUP_TOKENS, bits)
+        return compensated(keys, self.feedback, GROUP_TOKENS, self.geometry.precision.key_bits)
+
+    @property
+    def feedback(self) -> mx.array | None:
+        """By how much errors of keys move other channels; None if they do not."""
+        coarse = self.geometry.precision.key_bits < LEAST_BITS
+        return self.treatment.feedback if self.treatment and coarse else None
 
     def _value_arrays(self, values: mx.array) -> list[mx.array]:
         geometry = self.geometry

@@ -305,6 +305,14 @@ class Chooser(Protocol):
         """Note queries ``[1, query_heads, tokens, key_dim]``, the first at this position."""
         ...
 
+    def told(self) -> dict[str, Any] | None:
+        """What was seen so far, for JSON; None for nothing."""
+        ...
+
+    def recall(self, told: dict[str, Any]) -> None:
+        """Go on from what another one told; what is none is not minded."""
+        ...
+
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """The treatment, given what was seen and the first tokens.
 

@@ -18,13 +18,6 @@ struct Run {
 struct Codes {
   u32 w[16];
 };
-struct Edges {
-  float low, high;
-};
-struct Affine {
-  float scale, bias;
-};
-
 FN float number(THREAD const Run& run, int i) { return half_to_float((run.pair[i / 2] >> (16 * (i & 1))) & 0xffff); }
 
 FN Edges edges(THREAD const Run& run) {
@@ -41,39 +34,11 @@ FN Edges joined(Edges e, u32 mask) {
   return {-max_of(-e.low, -simd_shuffle_xor(e.low, mask)), max_of(e.high, simd_shuffle_xor(e.high, mask))};
 }
 
-// The ends of a group, or what is left of it where one part in TRIM is left out at either end, in
-// float16. Every operation rounds once and none can be fused with another.
-template <int BITS, int TRIM> FN Affine affine(Edges e) {
-  constexpr float steps = (1 << BITS) - 1;
-  float width = e.high - e.low, bias = e.low;
-  if (TRIM) {
-    width = float(TRIM - 2) * width;
-    bias = divide(float(TRIM - 1) * e.low + e.high, float(TRIM));
-  }
-  float scale = max_of(divide(width, steps * float(TRIM ? TRIM : 1)), 5.9604644775390625e-8f);
-  u32 half_bias = float_to_half(bias);
-  if (half_bias == 0x8000u) half_bias = 0;  // which zero is the smallest is nobody's rule
-  // The last code must stand for a number that float16 has: a scale that was rounded up may not.
-  u32 half_scale = float_to_half(scale);
-  if (half_to_float(half_bias) + steps * half_to_float(half_scale) > 65504.0f) half_scale -= 1;
-  return {half_to_float(half_scale), half_to_float(half_bias)};
-}
-
-// a / b in correct rounding from 1 / b in correct rounding (Markstein: after the first step the
-// quotient is off by less than one unit in the last place, and then the second one makes it right).
-FN float quotient(float a, float b, float inverse) {
-  float q = a * inverse;
-  q = multiply_add(multiply_add(-q, b, a), inverse, q);
-  return multiply_add(multiply_add(-q, b, a), inverse, q);
-}
-
 template <int BITS> FN Codes encode(THREAD const Run& run, Affine a) {
-  constexpr float steps = (1 << BITS) - 1;
   float inverse = divide(1.0f, a.scale);
   Codes out = {};
   UNROLL for (int i = 0; i < 32; i++) {
-    float x = round_even(quotient(number(run, i) - a.bias, a.scale, inverse));
-    u32 code = u32(-max_of(-max_of(x, 0.0f), -steps));
+    u32 code = u32(rounded<BITS>(number(run, i), a, inverse));
     int word = i * BITS / 32, shift = i * BITS % 32;
     out.w[word] |= code << shift;
     if (shift + BITS > 32) out.w[word + 1] |= code >> (32 - shift);

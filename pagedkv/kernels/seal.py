@@ -53,7 +53,7 @@ class SealSpec:
             "seal_pages",
             ("params", "hot_keys", "hot_values"),
             ("pages",),
-            ("page.h", "layout.h", "seal.h"),
+            ("page.h", "layout.h", "round.h", "seal.h"),
             constants,
             4,  # it uses none, and an array of none is not C
         )

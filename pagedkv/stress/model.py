@@ -21,7 +21,7 @@ import psutil
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import ColdStoreError, ConfigError
-from pagedkv.models import load, resume, unwrap, wrap, wrapping_of
+from pagedkv.models import Wrapping, load, resume, unwrap, wrap, wrapping_of
 from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats
 from pagedkv.stress.checks import Check, check_books
@@ -120,10 +120,7 @@ class ModelStress:
     @contextmanager
     def _wrapped(self, folder: Path) -> Iterator[PagedCache]:
         """The model with a paged cache, on the disk that may fail."""
-        wrap(self._model, replace(self._config, cold_dir=str(folder))).close()
-        wrapping = wrapping_of(self._model)
-        assert wrapping is not None
-        wrapping.pager.disk = self._faults.disk
+        wrapping = self._wrap(replace(self._config, cold_dir=str(folder)))
         try:
             with self._faults.quietly():
                 cache = wrapping.make_cache()
@@ -131,9 +128,29 @@ class ModelStress:
                     wrapping.pager.cold  # noqa: B018  # opened here, where nothing fails
             yield cache
         finally:
-            for user in list(wrapping.pager.users):
-                user.close()
-            unwrap(self._model)
+            self._unwrap()
+
+    def _wrap(self, config: TierConfig) -> Wrapping:
+        wrap(self._model, config).close()
+        wrapping = wrapping_of(self._model)
+        assert wrapping is not None
+        wrapping.pager.disk = self._faults.disk
+        return wrapping
+
+    def _unwrap(self) -> TierConfig | None:
+        """Give the model its own caches back; returns what it was wrapped with."""
+        wrapping = wrapping_of(self._model)
+        if wrapping is None:
+            return None
+        for user in list(wrapping.pager.users):
+            user.close()
+        unwrap(self._model)
+        return wrapping.config
+
+    def forget(self) -> None:
+        """As in another process: nothing is known but what is in the store."""
+        if config := self._unwrap():
+            self._wrap(config)
 
     def _left_out(self, cache: PagedCache) -> None:
         """Leave out what this model's caches cannot do."""
@@ -344,6 +361,7 @@ class _Play:
         self._memory.traffic.add(self.cache)
         with stress._faults.quietly():
             self.cache.close()
+        stress.forget()
         self.cache = stress._faults.survive(
             lambda: load(path, stress._model), lambda: None, lambda: None
         )
@@ -359,6 +377,7 @@ class _Play:
         self._memory.traffic.add(self.cache)
         with stress._faults.crash():
             self.cache.close()
+        stress.forget()
         self.cache = stress._faults.survive(
             lambda: resume(stress._model), lambda: None, lambda: None
         )
