@@ -38,7 +38,7 @@ Tokens = mx.array | Sequence[int] | Sequence[Sequence[int]]
 def calibrate(
     model: Any, tokens: Tokens, *, watch: Callable[[int, int], None] | None = None
 ) -> Calibration:
-    """Measure, on text, by how much channels should be scaled before they are quantized.
+    """Measure, on text, how channels should be mixed before they are quantized.
 
     Save the result, and give the file to `TierConfig.treatment` (or ``--treatment``). Some
     thousand tokens of what the model will read do; 16-bit caches of them must fit into memory.

@@ -66,8 +66,9 @@ class TierConfig:
         prefix_salt: mixed into what prefixes are found by: sequences with different salts share
             nothing.
         treatment: what is done to keys and values before they are quantized to less than 8 bits,
-            and undone around attention: ``"auto"`` scales and rotates channels by what the model's
-            weights say (nothing where they are not known, such as in a standalone cache),
+            and undone around attention: ``"auto"`` balances channels by the queries and keys of the
+            first tokens that a wrapped model reads, or by its weights where queries cannot be seen
+            (nothing where neither is known, such as in a standalone cache), and rotates them;
             ``"hadamard"``, ``"fourier"`` and ``"householder"`` (which hardly mixes) rotate all
             without scaling, ``"none"`` leaves them; or the path of a file ``NAME.json`` that
             `Calibration.save` wrote, which is read when a model is wrapped.

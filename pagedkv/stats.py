@@ -295,7 +295,9 @@ def _elements(shape: KVShape) -> int:
 
 def _treatment(layer: Any) -> str:
     first = next(rows_of([layer]), None)
-    return str(first.treatment) if first is not None and first.treatment else "none"
+    told = str(first.treatment) if first is not None and first.treatment else "none"
+    waits = first is not None and first._pager is not None and first._pager.chooser
+    return f"{told}; the first page decides on keys" if waits else told
 
 
 def _kind(layer: Any) -> str:

@@ -148,6 +148,8 @@ def choosers_for(
         return {}
     found: dict[int, Chooser] = {}
     for number, shape in shapes.items():
+        if number >= len(model.layers):  # a model that goes through its layers several times
+            continue
         layer = model.layers[number]
         if rope_of(layer) is not None:  # else nobody knows what becomes of keys farther away
             found[number] = FirstTokens(layer, shape, treatments.get(number), values)

@@ -360,7 +360,7 @@ def test_a_planted_mistake_makes_the_exit_code_1_and_is_said(
         synthetic, "allowance", lambda *_: {"scratch": 1, "attention temporaries": 0}
     )
     monkeypatch.setattr(synthetic, "SLACK", 0)
-    monkeypatch.setattr(memory, "process_bytes", iter_of([100, *[10**9] * 10_000]))
+    monkeypatch.setattr(memory, "process_bytes", iter_of([100, *[10**12] * 10_000]))
     assert main([*COMMAND, "--ops", "prefill", "--format", "table"]) == 1
     assert "process memory: " in capsys.readouterr().out
 

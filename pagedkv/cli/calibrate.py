@@ -1,4 +1,4 @@
-"""``pagedkv calibrate``: measures on text how channels are scaled before they are quantized."""
+"""``pagedkv calibrate``: measures on text how keys and values are to be mixed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "calibrate",
-        help="measure scales for keys and values on your own text, in place of the model's weights",
-        description="Measure on text how keys and values are scaled before they are quantized.",
+        help="fix by text of your own how keys and values are mixed before they are quantized",
+        description="Measure on text how keys and values are mixed before they are quantized.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
