@@ -87,7 +87,7 @@ class Covariances:
         queries = base64.b64encode(sums).decode()
         return {"tokens": self.query_tokens, "rows": self._rows, "queries": queries}
 
-    def recall(self, told: dict[str, Any], heads: int, dim: int) -> None:
+    def recall(self, told: dict[str, Any], heads: int, dim: int) -> int:
         """Go on from what `to_dict` gave.
 
         Args:
@@ -95,15 +95,19 @@ class Covariances:
             heads: KV heads.
             dim: channels of a key.
 
+        Returns:
+            Query heads per KV head.
+
         Raises:
-            KeyError, TypeError, ValueError: if it is none.
+            KeyError, TypeError, ValueError, OverflowError: if it is none.
         """
         sums = np.frombuffer(base64.b64decode(told["queries"], validate=True), "<f4")
         sums = sums.astype(np.float32).reshape(heads, dim, dim)
         tokens, rows = int(told["tokens"]), int(told["rows"])
-        if not (0 < tokens <= rows and np.isfinite(sums).all()):
+        if not (0 < tokens <= rows and rows % tokens == 0 and np.isfinite(sums).all()):
             raise ValueError(f"{rows} rows of {tokens} tokens")
         self._queries, self._rows, self.query_tokens = mx.array(sums), rows, tokens
+        return rows // tokens
 
     @property
     def queries(self) -> Floats:

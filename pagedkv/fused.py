@@ -518,10 +518,10 @@ def _sealed_from(
 
     def split(x: mx.array) -> mx.array:
         x = x[0, :, first : first + pages * tokens]
-        return x.reshape(x.shape[0], pages, tokens, -1).swapaxes(0, 1)
+        return x.reshape(x.shape[0], pages, tokens, x.shape[2]).swapaxes(0, 1)
 
     def joined(x: mx.array) -> mx.array:
-        return x.swapaxes(0, 1).reshape(1, x.shape[1], pages * tokens, -1)
+        return x.swapaxes(0, 1).reshape(1, x.shape[1], pages * tokens, x.shape[3])
 
     keys = to_16_bit(treatment.page_keys(split(hot.keys)), dtype)
     if change is not None:

@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ from pagedkv.config import require_durability
 from pagedkv.errors import (
     CacheStateError,
     ClosedError,
+    ColdStoreError,
     ConfigError,
+    OutOfPagesError,
     StoreLockedError,
     StoreMismatchError,
 )
@@ -152,11 +155,36 @@ def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> 
     """Write the matrices into the store that its pages need, or what is to decide on them."""
     pager = cache.context.pager
     if settled := pager.settled:
-        text = Calibration(cache.context.fingerprint, 0, settled).to_text()
-        store.checkpoints.keep(TREATMENTS, text.encode(), durable)
+        mine = Calibration(cache.context.fingerprint, 0, settled)
+        if not store.checkpoints.wrote(TREATMENTS):
+            _require_no_others(store, mine)
+        store.checkpoints.keep(TREATMENTS, mine.to_text().encode(), durable)
     seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
     if any(seen.values()):
-        store.checkpoints.keep(UNDECIDED, json.dumps(seen).encode(), durable)
+        with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
+            store.checkpoints.keep(UNDECIDED, json.dumps(seen).encode(), durable)
+
+
+def _require_no_others(store: SequenceStore, mine: Calibration) -> None:
+    """See that nobody's sequences need matrices that we would write ours over.
+
+    Raises:
+        StoreMismatchError: if they do: somebody had the store since we opened it first.
+    """
+    content = store.checkpoints.kept(TREATMENTS)
+    if content is None or store.checkpoints.empty:
+        return
+    path = store.checkpoints.directory / TREATMENTS
+    try:
+        theirs = Calibration.from_text(content, path)
+        problem = "are not ours" if any(mine.get(n, t) != t for n, t in theirs.items()) else ""
+    except ConfigError as e:
+        problem = f"cannot be read ({e})"
+    if problem:
+        raise StoreMismatchError(
+            f"the matrices in {path} {problem}, and sequences in this store need them: flush to "
+            f"another cold_dir; for this one unwrap() the model and wrap() it again"
+        )
 
 
 def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -> None:
@@ -321,13 +349,15 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
             f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
             f"{_tell(*here)}: resume with the settings that it was flushed with"
         )
-    if state.pages and state.treatment != _treatment_of(layer):
+    if state.pages and state.treatment not in (None, _treatment_of(layer)):
         raise StoreMismatchError(
             f"layer {state.layer} of {checkpoint.path} needs the matrices "
             f"{state.treatment or 'of no treatment'}, here they are "
             f"{_treatment_of(layer) or 'those of no treatment'}: the store's {TREATMENTS} is "
             f"missing, damaged or another one"
         )
+    if state.pages and pager.chooser:
+        pager.treat(pager.treatment)  # as its pages are
     entries = checkpoint.entries
     mine = entries[entries["layer"] == state.layer]
     for precision in precisions(mine):

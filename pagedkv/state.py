@@ -162,7 +162,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
         _loading[key] = context
     try:
-        if "shape" in meta and (treatment := _treatment(meta, value)):
+        if meta.get("offset") and (treatment := _treatment(meta, value)):
             context.pager.treatments[meta["layer"]] = treatment
         cache.start_from(context, meta)
     except (KeyError, TypeError) as e:
@@ -190,6 +190,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                 f"saved pages hold {meta['page_tokens']} tokens and this cache's hold "
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
             )
+        _require_precisions(cache, meta)
         _accept_treatment(cache, meta, _treatment(meta, value))
         cache.accept_window(meta.get("window", {}), int(meta["offset"]))
         if cache.sink_tokens != meta["sink_tokens"]:
@@ -202,11 +203,6 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             # Taken out, for once it is read it has memory: the file may be larger than that.
             record = value["pages"].pop(f"p{i}")
             _require_shape(shape, meta["page_tokens"], precision, record)
-            if precision not in cache._pager.precisions:
-                raise CacheStateError(
-                    f"saved page {i} is {precision}, which the ladder "
-                    f"{cache._context.config.kv!r} does not have"
-                )
             page = cache._pager.store(record[None], precision, position, cache._context.lineage)
             cache._table.append(page, tokens)
         cache._dtype = dtype
@@ -242,6 +238,16 @@ def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
         ) from e
 
 
+def _require_precisions(cache: PagedLayerCache, meta: dict[str, Any]) -> None:
+    assert cache._pager is not None
+    for i, (name, _, _) in enumerate(meta["pages"]):
+        if (precision := Precision.parse(name)) not in cache._pager.precisions:
+            raise CacheStateError(
+                f"saved page {i} is {precision}, which the ladder "
+                f"{cache._context.config.kv!r} does not have"
+            )
+
+
 def _accept_treatment(
     cache: PagedLayerCache, meta: dict[str, Any], saved: Treatment | None
 ) -> None:
@@ -252,12 +258,11 @@ def _accept_treatment(
     """
     pager = cache._pager
     assert pager is not None
-    if not meta["pages"] or pager.treatment == saved:
-        if meta["pages"] and pager.chooser:
-            pager.treat(saved)  # as it is: the pages are there
-    elif pager.chooser and saved:
+    if not meta["pages"]:
+        return
+    if pager.chooser:
         pager.treat(saved)
-    else:
+    elif pager.treatment != saved:
         told = [f"{t.kind} {t.digest}" if t else "none" for t in (saved, pager.treatment)]
         raise CacheStateError(
             f"layer {cache.layer}: the saved pages' treatment is {told[0]} and this cache's "

@@ -151,8 +151,9 @@ def choosers_for(
         if number >= len(model.layers):  # a model that goes through its layers several times
             continue
         layer = model.layers[number]
-        if rope_of(layer) is not None:  # else nobody knows what becomes of keys farther away
-            found[number] = FirstTokens(layer, shape, treatments.get(number), values)
+        with suppress(Exception):  # whatever an unknown layer raises, its weights decide
+            if rope_of(layer) is not None:  # else nobody knows what becomes of keys farther away
+                found[number] = FirstTokens(layer, shape, treatments.get(number), values)
     return found
 
 
@@ -189,10 +190,12 @@ class FirstTokens:
 
     def see(self, queries: mx.array, position: int) -> None:
         """See `Chooser.see`."""
-        # What is noted is started when the next is: the graph of a step stays one.
+        # Of a single token: started when the next is noted, for the graph of a step stays one.
         mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
         self._query_heads = int(queries.shape[1])
         self._seen.add_queries(queries, self.shape.kv_heads, position)
+        if queries.shape[2] > 1:  # a chunk's queries are not kept until somebody asks
+            mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
 
     def told(self) -> dict[str, Any] | None:
         """See `Chooser.told`."""
@@ -200,8 +203,9 @@ class FirstTokens:
 
     def recall(self, told: dict[str, Any]) -> None:
         """See `Chooser.recall`."""
-        with suppress(KeyError, TypeError, ValueError):
-            self._seen.recall(told, self.shape.kv_heads, self.shape.key_dim)
+        heads = self.shape.kv_heads
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
+            self._query_heads = heads * self._seen.recall(told, heads, self.shape.key_dim)
 
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """See `Chooser.choose`."""
@@ -209,14 +213,14 @@ class FirstTokens:
         seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
         if layer is None or min(seen.query_tokens, seen.key_tokens) < LEAST:
             return known
-        if known is None:
-            seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
-            known = measured(layer, self.shape, seen, self._query_heads)
         try:
+            if known is None:
+                seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
+                known = measured(layer, self.shape, seen, self._query_heads)
             turns = turns_of(rope_of(layer), self.shape.key_dim)
             return balanced(known.only(True, self._values), seen, turns)
-        except (TypeError, ValueError):
-            return self._known  # embeddings of an unknown kind, or numbers that are not finite
+        except Exception:  # numbers that are not finite, or whatever an unknown embedding raises
+            return self._known
 
 
 def measured(layer: Any, shape: KVShape, seen: Covariances, query_heads: int) -> Treatment:
@@ -254,9 +258,12 @@ def balanced(known: Treatment, seen: Covariances, turns: Sequence[Turn]) -> Trea
 
 
 def rope_of(layer: Any) -> Any:
-    """The rotary embedding of a layer's attention; None if it has none by that name."""
+    """The rotary embedding of a layer's keys; None if it has none by that name.
+
+    Latent attention turns some channels at the end of a key, and does not say which.
+    """
     attention = next((m for m in layer.children().values() if hasattr(m, "rope")), None)
-    return getattr(attention, "rope", None)
+    return None if hasattr(attention, "qk_rope_head_dim") else getattr(attention, "rope", None)
 
 
 def _from_weights(model: Any, number: int, shape: KVShape) -> Treatment | None:

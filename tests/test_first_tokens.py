@@ -361,3 +361,75 @@ def test_a_file_beside_the_checkpoints(
         with pytest.raises(pagedkv.UnsafeStoreError):
             files.kept("a.json")
     pagedkv.unwrap(model)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "phi3"])
+def test_layers_without_known_weights_go_on_too(kind: str, tmp_path: Path) -> None:
+    """Latent attention is left as it is, and stays so; of others all is learned."""
+    other = build(kind)
+    config, path = stored(tmp_path), str(tmp_path / "a.safetensors")
+    with pagedkv.wrap(other, config) as cache:
+        read(other, cache, 600)
+        cache.flush()
+        cache.save(path)
+        want = read(other, cache, 400, seed=2)
+        told = cache.stats().treatments
+    pagedkv.unwrap(other)
+    for again in (
+        lambda: pagedkv.resume(other, config),
+        lambda: pagedkv.load(path, other, pagedkv.TierConfig(**SETTINGS)),
+    ):
+        with again() as cache:
+            assert mx.array_equal(read(other, cache, 400, seed=2), want).item()
+            assert [t.partition(":")[0] for t in cache.stats().treatments] == [
+                t.partition(":")[0] for t in told
+            ]
+        pagedkv.unwrap(other)
+
+
+def test_a_file_without_matrices_in_a_model_that_has_not_decided(
+    model: Any, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a.safetensors")
+    with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS, treatment="none")) as cache:
+        read(model, cache, 600)
+        cache.save(path)
+        want = read(model, cache, 400, seed=2)
+    pagedkv.unwrap(model)
+    pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS)).close()
+    with pagedkv.load(path, model) as cache:
+        assert mx.array_equal(read(model, cache, 400, seed=2), want).item()
+        assert set(cache.stats().treatments) == {"none"}
+    pagedkv.unwrap(model)
+
+
+def test_an_empty_cache_is_saved_and_loaded(model: Any, tmp_path: Path) -> None:
+    from mlx_lm.models.cache import load_prompt_cache
+
+    path = str(tmp_path / "a.safetensors")
+    with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS)) as cache:
+        cache.save(path)
+        assert [layer.offset for layer in load_prompt_cache(path)] == [0, 0]
+        with pagedkv.load(path, model) as again:
+            assert again.offset == 0
+    pagedkv.unwrap(model)
+
+
+def test_nobody_elses_matrices_are_written_over(model: Any, tmp_path: Path) -> None:
+    config = stored(tmp_path)
+    pagedkv.wrap(model, config).close()  # the store is free again
+    theirs = lively(tiny_llama(dim=256))
+    with pagedkv.wrap(theirs, config) as cache:
+        read(theirs, cache, 600, seed=1)
+        cache.flush()
+        want = read(theirs, cache, 400, seed=2)
+    pagedkv.unwrap(theirs)
+    mine = model.make_cache()
+    read(model, mine, 600, seed=3)
+    with pytest.raises(pagedkv.StoreMismatchError, match="are not ours"):
+        mine.flush()
+    mine.close()
+    pagedkv.unwrap(model)
+    with pagedkv.resume(model, config) as cache:
+        assert mx.array_equal(read(model, cache, 400, seed=2), want).item()
+    pagedkv.unwrap(model)

@@ -14,8 +14,9 @@ import pagedkv
 from pagedkv.cli.doctor import _verdict
 from pagedkv.cli.doctor_checks import OK, WARN
 from pagedkv.streams import inner_caches, replaced, streams
-from tests.model_matrix import tiny_budgets, tokens
+from tests.model_matrix import tiny_budgets
 from tests.model_zoo import build
+from tests.models import random_tokens as tokens
 from tests.models import tiny_llama
 
 NESTED = "longcat_flash"  # two streams per layer, all of them paged

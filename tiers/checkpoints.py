@@ -292,9 +292,15 @@ class Checkpoints:
             before = self._size(path)
             self._require_room(len(content))
             self._kept.pop(name, None)
-            replace_file(self._disk, path, content, durable)
-        budget.checkpoints += len(content) - before
+            try:
+                replace_file(self._disk, path, content, durable)
+            finally:  # it may be in place though the disk failed
+                budget.checkpoints += self._size(path) - before
         self._kept[name] = mark
+
+    def wrote(self, name: str) -> bool:
+        """Whether `keep` put a file there since the store was opened."""
+        return name in self._kept
 
     def kept(self, name: str) -> bytes | None:
         """The content of a file that `keep` wrote; None if there is none.

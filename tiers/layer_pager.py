@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import (
+    CacheStateError,
     ColdStoreError,
     KVShape,
     OutOfPagesError,
@@ -169,8 +170,16 @@ class LayerPager:
             self.treat(self.chooser.choose(keys, values))
 
     def treat(self, treatment: Treatment | None) -> None:
-        """Settle what is done to keys and values; there must be no page yet."""
-        assert not self.pages
+        """Settle what is done to keys and values.
+
+        Raises:
+            CacheStateError: if there are pages, made otherwise.
+        """
+        if self.pages:
+            raise CacheStateError(
+                f"layer {self.layer} has {len(self.pages)} pages, and those of one layer are all "
+                f"made with the same matrices; please report this"
+            )
         self.chooser = None
         self.treatment = treatment
         self._pager.settle(self.layer, treatment)

@@ -19,7 +19,7 @@ from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
-from pagedkv.tiers.treatment import Chooser, Treatment, treated_parts
+from pagedkv.tiers.treatment import Chooser, Treatment, file_bytes, treated_parts
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 
@@ -162,7 +162,8 @@ class Pager:
             hot = budget.sink_tokens + budget.hot_tokens + layer.page_tokens
             pages = budget.cold_bytes // self.layers // layer.least_page_bytes
             total += layer.shape.token_bytes(8 * layer.hot_dtype.size) * hot
-            total += layer.treatment.file_bytes if layer.treatment else 0
+            if layer.treatment or layer.chooser:
+                total += file_bytes(layer.shape)
             total += pages * ENTRY.itemsize
         return 2 * total
 

@@ -70,7 +70,8 @@ class LayerState:
         hot_tokens: tokens that are in no page.
         pages: pages.
         dropped: tokens that a window left behind: they are nowhere.
-        treatment: `Treatment.digest` of the pages; empty for none, and without pages.
+        treatment: `Treatment.digest` of the pages; empty for none, and without pages; None if a
+            file does not say it.
     """
 
     layer: int
@@ -82,7 +83,7 @@ class LayerState:
     hot_tokens: int
     pages: int
     dropped: int = 0
-    treatment: str = ""
+    treatment: str | None = ""
 
     @property
     def shape(self) -> KVShape:
@@ -202,7 +203,7 @@ def _layer(take: _Fields) -> LayerState:
         pages=take.number("pages", 0),
         # Files from before there were windows do not have it.
         dropped=take.number("dropped", 0) if "dropped" in take.raw else 0,
-        treatment=take.text("treatment") if "treatment" in take.raw else "",
+        treatment=take.text("treatment") if "treatment" in take.raw else None,
     )
 
 

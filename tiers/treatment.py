@@ -91,7 +91,7 @@ class Treatment:
             _halves(queries, heads, key_dim, "keys"),
             _halves(outputs, heads, value_dim, "values"),
         )
-        words = mx.array(np.concatenate([q.ravel(), o.ravel()]).view(np.uint32))
+        words = mx.array(_words(np.concatenate([q.ravel(), o.ravel()])))
         errors = feedback if queries is not None else None
         told = None if errors is None else mx.array(_halves(errors, heads, key_dim, "errors"))
         return cls(shape, words, (queries is not None, outputs is not None), told, kind, reason)
@@ -169,7 +169,8 @@ class Treatment:
         """`words`, and those of the feedback behind them: what a file keeps."""
         if self.feedback is None:
             return self.words
-        return mx.concatenate([self.words, self.feedback.reshape(-1).view(mx.uint32)])
+        more = mx.array(_words(np.asarray(self.feedback).ravel()))
+        return mx.concatenate([self.words, more])
 
     def describe(self) -> dict[str, Any]:
         """All but `all_words`, for JSON."""
@@ -197,17 +198,21 @@ class Treatment:
         """
         try:
             keys, values = (bool(part) for part in told["parts"])
-            halves = np.ascontiguousarray(words).view(np.float16)
-            heads, dim, count = shape.kv_heads, shape.key_dim, _numbers(shape)
-            expected = count + (heads * dim * dim if told["feedback"] else 0)
-            if halves.size != expected:
-                raise ValueError(f"{halves.size} numbers, and {shape} needs {expected}")
-            if not np.isfinite(halves).all():
+            words = np.ascontiguousarray(words)
+            heads, dim, first = shape.kv_heads, shape.key_dim, -(-_numbers(shape) // 2)
+            gains = heads * dim * dim if told["feedback"] else 0
+            if words.size != first + -(-gains // 2):
+                raise ValueError(
+                    f"{2 * words.size} numbers, and {shape} needs {_numbers(shape) + gains}"
+                )
+            if not np.isfinite(words.view(np.float16)).all():
                 raise ValueError("numbers are not finite")
-            rest = halves[count:].reshape(heads, dim, dim) if told["feedback"] else None
+            rest = (
+                words[first:].view(np.float16)[:gains].reshape(heads, dim, dim) if gains else None
+            )
             found = cls(
                 shape,
-                mx.array(halves[:count].view(np.uint32)),
+                mx.array(words[:first]),
                 (keys, values),
                 None if rest is None else mx.array(rest),
                 str(told["kind"]),
@@ -235,18 +240,14 @@ class Treatment:
     def outputs(self) -> mx.array:
         """O, float32 ``[kv_heads, value_dim, value_dim]``: sums of page values times this."""
         heads, dim = self.shape.kv_heads, self.shape.value_dim
-        halves = self.words.view(mx.float16)[-heads * dim * dim :]
+        before = heads * self.shape.key_dim**2
+        halves = self.words.view(mx.float16)[before : before + heads * dim * dim]
         return halves.reshape(heads, dim, dim).astype(mx.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory: float32 A and B, float16 Q, O and feedback."""
         return treatment_bytes(self.shape, self.feedback is not None)
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of `all_words` in base64, feedback included whether there is one yet or not."""
-        return 3 * (_numbers(self.shape) + self.shape.kv_heads * self.shape.key_dim**2)
 
     @cached_property
     def keys(self) -> mx.array:
@@ -326,6 +327,11 @@ class Chooser(Protocol):
         ...
 
 
+def file_bytes(shape: KVShape) -> int:
+    """Bytes of a layer's `Treatment.all_words` in base64, at most."""
+    return 3 * (_numbers(shape) + shape.kv_heads * shape.key_dim**2)
+
+
 def treatment_bytes(shape: KVShape, feedback: bool) -> int:
     """What a layer's treatment takes, of keys alone or values alone as well: matrices of both.
 
@@ -396,6 +402,11 @@ def _unscaled(scales: Floats | None, dim: int, rotation: str, seed: int, kind: s
         raise ConfigError(f"a head has {dim} {kind} channels, not {len(scales)}")
     scales = np.clip(scales / np.exp(np.log(scales).mean()), 1 / MOST_SCALE, MOST_SCALE)
     return np.asarray(turned / scales[:, None])
+
+
+def _words(halves: Halves) -> npt.NDArray[np.uint32]:
+    """As uint32, with a zero at the end if their number is odd."""
+    return np.pad(halves, (0, halves.size % 2)).view(np.uint32)
 
 
 def _halves(matrices: Floats | None, heads: int, dim: int, what: str) -> Halves:
