@@ -350,8 +350,7 @@ class FusedLayer:
 
     def _compensation(self, codec: AffineCodec | Sixteen) -> Callable[[mx.array], mx.array] | None:
         """What makes up for errors of keys before they are rounded; None for nothing."""
-        feedback = codec.feedback if isinstance(codec, AffineCodec) else None
-        if feedback is None or not isinstance(codec, AffineCodec):
+        if not isinstance(codec, AffineCodec) or (feedback := codec.feedback) is None:
             return None
         spec = _compensate_spec(codec.geometry)
         if codec.geometry.shape.key_dim > MOST_CHANNELS or not self._works(
