@@ -1,11 +1,13 @@
 """Matrices that make rounding cost least: keys mixed by how they spread and by what is asked.
 
 With S the covariance of keys and C that of queries, keys are stored as ``K · A``. Rounding errs in
-every channel in proportion to its spread, and a score by the sum over channels of error times
-query: in total ``sum_i (A' S A)_ii (A^-1 C A'^-1)_ii``. By Cauchy and Schwarz that is least where
-both factors are the same matrix with the same diagonal everywhere. They are the same wherever
-``Q = A'^-1`` is a factor, ``Q Q' = M``, of the geometric mean M of S and the inverse of C
-(for M is what solves ``M C M = S``); a rotation behind it makes the diagonal even.
+every channel in proportion to its spread ``(A' S A)_ii``. What that costs is said by what queries
+make of errors, ``W = A^-1 C A'^-1``; and as channels that are rounded later make up for errors
+(`rounding.compensated`), a block of channels costs no more than the trace of its Schur complement
+in W, given the blocks behind it. The product of their determinants is that of W, and the product of
+the spreads is at least that of A' S A. So the sum is least (arithmetic and geometric mean) where
+keys are white, ``A' S A = 1``, and every block counts alike. White they are for any rotation behind
+the whitening; one that makes blocks count alike always exists (`evened`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.tiers.rounding import feedback_for
-from pagedkv.tiers.treatment import rotation_matrix
+from pagedkv.tiers.rounding import blocks_of, feedback_for
 
 STEP = 128
 """Tokens of the shortest turn."""
@@ -102,16 +103,13 @@ def averaged(covariances: Floats, turns: Sequence[Turn]) -> Floats:
     return covariances
 
 
-def balanced_keys(
-    queries: Floats, keys: Floats, turns: Sequence[Turn], rotation: str = "hadamard"
-) -> tuple[Floats, Floats]:
+def balanced_keys(queries: Floats, keys: Floats, turns: Sequence[Turn]) -> tuple[Floats, Floats]:
     """What queries are multiplied with, and how errors are made up for.
 
     Args:
         queries: covariances C, ``[kv_heads, dim, dim]``.
         keys: covariances S within groups, likewise.
         turns: by the layer's rotary embedding, see `turns_of`.
-        rotation: at the end, see `rotation_matrix`.
 
     Returns:
         Q, the inverse of A transposed, with determinant 1; and the feedback
@@ -124,16 +122,54 @@ def balanced_keys(
         raise ValueError("covariances are not finite")
     dim = queries.shape[-1]
     asked, spread = averaged(queries, turns), averaged(keys, turns)
-    # With C = L L', the geometric mean is L'^-1 (L' S L)^1/2 L^-1.
+    # With C = L L' and L' S L = V diag(v) V', keys are white by L V diag(v)^-1/2, and W = diag(v).
     lower = np.linalg.cholesky(_shrunk(asked, SHRINK))
     upper = lower.swapaxes(1, 2)
     values, vectors = np.linalg.eigh(upper @ _shrunk(spread, SHRINK) @ lower)
     values = np.maximum(values, LEAST_EIGENVALUE * values[:, -1:])
-    root = (vectors * values[:, None, :] ** 0.25) @ vectors.swapaxes(1, 2)
-    turned = np.linalg.solve(upper, root @ rotation_matrix(rotation, dim, 0, "key"))
-    q = turned / np.exp(np.linalg.slogdet(turned)[1] / dim)[:, None, None]
+    white = vectors * np.sqrt(values)[:, None, :]
+    q = np.linalg.solve(upper, white @ np.stack([evened(head) for head in values]))
+    q /= np.exp(np.linalg.slogdet(q)[1] / dim)[:, None, None]
     weights = q.swapaxes(1, 2) @ _shrunk(asked, FEEDBACK_SHRINK) @ q
     return q, np.stack([feedback_for(head) for head in weights])
+
+
+def evened(weights: Floats) -> Floats:
+    """A rotation after which all blocks of channels count alike.
+
+    From the last block to the first: a channel that counts more than the geometric mean is turned
+    with one that counts less until the one of them counts as much as the mean. The other is left
+    for the blocks before, and counts ``more * less / mean`` where the first makes up for its
+    errors. (By single channels this is the geometric mean decomposition of Jiang, Hager and Li,
+    Linear Algebra and its Applications 396, 2005.)
+
+    Args:
+        weights: of the channels, positive, ``[dim]``.
+
+    Returns:
+        R, ``[dim, dim]``, orthogonal: the Schur complement of each block in
+        ``R' diag(weights) R``, given those behind it, is the geometric mean of the weights times 1,
+        as far as there are as many weights above it as below.
+    """
+    left, axes = weights, np.eye(len(weights))
+    out = np.zeros_like(axes)
+    for start, end in reversed(blocks_of(len(weights))[1:]):
+        order = np.argsort(left)
+        left, axes = left[order], axes[:, order]
+        mean = np.exp(np.log(left).mean())
+        pairs = min(end - start, int((left < mean).sum()), int((left > mean).sum()))
+        less, more = left[:pairs], left[::-1][:pairs]
+        under, over = axes[:, :pairs], axes[:, ::-1][:, :pairs]
+        share = (mean - less) / (more - less)
+        a, b = np.sqrt(share), np.sqrt(1 - share)
+        left, axes = left[pairs : end - pairs], axes[:, pairs : end - pairs]
+        order = np.argsort(np.abs(np.log(left / mean)))
+        alone, rest = np.split(order, [end - start - pairs])
+        out[:, start:end] = np.concatenate([a * over + b * under, axes[:, alone]], axis=1)
+        axes = np.concatenate([a * under - b * over, axes[:, rest]], axis=1)
+        left = np.concatenate([less * more / mean, left[rest]])
+    out[:, : len(left)] = axes
+    return out
 
 
 def _shrunk(covariances: Floats, part: float) -> Floats:

@@ -253,7 +253,7 @@ def balanced(known: Treatment, seen: Covariances, turns: Sequence[Turn]) -> Trea
     reason = f"keys balanced over {seen.query_tokens:,} tokens"
     if known.reason:
         reason = f"{reason}; {known.reason}"
-    kind = "balanced and rotated (hadamard)"
+    kind = "balanced and rotated"
     return Treatment.of(known.shape, queries, outputs, feedback, kind, reason)
 
 

@@ -135,7 +135,7 @@ def test_pages_and_stores_keep_their_calibration(model: Any, file: str, tmp_path
     mine, others = (pagedkv.TierConfig(treatment=str(t), **settings) for t in (file, other))
     with pagedkv.wrap(model, mine) as cache:
         mx.eval(model(random_tokens(600), cache=cache))
-        told = "keys and values balanced and rotated (hadamard): calibrated on 600 t"
+        told = "keys and values balanced and rotated: calibrated on 600 t"
         assert all(text.startswith(told) for text in cache.stats().treatments)
         cache.flush()
         cache.save(saved)

@@ -53,9 +53,7 @@ def test_the_first_page_decides(model: Any) -> None:
         after = digests(cache)
         assert not set(after) & set(before)
         told = cache.stats().treatments
-        start = (
-            "keys and values balanced and rotated (hadamard): keys balanced over 256 tokens; large"
-        )
+        start = "keys and values balanced and rotated: keys balanced over 256 tokens; large"
         assert all(text.startswith(start) for text in told), told
         pager = cache.context.pager
         assert not pager.choosers

@@ -109,7 +109,7 @@ def compensated(x: mx.array, feedback: mx.array, group: int, bits: int) -> mx.ar
 def _moved(x: mx.array, feedback: mx.array, group: int, bits: int) -> mx.array:
     out: list[mx.array] = []
     errors: list[mx.array] = []
-    for start, end in itertools.pairwise(_blocks(x.shape[2])):
+    for start, end in blocks_of(x.shape[2]):
         true = x[:, :, start:end].astype(mx.float32)
         moved = true
         if errors:
@@ -141,17 +141,17 @@ def feedback_for(weights: Floats) -> Floats:
         Zero but for rows of a block and columns of the blocks before it, ``[channels] * 2``.
     """
     left, out = weights.copy(), np.zeros_like(weights)
-    for start, end in reversed([*itertools.pairwise(_blocks(len(weights)))][1:]):
+    for start, end in reversed(blocks_of(len(weights))[1:]):
         gain = np.linalg.solve(left[start:end, start:end], left[start:end, :start])
         out[start:end, :start] = gain
         left[:start, :start] -= left[:start, start:end] @ gain
     return out
 
 
-def _blocks(channels: int) -> list[int]:
-    """Where blocks begin, and the end of the last."""
+def blocks_of(channels: int) -> list[tuple[int, int]]:
+    """Where the blocks of `BLOCKS` begin and end."""
     size = max(1, -(-channels // BLOCKS))
-    return [*range(0, channels, size), channels]
+    return [*itertools.pairwise([*range(0, channels, size), channels])]
 
 
 def to_16_bit(x: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -1,0 +1,191 @@
+"""What balanced keys cost on a GPU: rounding them with their errors made up for, prompts, decoding.
+
+    python benchmarks/treatment.py --out benchmarks/results/treatment-h100.json
+
+check    how much more the kernel errs than plain MLX, as queries see it, for head sizes and bits
+seal     a layer's pages (8 heads of 128): sealing as they are, and the kernel, or compiled MLX,
+         before it
+prefill  a prompt of an 8B-shaped model (random weights of 4 bits): mlx-lm's own cache, K4V4 pages
+         as they are, scaled and rotated by the weights, and balanced; the first prompt's matrices
+         are not in it, but told beside it
+decode   steps after it, more than a page of them, so that every layer seals
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from pagedkv import KVShape, Precision, TierConfig, unwrap, wrap
+from pagedkv.allocator import PageGeometry
+from pagedkv.bench.result import describe_machine
+from pagedkv.bench.subject import WIDTHS, LlamaShape, random_llama
+from pagedkv.bench.timing import Sample
+from pagedkv.evaluation.caches import hooked, own_caches
+from pagedkv.kernel_check import compensate_difference, results
+from pagedkv.kernels.compensate import CompensateSpec, compensate
+from pagedkv.kernels.launch import DeviceLauncher
+from pagedkv.kernels.seal import SealSpec, seal_pages
+from pagedkv.models import wrapping_of
+from pagedkv.tiers.rounding import compensated, feedback_for
+
+LAUNCHES, ROUNDS = 20, 15
+CHUNK = 2048
+DTYPE = mx.float16 if mx.default_device() == mx.gpu else mx.float32
+KINDS = ("fp16", "none", "hadamard", "auto")
+Row = dict[str, Any]
+
+
+def check() -> Iterator[Row]:
+    launcher = DeviceLauncher()
+    for dim in (16, 64, 80, 96, 128, 256):
+        for bits in (4, 3, 2):
+            geometry = PageGeometry(KVShape(2, dim, dim), 256, Precision.parse(f"K{bits}V{bits}"))
+            off = compensate_difference(launcher, CompensateSpec(geometry))
+            yield {"part": "check", "dim": dim, "bits": bits, "more_error": off}
+
+
+def seal(heads: int = 8, dim: int = 128, tokens: int = 256) -> Iterator[Row]:
+    launcher = DeviceLauncher()
+    geometry = PageGeometry(KVShape(heads, dim, dim), tokens, Precision.parse("K4V4"))
+    spec, sealing = CompensateSpec(geometry), SealSpec(geometry, False)
+    x = np.random.default_rng(0).standard_normal((heads, 2 * dim, dim))
+    feedback = mx.array(np.stack([feedback_for(h.T @ h / len(h)) for h in x]), mx.float16)
+    for pages in (1, 8):
+        keys = mx.random.normal((pages, heads, tokens, dim)).astype(mx.float16)
+        flat = keys.swapaxes(0, 1).reshape(1, heads, pages * tokens, dim)
+        mx.eval(keys, flat)
+        ways: dict[str, Callable[[], mx.array]] = {
+            "seal": lambda: seal_pages(launcher, sealing, (flat, flat), 0, pages),  # noqa: B023
+            "kernel": lambda: compensate(launcher, spec, keys, feedback),  # noqa: B023
+            "compiled MLX": lambda: compensated(keys.swapaxes(2, 3), feedback, 64, 4),  # noqa: B023
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(ROUNDS + 3):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                mx.eval([way() for _ in range(LAUNCHES)])
+                if turn >= 3:
+                    times[name].append((time.perf_counter() - start) / LAUNCHES)
+        for name, seconds in times.items():
+            yield {
+                "part": "seal",
+                "pages": pages,
+                "way": name,
+                **Sample.of(seconds).fields("us", 1e6),
+            }
+
+
+class Kinds:
+    """The caches of one model: mlx-lm's, and one wrapping for each treatment."""
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        self._model = model
+        self._wrappings: dict[str, Any] = {}
+        for kind in KINDS[1:]:
+            with wrap(model, TierConfig(kv="K4V4", treatment=kind)):
+                self._wrappings[kind] = wrapping_of(model)
+            unwrap(model)
+        self.prompt = mx.random.randint(0, 1000, (1, tokens))
+
+    @contextmanager
+    def opened(self, kind: str) -> Iterator[list[Any]]:
+        """Empty caches."""
+        if kind == "fp16":
+            yield own_caches(self._model)
+        else:
+            with hooked(), self._wrappings[kind].make_cache() as cache:
+                yield cache
+        mx.clear_cache()
+
+    def read(self, cache: list[Any]) -> float:
+        """Seconds of the prompt."""
+        start = time.perf_counter()
+        for at in range(0, self.prompt.shape[1], CHUNK):
+            logits = self._model(self.prompt[:, at : at + CHUNK], cache=cache)
+            mx.eval([layer.state for layer in cache], logits[:, -1])
+            del logits
+        return time.perf_counter() - start
+
+    def step(self, cache: list[Any], token: mx.array) -> mx.array:
+        """The next token, ``[1, 1]``, lazily."""
+        return mx.argmax(self._model(token, cache=cache)[:, -1:], axis=-1)
+
+    def decode(self, cache: list[Any], steps: int) -> list[float]:
+        """Seconds of each step, the next one under way as mlx-lm does it."""
+        token = self.step(cache, self.prompt[:, -1:])
+        mx.async_eval(token)  # type: ignore[no-untyped-call]
+        times = []
+        start = time.perf_counter()
+        for _ in range(steps):
+            following = self.step(cache, token)
+            mx.async_eval(following)
+            mx.eval(token)
+            token = following
+            times.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        mx.eval(token)
+        return times
+
+
+def whole_model(args: argparse.Namespace) -> Iterator[Row]:
+    layers, heads = (32, (32, 8, 128)) if args.shape == "llama3-8b" else (2, (4, 2, 64))
+    model = random_llama(LlamaShape(layers, *heads, *WIDTHS[args.shape]), DTYPE)
+    kinds = Kinds(model, args.tokens)
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(args.rounds + 1):
+        for kind in KINDS:
+            with kinds.opened(kind) as cache:
+                seconds = kinds.read(cache)
+                if turn:
+                    times[kind].append(seconds)
+                else:
+                    yield {"part": "first prompt", "kind": kind, "seconds": seconds}
+                if turn == 1:
+                    steps[kind] = kinds.decode(cache, args.steps)
+    for kind, seconds in times.items():
+        fields = Sample.of(seconds).fields("seconds")
+        yield {"part": "prefill", "kind": kind, "tokens": args.tokens, **fields}
+    for kind, some in steps.items():
+        yield {
+            "part": "decode",
+            "kind": kind,
+            "steps": len(some),
+            "mean_ms": 1e3 * sum(some) / len(some),
+            **Sample.of(some).fields("ms", 1e3),
+            "longest_ms": 1e3 * max(some),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--part", nargs="+", default=["check", "seal", "model"])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--shape", choices=("llama3-8b", "tiny"), default="llama3-8b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=560)
+    args = parser.parse_args()
+    parts = {"check": check, "seal": seal, "model": lambda: whole_model(args)}
+    rows: list[Row] = []
+    for part in args.part:
+        for row in parts[part]():
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            document = {"machine": describe_machine(), "rows": rows, "kernels": dict(results)}
+            args.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
