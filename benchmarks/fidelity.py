@@ -116,7 +116,7 @@ PARTS: dict[str, Part | Cells] = {
     "decode": Part(LEGS, ("K8V4,K4V4,K2V2", LADDERS[0])),
     "segments": Part((PREFILL,), ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
     "retrieval": Cells(
-        ("K4V4", LADDERS[0]),
+        ("fp16", "K4V4", LADDERS[0]),
         ("needle", "multikey", "kv", "records"),
         (
             (K, 2 * K, 4 * K, 8 * K, 12 * K, 16 * K),

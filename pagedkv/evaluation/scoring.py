@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 _END = re.compile(r"[.\n]")
+_JSON = json.JSONDecoder()
 
 
 class Judge(Protocol):
@@ -49,8 +50,9 @@ class Contains:
 class Records:
     """The share of records that are listed as JSON lines with the right value.
 
-    Lines that are not JSON, and names nobody asked for, count for nothing. Of a name that is
-    listed twice the first line counts.
+    Of each line the record that it begins with counts: small models go on, and not always in a new
+    line. Lines that begin with no JSON, and names nobody asked for, count for nothing. Of a name
+    that is listed twice the first line counts.
 
     Attributes:
         expected: names and values.
@@ -80,7 +82,7 @@ class Records:
         found = []
         for line in (self.lead + text).split("\n")[: len(self.expected)]:
             try:
-                record = json.loads(line.strip().rstrip(","))
+                record, _ = _JSON.raw_decode(line.strip())
                 found.append((str(record[self.fields[0]]), str(record[self.fields[1]])))
             except (ValueError, KeyError, TypeError):
                 continue
