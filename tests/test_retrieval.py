@@ -23,10 +23,12 @@ from pagedkv.errors import ConfigError
 from pagedkv.evaluation import retrieval
 from pagedkv.evaluation.bootstrap import paired_interval
 from pagedkv.evaluation.heat_map import draw, text_table
+from pagedkv.evaluation.prompts import Example
 from pagedkv.evaluation.retrieval import run_retrieval
 from pagedkv.evaluation.retrieval_comparison import ALL, compare, squares
 from pagedkv.evaluation.retrieval_report import retrieval_report
 from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
+from pagedkv.evaluation.scoring import Contains
 from pagedkv.evaluation.tasks import TASKS
 from tests.retrieval_stand_ins import Characters, Looker
 
@@ -50,7 +52,7 @@ def test_caches_that_keep_everything_lose_nothing() -> None:
     assert result.complete and result.caches == ("fp16", "16 bit", "8 bit")
     assert len(result.outcomes) == 6 * 3
     for outcome in result.outcomes:
-        assert outcome.score == 1, outcome
+        assert (outcome.score, outcome.margin) == (1, 1), outcome
         assert (outcome.paged_tokens > 700) == (outcome.cache != "fp16")
     for comparison in compare(result):
         assert comparison.lost == comparison.gained == 0
@@ -65,7 +67,8 @@ def test_what_a_window_forgets_is_lost_where_it_was() -> None:
         assert by_depth["window", 0, tokens] == by_depth["window", 50, tokens] == 0
         assert by_depth["window", 100, tokens] == 1
     needle, everything = compare(result)
-    assert (needle.lost, needle.gained, needle.cells) == (4, 0, 6)
+    assert (needle.lost, needle.close, needle.gained, needle.cells) == (4, 0, 0, 6)
+    assert {o.margin for o in result.outcomes if not o.score} == {None}
     assert everything == replace(needle, task=ALL)
     assert needle.interval and needle.interval.mean == pytest.approx(-2 / 3)
     assert needle.interval.high < 0
@@ -267,10 +270,40 @@ def test_lost_and_gained_are_counted_by_pairs() -> None:
 
 def test_the_report_shows_figures_and_lost_cells() -> None:
     text = retrieval_report(made_up({"fp16": [1, 1], "K2|V2": [0, 1]}))
-    row = "| K2|V2 | one needle | 2 | 2 | 1.000 | 0.500 | -0.500 | -1.000 to +0.000 | 1 | 0 |"
+    row = "| K2|V2 | one needle | 2 | 2 | 1.000 | 0.500 | -0.500 | -1.000 to +0.000 | 1 | - | 0 |"
     assert row in text
-    assert "| K2|V2 | needle | 1,024 | 0 % | 0 | 1 | `x` | `x` |" in text
+    assert "| K2|V2 | needle | 1,024 | 0 % | 0 | - | 1 | `x` | `x` |" in text
     assert "| 0 % | 0.00 -1 |" in text and "| 10 % | 1.00 |" in text
+
+
+def test_lost_cells_whose_answers_hung_on_little_are_told_apart() -> None:
+    result = made_up({"fp16": [1, 1, 1], "other": [0, 0, 1]})
+    margins = (0.03, 2.0, 0.01)
+    outcomes = [replace(o, margin=margins[o.cell.seed]) if o.score else o for o in result.outcomes]
+    told = replace(result, outcomes=tuple(outcomes))
+    (needle, _) = compare(told)
+    assert (needle.lost, needle.close) == (2, 1)
+    assert "| 2 | 1 | 0 |" in retrieval_report(told)
+    assert "| 0 % | 0 | 0.03 | 1 |" in retrieval_report(told)
+    (unknown, _) = compare(result)
+    assert (unknown.lost, unknown.close) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "gaps", "margin"),
+    [
+        (" 481.", (3.0, 2.0, 0.5, 1.0, 0.1), 0.5),  # what ends the sentence decides nothing
+        (" 4810", (3.0, 2.0, 0.5, 1.0, 0.1), None),
+        (" 48", (3.0, 2.0, 0.5), None),
+        ("", (), None),
+    ],
+)
+def test_the_margin_is_that_of_what_the_score_hangs_on(
+    text: str, gaps: tuple[float, ...], margin: float | None
+) -> None:
+    example = Example("needle", (), 0, ("481",), Contains(("481",)), 12)
+    texts = [text[:n] for n in range(len(text) + 1)]
+    assert retrieval._margin(example, texts, gaps) == margin
 
 
 def test_text_that_a_model_wrote_cannot_break_the_table() -> None:

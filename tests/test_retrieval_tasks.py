@@ -261,7 +261,10 @@ RECORD = Records((("Ann", 11111), ("Bob", 22222), ("Cid", 33333)), ("name", "cod
         ('Ann", "code": 11111\n{"name": "Bob"}\n["Cid", 33333]', 0),
         ('Eve", "code": 1}\n{}\n\n{"name": "Ann", "code": 11111}', 0),
         ('Ann", "code": null}', 0),
-        ('Ann", "code": 11111} {"name": "Bob", "code": 22222}\n{"name": "Cid", "code": 33333} {', 2),
+        (
+            'Ann", "code": 11111} {"name": "Bob", "code": 22222}\n{"name": "Cid", "code": 33333} {',
+            2,
+        ),
         ("", 0),
     ],
 )

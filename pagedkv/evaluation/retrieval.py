@@ -162,12 +162,12 @@ def _outcome(
     model: Any, tokenizer: Any, caches: _Caches, cell: Cell, example: Example, grid: Grid
 ) -> Outcome:
     started = time.perf_counter()
-    text, error, paged, score = "", "", 0, None
+    text, error, paged, score, margin = "", "", 0, None, None
     try:
         with caches.opened() as cache:
             _read(model, cache, example.tokens[: example.question_at], grid.chunk)
             paged = _paged_tokens(cache)
-            text = _answer(model, tokenizer, cache, example)
+            text, margin = _answer(model, tokenizer, cache, example)
             score = example.judge.score(text)
     except Exception as e:  # of this cache, as for a text's rows; the others go on
         error = f"{type(e).__name__}: {first_words(e, 300)}"
@@ -182,6 +182,7 @@ def _outcome(
         score,
         time.perf_counter() - started,
         error,
+        margin,
     )
 
 
@@ -193,29 +194,52 @@ def _read(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int) -> No
         mx.clear_cache()
 
 
-def _answer(model: Any, tokenizer: Any, cache: list[Any], example: Example) -> str:
-    """The greedy answer; the next step is under way while a token is looked at."""
+def _answer(
+    model: Any, tokenizer: Any, cache: list[Any], example: Example
+) -> tuple[str, float | None]:
+    """The greedy answer, and its margin (`Outcome.margin`).
+
+    The next step is under way while a token is looked at.
+    """
     ends = _end_tokens(tokenizer)
 
-    def step(tokens: mx.array) -> mx.array:
-        chosen = mx.argmax(model(tokens, cache=cache)[:, -1], axis=-1)
-        mx.async_eval(chosen)  # type: ignore[no-untyped-call]
-        return chosen
+    def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
+        logits = model(tokens, cache=cache)[:, -1]
+        chosen, best = mx.argmax(logits, axis=-1), mx.topk(logits.astype(mx.float32), 2)
+        ahead = mx.abs(best[:, 0] - best[:, 1])
+        mx.async_eval(chosen, ahead)  # type: ignore[no-untyped-call]
+        return chosen, ahead
 
-    ids, text = list[int](), ""
-    chosen = step(mx.array([example.tokens[example.question_at :]]))
+    ids, texts, gaps = list[int](), [""], list[float]()
+    chosen, ahead = step(mx.array([example.tokens[example.question_at :]]))
     for left in reversed(range(example.max_new_tokens)):
-        following = step(chosen[:, None]) if left else chosen
+        following = step(chosen[:, None]) if left else (chosen, ahead)
         token = int(cast(int, chosen.item()))
         if token in ends:
             break
         ids.append(token)
-        text = str(tokenizer.decode(ids))
-        if example.judge.finished(text):
+        gaps.append(float(cast(float, ahead.item())))
+        texts.append(str(tokenizer.decode(ids)))
+        if example.judge.finished(texts[-1]):
             break
-        chosen = following
+        chosen, ahead = following
     mx.eval(following)  # nothing is in flight when the cache is closed
-    return text
+    return texts[-1], _margin(example, texts, gaps)
+
+
+def _margin(example: Example, texts: Sequence[str], gaps: Sequence[float]) -> float | None:
+    """The least gap among the tokens until the score is what it ends as.
+
+    Args:
+        example: whose judge scores.
+        texts: the answer without a token, with one, with two, ...
+        gaps: of each token.
+    """
+    scores = [example.judge.score(text) for text in texts]
+    if not scores[-1]:
+        return None
+    needed = next(n for n in range(len(scores)) if len(set(scores[n:])) == 1)
+    return min(gaps[:needed])
 
 
 def _end_tokens(tokenizer: Any) -> set[int]:

@@ -12,6 +12,10 @@ from pagedkv.evaluation.scoring import mean
 
 ALL = "all"
 
+CLOSE = 0.5
+"""Nats by which the baseline was ahead: below, an answer hangs on little. Pages of eight bits move
+a margin by up to a tenth of a nat (`docs/fidelity.md`)."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -25,6 +29,12 @@ class Pair:
         """The other's score less the baseline's."""
         assert self.baseline.score is not None and self.other.score is not None
         return self.other.score - self.baseline.score
+
+    @property
+    def close(self) -> bool | None:
+        """Whether the baseline's own answer hung on little; None if it is not known."""
+        margin = self.baseline.margin
+        return None if margin is None else margin < CLOSE
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Comparison:
         score: mean score of the cache.
         lost: cells in which it scored less.
         gained: cells in which it scored more.
+        close: of those lost, cells whose margin with the baseline was less than `CLOSE`; None if
+            the result does not tell margins.
         interval: of the difference of the means, 95 %; None without cells.
     """
 
@@ -54,6 +66,7 @@ class Comparison:
     lost: int
     gained: int
     interval: Interval | None
+    close: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -77,6 +90,7 @@ def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
     mine = [pair for pair in pairs(result, cache) if _is_of(pair.baseline.cell, task)]
     tried = {o.cell for o in result.outcomes if o.cache == cache and _is_of(o.cell, task)}
     differences = [pair.difference for pair in mine]
+    close = [pair.close for pair in mine if pair.difference < 0]
     return Comparison(
         cache,
         task,
@@ -88,6 +102,7 @@ def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
         sum(difference < 0 for difference in differences),
         sum(difference > 0 for difference in differences),
         paired_interval(differences) if differences else None,
+        None if None in close else sum(map(bool, close)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pagedkv.bench.report import markdown_table
 from pagedkv.evaluation.heat_map import text_table
-from pagedkv.evaluation.retrieval_comparison import ALL, Comparison, compare, pairs
+from pagedkv.evaluation.retrieval_comparison import ALL, CLOSE, Comparison, compare, pairs
 from pagedkv.evaluation.retrieval_result import Outcome, RetrievalResult
 from pagedkv.evaluation.tasks import TASKS
 
@@ -12,7 +12,7 @@ MOST_LOST = 20
 """Lost cells that are shown with what was written."""
 
 _HEADINGS = tuple(
-    "cache,task,cells,in pages,baseline,score,difference,95 %,lost,gained".split(",")  # noqa: SIM905
+    "cache,task,cells,in pages,baseline,score,difference,95 %,lost,close,gained".split(",")  # noqa: SIM905
 )
 
 
@@ -22,9 +22,10 @@ def retrieval_report(result: RetrievalResult) -> str:
     parts = [
         f"A cell is one prompt; its score is 1 or 0, or the share of records that are right. "
         f"`{baseline}` is the baseline: lost and gained count the cells in which a cache scores "
-        f"less and more than it on the same prompt. The interval is a paired bootstrap of the "
-        f"difference of mean scores. `in pages` counts cells in which part of the text was in "
-        f"pages when the question came; in the others everything was 16 bit.",
+        f"less and more than it on the same prompt, close those lost where the baseline's own "
+        f"answer was ahead of another by less than {CLOSE} nats. The interval is a paired "
+        f"bootstrap of the difference of mean scores. `in pages` counts cells in which part of "
+        f"the text was in pages when the question came; in the others everything was 16 bit.",
         _comparisons(result),
         *(f"{c}: {note}." for c, note in zip(result.caches, result.notes, strict=False) if note),
         *(_heat_map(result, cache) for cache in result.caches),
@@ -53,7 +54,7 @@ def _row(comparison: Comparison) -> list[str]:
     shown = [comparison.cache, title, f"{comparison.cells}", f"{comparison.paged_cells}"]
     interval = comparison.interval
     if interval is None:
-        return [*shown, "-", "-", "-", "-", "-", "-"]
+        return [*shown, *"-------"]
     return [
         *shown,
         f"{comparison.baseline_score:.3f}",
@@ -61,6 +62,7 @@ def _row(comparison: Comparison) -> list[str]:
         f"{interval.mean:+.3f}",
         f"{interval.low:+.3f} to {interval.high:+.3f}",
         f"{comparison.lost}",
+        "-" if comparison.close is None else f"{comparison.close}",
         f"{comparison.gained}",
     ]
 
@@ -82,13 +84,17 @@ def _lost(result: RetrievalResult) -> str:
         [
             pair.other.cache,
             *_place(pair.other),
+            "-" if pair.baseline.margin is None else f"{pair.baseline.margin:.2f}",
             ", ".join(pair.other.answers),
             _code(pair.baseline.text),
             _code(pair.other.text),
         ]
         for pair in lost[:MOST_LOST]
     ]
-    headings = ("cache", "task", "tokens", "depth", "seed", "right", "baseline wrote", "it wrote")
+    headings = (
+        *("cache", "task", "tokens", "depth", "seed"),
+        *("margin", "right", "baseline wrote", "it wrote"),
+    )
     more = f"\n\nand {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
     return f"Lost:\n\n{markdown_table(headings, rows, range(len(headings)))}{more}"
 

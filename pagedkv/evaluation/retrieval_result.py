@@ -95,6 +95,8 @@ class Outcome:
         score: from 0 to 1; None if there was an error.
         seconds: that it took.
         error: why there is no score, else empty.
+        margin: how far the closest token that the score hangs on was ahead of the next one, in
+            nats; None for a score of 0, where there is none, and in results that do not tell.
     """
 
     cache: str
@@ -106,6 +108,7 @@ class Outcome:
     score: float | None
     seconds: float
     error: str = ""
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
