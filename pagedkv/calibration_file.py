@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import tempfile
@@ -46,8 +47,13 @@ class Calibration(Mapping[int, Treatment]):
     def __len__(self) -> int:
         return len(self.treatments)
 
-    def to_text(self) -> str:
-        """As a JSON document; matrices in base64, little-endian."""
+    @property
+    def digest(self) -> str:
+        """See `digest_of`."""
+        return digest_of(self)
+
+    def to_bytes(self) -> bytes:
+        """As a JSON document in UTF-8; matrices in base64, little-endian."""
         layers = [
             {
                 "layer": number,
@@ -58,7 +64,7 @@ class Calibration(Mapping[int, Treatment]):
             for number, treatment in sorted(self.items())
         ]
         document = {"format": FORMAT, "model": self.model, "tokens": self.tokens, "layers": layers}
-        return json.dumps(document) + "\n"
+        return (json.dumps(document) + "\n").encode()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file for `TierConfig.treatment`, complete or not at all.
@@ -69,12 +75,12 @@ class Calibration(Mapping[int, Treatment]):
         Raises:
             ConfigError: if the name ends otherwise, or the file cannot be written.
         """
-        target, text = require_name(path), self.to_text()
+        target, content = require_name(path), self.to_bytes()
         temporary = ""
         try:
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
             Path(temporary).replace(target)
         except OSError as e:
             if temporary:
@@ -89,27 +95,27 @@ class Calibration(Mapping[int, Treatment]):
             ConfigError: if there is no such file, or it is damaged or of another format.
         """
         try:
-            text = Path(path).expanduser().read_bytes()
+            content = Path(path).expanduser().read_bytes()
         except OSError as e:
             raise ConfigError(
                 f"cannot read the calibration {str(path)!r}: {e.strerror}; `pagedkv calibrate` "
                 f"makes one"
             ) from e
-        return cls.from_text(text, path)
+        return cls.from_bytes(content, path)
 
     @classmethod
-    def from_text(cls, text: bytes, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `to_text` gave.
+    def from_bytes(cls, content: bytes, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `to_bytes` gave.
 
         Args:
-            text: in UTF-8.
+            content: of a file.
             path: where it was, for errors.
 
         Raises:
             ConfigError: if it is damaged or of another format.
         """
         try:
-            saved = json.loads(text.decode())
+            saved = json.loads(content.decode())
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"{str(path)!r} is not a calibration: {e}") from e
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -152,6 +158,12 @@ class Calibration(Mapping[int, Treatment]):
                     f"{path!r} is damaged: layer {number} caches {_sizes(shapes[number])} (heads, "
                     f"key and value channels), and it has {_sizes(treatment.shape)}"
                 )
+
+
+def digest_of(treatments: Mapping[int, Treatment]) -> str:
+    """16 hex digits that name the matrices of all layers."""
+    text = " ".join(f"{number}:{treatments[number].digest}" for number in sorted(treatments))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def require_name(path: str | os.PathLike[str]) -> Path:

@@ -158,11 +158,15 @@ def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> 
         mine = Calibration(cache.context.fingerprint, 0, settled)
         if not store.checkpoints.wrote(TREATMENTS):
             _require_no_others(store, mine)
-        store.checkpoints.keep(TREATMENTS, mine.to_text().encode(), durable)
+        # Made only if they are others than before: an 8B model's are 33 MB.
+        store.checkpoints.keep(TREATMENTS, mine.digest, mine.to_bytes, durable)
     seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
-    if any(seen.values()):
-        with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
-            store.checkpoints.keep(UNDECIDED, json.dumps(seen).encode(), durable)
+    with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
+        if any(seen.values()):
+            text = json.dumps(seen)
+            store.checkpoints.keep(UNDECIDED, text, text.encode, durable)
+        elif not seen:
+            store.checkpoints.drop(UNDECIDED)
 
 
 def _require_no_others(store: SequenceStore, mine: Calibration) -> None:
@@ -176,7 +180,7 @@ def _require_no_others(store: SequenceStore, mine: Calibration) -> None:
         return
     path = store.checkpoints.directory / TREATMENTS
     try:
-        theirs = Calibration.from_text(content, path)
+        theirs = Calibration.from_bytes(content, path)
         problem = "are not ours" if any(mine.get(n, t) != t for n, t in theirs.items()) else ""
     except ConfigError as e:
         problem = f"cannot be read ({e})"
@@ -207,7 +211,7 @@ def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -
         return
     path = str(store.checkpoints.directory / TREATMENTS)
     try:
-        kept = Calibration.from_text(content, path)
+        kept = Calibration.from_bytes(content, path)
         kept.require(model, shapes, path)
     except ConfigError as e:
         # Not the end of it: each sequence says which matrices it needs, and is refused.

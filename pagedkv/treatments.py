@@ -12,7 +12,6 @@ how much queries make of a channel, less where a key channel is an outlier of it
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
 from pagedkv.balance import Turn, balanced_keys, turns_of
-from pagedkv.calibration_file import Calibration
+from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import TierConfig, names_file
 from pagedkv.covariances import FIRST, Covariances
 from pagedkv.tiers import Chooser, Treatment
@@ -122,8 +121,7 @@ def name_of(config: TierConfig, treatments: Mapping[int, Treatment], chosen_late
     """
     if not names_file(config.treatment):
         return config.treatment if treatments or chosen_later else ""
-    text = " ".join(f"{number}:{treatments[number].digest}" for number in sorted(treatments))
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if treatments else ""
+    return digest_of(treatments) if treatments else ""
 
 
 def choosers_for(

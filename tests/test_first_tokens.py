@@ -240,17 +240,23 @@ def kept_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_store_keeps_the_matrices_of_its_pages(model: Any, tmp_path: Path) -> None:
+def test_a_store_keeps_the_matrices_of_its_pages(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pagedkv.wrap(model, stored(tmp_path)) as cache:
         read(model, cache, 100)
         cache.flush()
         assert not list(tmp_path.rglob(TREATMENTS)), "nothing is decided"
+        assert list(tmp_path.rglob(UNDECIDED))
         read(model, cache, 500, seed=1)
         name = cache.flush().sequence
         mine, path = digests(cache), kept_file(tmp_path)
+        assert not list(tmp_path.rglob(UNDECIDED)), "all is decided"
         written = path.stat()
         read(model, cache, 400, seed=2)
-        cache.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(Calibration, "to_bytes", pytest.fail)  # they are there: not made again
+            cache.flush()
         assert (path.stat().st_ino, path.stat().st_size) == (written.st_ino, written.st_size)
         checkpoints = cache.context.pager.cold.budget.checkpoints
         assert checkpoints > path.stat().st_size
@@ -336,25 +342,33 @@ def test_a_file_beside_the_checkpoints(
         files, budget = cold.sequences.checkpoints, cold.budget
         before = budget.checkpoints
         assert files.kept("a.json") is None
-        files.keep("a.json", b"one", durable=False)
+
+        def keep(content: bytes, durable: bool = False) -> None:
+            files.keep("a.json", content.decode(), lambda: content, durable)
+
+        keep(b"one")
         assert (files.kept("a.json"), budget.checkpoints) == (b"one", before + 3)
         with pytest.raises(pagedkv.OutOfPagesError, match="no room"):
-            files.keep("a.json", bytes(10**9), durable=False)
+            keep(bytes(10**9))
 
         def fails(old: Path, new: Path) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(type(cold._disk), "rename", staticmethod(fails))
-            files.keep("a.json", b"one", durable=False)  # it is there
+            files.keep("a.json", "one", pytest.fail, durable=False)  # it is there: not made again
             for content, durable in ((b"three", False), (b"one", True)):
                 with pytest.raises(pagedkv.ColdStoreError, match="No space"):
-                    files.keep("a.json", content, durable)
+                    keep(content, durable)
         assert (files.kept("a.json"), budget.checkpoints) == (b"one", before + 3)
         assert [path.name for path in cold.directory.glob("a.json*")] == ["a.json"]
-        files.keep("a.json", b"three", durable=True)
-        files.keep("a.json", b"three", durable=False)
+        keep(b"three", durable=True)
+        keep(b"three")
         assert (files.kept("a.json"), budget.checkpoints) == (b"three", before + 5)
+        for _ in range(2):
+            files.drop("a.json")
+            assert (files.kept("a.json"), budget.checkpoints) == (None, before)
+        keep(b"three")
         (cold.directory / "a.json").chmod(0o644)
         with pytest.raises(pagedkv.UnsafeStoreError):
             files.kept("a.json")

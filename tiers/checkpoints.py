@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
@@ -102,7 +101,7 @@ class Checkpoints:
         self._committed: dict[str, _Committed] = {}
         self._doubtful: dict[str, list[Place]] = {}
         self._names_durable = False
-        self._kept: dict[str, tuple[bytes, bool]] = {}
+        self._kept: dict[str, tuple[str, bool]] = {}
         self.damaged: dict[str, CorruptStoreError] = {}
         with told(f"cannot open the store {directory}"):
             self._read_all()
@@ -272,31 +271,44 @@ class Checkpoints:
             self._files.budget.checkpoints -= old.summary.checkpoint_bytes
         self._files.let_go(self._doubtful.pop(sequence, ()))
 
-    def keep(self, name: str, content: bytes, durable: bool) -> None:
+    def keep(self, name: str, mark: str, content: Callable[[], bytes], durable: bool) -> None:
         """Put a file beside the checkpoints, in the place of the last one; they need it.
 
         Args:
             name: of the file.
-            content: of the file; nothing is written if it is there already.
+            mark: of its content: if what is there has the same, nothing is made or written.
+            content: makes it.
             durable: return only when a power failure cannot undo it.
 
         Raises:
             OutOfPagesError: if the disk budget does not hold it.
             ColdStoreError: if the disk fails.
         """
-        mark = sha256(content).digest(), durable
-        if self._kept.get(name) in (mark, (mark[0], True)):
+        if self._kept.get(name) in ((mark, durable), (mark, True)):
             return
-        budget, path = self._files.budget, self.directory / name
+        budget, path, made = self._files.budget, self.directory / name, content()
         with told(f"cannot write {path}"):
             before = self._size(path)
-            self._require_room(len(content))
+            self._require_room(len(made))
             self._kept.pop(name, None)
             try:
-                replace_file(self._disk, path, content, durable)
+                replace_file(self._disk, path, made, durable)
             finally:  # it may be in place though the disk failed
                 budget.checkpoints += self._size(path) - before
-        self._kept[name] = mark
+        self._kept[name] = mark, durable
+
+    def drop(self, name: str) -> None:
+        """Remove a file that `keep` wrote, now or before; nothing may need it any more.
+
+        Raises:
+            ColdStoreError: if the disk fails.
+        """
+        path = self.directory / name
+        with told(f"cannot remove {path}"):
+            if size := self._size(path):
+                remove_file(self._disk, path)
+                self._files.budget.checkpoints -= size
+        self._kept.pop(name, None)
 
     def wrote(self, name: str) -> bool:
         """Whether `keep` put a file there since the store was opened."""
