@@ -134,6 +134,25 @@ def balanced_keys(queries: Floats, keys: Floats, turns: Sequence[Turn]) -> tuple
     return q, np.stack([feedback_for(head) for head in weights])
 
 
+def balanced_values(values: Floats, outputs: Floats) -> tuple[Floats, Floats]:
+    """What sums of page values are multiplied with, and how errors are made up for.
+
+    Likewise: a token's channels share their scale, and err by the mean of their spreads.
+
+    Args:
+        values: second moments of their channels, ``[kv_heads, dim, dim]``.
+        outputs: products of what the output projection makes of them, likewise.
+
+    Returns:
+        O, with determinant 1; and the feedback. Both ``[kv_heads, dim, dim]``.
+
+    Raises:
+        ValueError: if numbers are not finite.
+    """
+    q, feedback = balanced_keys(outputs, values, [])
+    return q.swapaxes(1, 2), feedback
+
+
 def evened(weights: Floats) -> Floats:
     """A rotation after which all blocks of channels count alike.
 

@@ -24,7 +24,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.models import fingerprint, require_model, stock_maker
 from pagedkv.streams import inner_caches, streams
 from pagedkv.tiers import HotTokens, Treatment
-from pagedkv.treatments import balanced, measured, rope_of
+from pagedkv.treatments import balanced, output_products, rope_of
 
 LEAST = 256
 """Tokens of a text."""
@@ -72,12 +72,12 @@ def _treatment(stream: Stream, layer: Any, number: int) -> Treatment:
     seen, shape = stream.seen, stream.shape
     if not all(np.isfinite(x).all() for x in (seen.queries, seen.keys, seen.values)):
         raise ConfigError(f"layer {number}: queries, keys or values are not finite")
-    known = measured(layer, shape, seen, stream.query_heads)
+    outputs = None if layer is None else output_products(layer, shape, stream.query_heads)
     try:
         turns = turns_of(None if layer is None else rope_of(layer), shape.key_dim)
     except (TypeError, ValueError):
         turns = []  # what was read is long enough to show it
-    return balanced(known, seen, turns)
+    return balanced(shape, seen, turns, outputs)
 
 
 def _texts(tokens: Tokens) -> list[list[int]]:

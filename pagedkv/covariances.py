@@ -70,7 +70,7 @@ class Covariances:
             self.key_tokens += groups * GROUP_TOKENS
 
     def add_values(self, values: mx.array, position: int) -> None:
-        """Count values in, channel by channel.
+        """Count values in.
 
         Args:
             values: ``[1, kv_heads, tokens, value_dim]``.
@@ -78,7 +78,7 @@ class Covariances:
         """
         rows = values[0, :, max(0, FIRST - position) :].astype(mx.float32)
         if rows.shape[1]:
-            self._values = self._values + mx.square(rows).sum(axis=1)
+            self._values = self._values + rows.swapaxes(1, 2) @ rows
             self.value_tokens += int(rows.shape[1])
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +121,5 @@ class Covariances:
 
     @property
     def values(self) -> Floats:
-        """Root mean squares of value channels, ``[kv_heads, value_dim]``; never zero."""
-        means = np.array(self._values, np.float64) / max(1, self.value_tokens)
-        return np.asarray(np.sqrt(np.maximum(means, 1e-12)))
+        """Mean products of value channels, ``[kv_heads, value_dim, value_dim]``."""
+        return np.array(self._values, np.float64) / max(1, self.value_tokens)

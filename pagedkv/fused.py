@@ -27,7 +27,7 @@ from pagedkv.kernel_check import (
     seal_difference,
     works,
 )
-from pagedkv.kernels.compensate import MOST_CHANNELS, CompensateSpec, compensate
+from pagedkv.kernels.compensate import CompensateSpec, compensate
 from pagedkv.kernels.decode import (
     PRECISION_SHIFT,
     STAGED,
@@ -107,6 +107,9 @@ class _Table:
 
 _Launch = Callable[..., tuple[mx.array, mx.array | None]]
 """All splits and their merge: the output, and the counters for the next launch if it counts."""
+
+_Change = Callable[[mx.array], mx.array] | None
+"""What is done to page keys or values before they are rounded; None for nothing."""
 
 
 @dataclass(eq=False)
@@ -336,9 +339,9 @@ class FusedLayer:
         codec, arrays = pager.codecs[precision], (hot.keys, hot.values)
         if pager.treatment is not None:
             dtype = mx.float16 if precision.quantized else hot.keys.dtype
-            change = self._compensation(codec)
+            changes = self._compensation(codec, False), self._compensation(codec, True)
             arrays = _sealed_from(
-                pager.treatment, pager.page_tokens, hot, first, pages, dtype, change
+                pager.treatment, pager.page_tokens, hot, first, pages, dtype, changes
             )
             codec, first = codec.untreated, 0
         spec = _seal_spec(codec.geometry, arrays[0].dtype == mx.bfloat16)
@@ -348,18 +351,23 @@ class FusedLayer:
             return None
         return seal_pages(self._launcher, spec, arrays, first, pages)
 
-    def _compensation(self, codec: AffineCodec | Sixteen) -> Callable[[mx.array], mx.array] | None:
-        """What makes up for errors of keys before they are rounded; None for nothing."""
-        if not isinstance(codec, AffineCodec) or (feedback := codec.feedback) is None:
+    def _compensation(self, codec: AffineCodec | Sixteen, values: bool) -> _Change:
+        """What makes up for errors of page keys, or values, before they are rounded."""
+        if not isinstance(codec, AffineCodec):
             return None
-        spec = _compensate_spec(codec.geometry)
-        if codec.geometry.shape.key_dim > MOST_CHANNELS or not self._works(
+        feedback = codec.value_feedback if values else codec.feedback
+        if feedback is None:
+            return None
+        spec = _compensate_spec(codec.geometry, values)
+        if spec.fits and self._works(
             spec.text.name,
             lambda: compensate_difference(self._launcher, spec),
             COMPENSATE_TOLERANCE,
         ):
-            return lambda keys: codec.compensated(keys.swapaxes(2, 3)).swapaxes(2, 3)
-        return lambda keys: compensate(self._launcher, spec, keys, feedback)
+            return lambda numbers: compensate(self._launcher, spec, numbers, feedback)
+        if values:
+            return codec.compensated_values
+        return lambda keys: codec.compensated(keys.swapaxes(2, 3)).swapaxes(2, 3)
 
     def expand(
         self,
@@ -498,7 +506,7 @@ def _sealed_from(
     first: int,
     pages: int,
     dtype: mx.Dtype,
-    change: Callable[[mx.array], mx.array] | None = None,
+    changes: tuple[_Change, _Change] = (None, None),
 ) -> tuple[mx.array, mx.array]:
     """Hot keys and values as a treated layer's pages have them.
 
@@ -509,7 +517,7 @@ def _sealed_from(
         first: where the first page begins.
         pages: how many.
         dtype: of the result, 16 bit.
-        change: what else is done to page keys, ``[pages, kv_heads, tokens, key_dim]``.
+        changes: what else is done to page keys and values, ``[pages, kv_heads, tokens, dim]``.
 
     Returns:
         ``[1, kv_heads, pages * tokens, dim]``, twice.
@@ -523,9 +531,11 @@ def _sealed_from(
         return x.swapaxes(0, 1).reshape(1, x.shape[1], pages * tokens, x.shape[3])
 
     keys = to_16_bit(treatment.page_keys(split(hot.keys)), dtype)
-    if change is not None:
-        keys = change(keys)
-    return joined(keys), joined(to_16_bit(treatment.page_values(split(hot.values)), dtype))
+    values = to_16_bit(treatment.page_values(split(hot.values)), dtype)
+    change_keys, change_values = changes
+    keys = change_keys(keys) if change_keys else keys
+    values = change_values(values) if change_values else values
+    return joined(keys), joined(values)
 
 
 def _in_common(entries: tuple[TableEntry, ...], old: tuple[TableEntry, ...]) -> int:

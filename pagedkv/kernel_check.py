@@ -33,7 +33,7 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import AttentionSpec
 from pagedkv.tiers import AffineCodec, Sixteen
-from pagedkv.tiers.rounding import compensated, feedback_for, quantize
+from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for, quantize
 
 TOLERANCE = {mx.float16: 5e-3, mx.bfloat16: 3e-2}
 """Largest difference allowed, relative to the largest number: a few roundings to 16 bit."""
@@ -254,27 +254,33 @@ def seal_difference(launcher: Launcher, spec: SealSpec, codec: AffineCodec | Six
 
 
 def compensate_difference(launcher: Launcher, spec: CompensateSpec) -> float:
-    """How much more the kernel's keys err, as queries see it, than plain MLX's; not negative."""
-    shape, tokens = spec.geometry.shape, spec.geometry.tokens
-    bits, dim = spec.geometry.precision.key_bits, shape.key_dim
-    x = mx.random.normal((shape.kv_heads, 2 * dim, dim), key=mx.random.key(8))
+    """How much more the kernel's numbers err, as weights see it, than plain MLX's; not negative."""
+    geometry, dim, bits = spec.geometry, spec.dim, spec.bits
+    heads, tokens = geometry.shape.kv_heads, geometry.tokens
+    x = mx.random.normal((heads, 2 * dim, dim), key=mx.random.key(8))
     weights = (x.swapaxes(1, 2) @ x / x.shape[1]).astype(mx.float32)
     feedback = mx.array(
         np.stack([feedback_for(np.asarray(head, np.float64)) for head in weights]), mx.float16
     )
-    keys = mx.random.normal((1, shape.kv_heads, tokens, dim), key=mx.random.key(9))
-    keys = keys.astype(mx.float16)
-    across = keys.swapaxes(2, 3)
+    rows = mx.random.normal((1, heads, tokens, dim), key=mx.random.key(9)).astype(mx.float16)
+    group = geometry.value_group if spec.values else GROUP_TOKENS
 
     def cost(moved: mx.array) -> float:
-        codes, scales, biases = quantize(moved, GROUP_TOKENS, bits)
+        if not spec.values:
+            moved = moved.swapaxes(2, 3)
+        padded = mx.pad(moved, [(0, 0)] * 3 + [(0, -moved.shape[3] % group)])
+        codes, scales, biases = quantize(padded, group, bits)
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        said = mx.dequantize(codes, scales, biases, group_size=GROUP_TOKENS, bits=bits)
-        errors = (said - across.astype(mx.float32))[0]
-        return float(np.asarray((errors * (weights @ errors)).sum()))
+        said = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
+        said = said[..., : moved.shape[3]]
+        errors = ((said if spec.values else said.swapaxes(2, 3)) - rows.astype(mx.float32))[0]
+        return float(np.asarray((errors @ weights * errors).sum()))
 
-    ours = cost(compensate(launcher, spec, keys, feedback).swapaxes(2, 3))
-    theirs = cost(compensated(across, feedback, GROUP_TOKENS, bits))
+    ours = cost(compensate(launcher, spec, rows, feedback))
+    if spec.values:
+        theirs = cost(compensated_rows(rows, feedback, group, bits))
+    else:
+        theirs = cost(compensated(rows.swapaxes(2, 3), feedback, group, bits).swapaxes(2, 3))
     return max(0.0, ours / theirs - 1)
 
 

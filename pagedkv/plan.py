@@ -105,7 +105,8 @@ def plan(
     paged = any(any(pages.values()) for _, pages, _ in placed)
     scratch = min(budget.scratch_bytes, most.held(context) * shape.token_bytes())
     parts = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
-    feedback = parts[0] and config.treatment not in ROTATIONS
+    rotated = config.treatment in ROTATIONS
+    feedback = (parts[0] and not rotated, parts[1] and not rotated)
     return Plan(
         context=context,
         page_tokens=tokens,

@@ -182,12 +182,15 @@ def treatment(heads: int, key_dim: int, value_dim: int) -> Treatment:
 
 def with_feedback(known: page_treatment.Treatment) -> page_treatment.Treatment:
     """The same, where errors of channels are made up for by others."""
-    heads, dim = known.shape.kv_heads, known.shape.key_dim
-    x = np.random.default_rng(dim).standard_normal((heads, 2 * dim, dim))
-    feedback = np.stack([feedback_for(head.T @ head / len(head)) for head in x])
+
+    def feedback(dim: int) -> np.ndarray:
+        x = np.random.default_rng(dim).standard_normal((known.shape.kv_heads, 2 * dim, dim))
+        return np.stack([feedback_for(head.T @ head / len(head)) for head in x])
+
+    keys, values = feedback(known.shape.key_dim), feedback(known.shape.value_dim)
     queries, outputs = (np.asarray(m, np.float64) for m in (known.queries, known.outputs))
     return page_treatment.Treatment.of(
-        known.shape, queries, outputs, feedback, known.kind, known.reason
+        known.shape, queries, outputs, keys, known.kind, known.reason, values
     )
 
 

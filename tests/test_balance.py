@@ -12,7 +12,14 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from pagedkv import balance
 from pagedkv.balance import DOUBLINGS, STEP, averaged, balanced_keys, evened, turns_of
-from pagedkv.tiers.rounding import BLOCKS, blocks_of, compensated, feedback_for, quantize
+from pagedkv.tiers.rounding import (
+    BLOCKS,
+    blocks_of,
+    compensated,
+    compensated_rows,
+    feedback_for,
+    quantize,
+)
 from pagedkv.tiers.treatment import rotation_matrix
 
 LLAMA3 = {
@@ -209,6 +216,57 @@ def test_errors_are_made_up_for(bits: int, dim: int) -> None:
     np.testing.assert_array_equal(np.array(compensated(x[1:2], feedback, 64, bits)), moved[1:2])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 72, 96, 128])
+def test_errors_are_made_up_for_within_a_scale(bits: int, dim: int) -> None:
+    group = 64 if dim % 64 == 0 else 32
+    padding = -dim % group
+    rng = np.random.default_rng(dim + bits)
+    weights = covariances(5, 2, dim, spread=0.3)
+    feedback = mx.array(np.stack([feedback_for(head) for head in weights]), mx.float16)
+    x = mx.array(rng.standard_normal((3, 2, 128, dim)) + 0.5, mx.float16)
+    moved = compensated_rows(x, feedback, group, bits)
+    assert (moved.dtype, moved.shape) == (mx.float16, x.shape)
+
+    def rounded(numbers: Any) -> tuple[np.ndarray, ...]:
+        codes, scales, biases = quantize(
+            mx.pad(numbers, [(0, 0)] * 3 + [(0, padding)]), group, bits
+        )
+        wide = [part.astype(mx.float32) for part in (scales, biases)]
+        said = mx.dequantize(codes, *wide, group_size=group, bits=bits)[..., :dim]
+        return np.array(said, np.float64), np.array(scales), np.array(biases)
+
+    def cost(numbers: Any) -> float:
+        e = rounded(numbers)[0] - np.array(x, np.float64)
+        return float(np.einsum("phtc,hcd,phtd->", e, weights, e))
+
+    for mine, theirs in zip(rounded(moved)[1:], rounded(x)[1:], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert cost(moved) < (0.8 if bits == 2 else 0.65) * cost(x)
+    # Block by block, in float64.
+    size, true = -(-dim // BLOCKS), np.array(x, np.float64)
+    whole = np.pad(true, [(0, 0)] * 3 + [(0, padding)]).reshape(3, 2, 128, -1, group)
+    low, high = (
+        np.repeat(end(axis=-1), group, axis=-1)[..., :dim] for end in (whole.min, whole.max)
+    )
+    want = true.copy()
+    for start in range(size, dim, size):
+        part = slice(start, start + size)
+        errors = rounded(mx.array(want, mx.float16))[0][..., :start] - true[..., :start]
+        gains = np.array(feedback, np.float64)[:, part, :start].swapaxes(1, 2)
+        aim = np.clip(true[..., part] - errors @ gains, low[..., part], high[..., part])
+        at_end = (true[..., part] == low[..., part]) | (true[..., part] == high[..., part])
+        want[..., part] = np.where(at_end, true[..., part], aim)
+    np.testing.assert_array_equal(np.array(moved)[..., :size], np.array(x)[..., :size])
+    close = np.abs(np.array(moved, np.float64) - want) < 0.02
+    assert close.mean() > 0.97
+    np.testing.assert_array_equal(
+        np.array(compensated_rows(x[1:2], feedback, group, bits)), moved[1:2]
+    )
+
+
 def test_no_feedback_moves_nothing() -> None:
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 64, 64)), mx.float16)
-    assert mx.array_equal(compensated(x, mx.zeros((1, 64, 64), mx.float16), 64, 4), x).item()
+    zero = mx.zeros((1, 64, 64), mx.float16)
+    assert mx.array_equal(compensated(x, zero, 64, 4), x).item()
+    assert mx.array_equal(compensated_rows(x, zero, 64, 4), x).item()

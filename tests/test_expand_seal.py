@@ -16,7 +16,7 @@ from pagedkv.kernels.expand import ExpandSpec, expand_pages
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import SHARED_LIMIT
 from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.rounding import BLOCKS, compensated, feedback_for
+from pagedkv.tiers.rounding import BLOCKS, compensated, compensated_rows, feedback_for
 from tests.emulator import EmulatorError, HostLauncher
 from tests.reference import page_arrays
 from tests.test_kernels import plant
@@ -287,53 +287,76 @@ def test_seal_and_expand_are_inverse() -> None:
 
 @pytest.mark.parametrize("target", ["cuda", "metal"])
 @pytest.mark.parametrize(
-    ("shape", "page_tokens", "bits"),
-    [((2, 128, 64), 256, 4), ((1, 80, 64), 512, 3), ((2, 64, 64), 256, 2), ((1, 16, 8), 1024, 2)],
+    ("shape", "page_tokens", "precision", "values"),
+    [
+        ((2, 128, 64), 256, "K4V4", False),
+        ((1, 80, 64), 512, "K3V4", False),
+        ((2, 64, 64), 256, "K2V4", False),
+        ((1, 16, 8), 1024, "K2V4", False),
+        ((2, 64, 128), 256, "K4V4", True),
+        ((1, 64, 80), 512, "K4V3", True),
+        ((2, 64, 64), 256, "K4V2", True),
+        ((1, 16, 16), 1024, "K8V2", True),
+    ],
 )
 def test_compensate_equals_plain_mlx(
-    target: str, shape: tuple[int, int, int], page_tokens: int, bits: int
+    target: str, shape: tuple[int, int, int], page_tokens: int, precision: str, values: bool
 ) -> None:
     """But for numbers next to the border between two codes, and those that follow from them."""
-    geometry = PageGeometry(KVShape(*shape), page_tokens, Precision.parse(f"K{bits}V4"))
-    spec, launcher = CompensateSpec(geometry), HostLauncher(target=target)
-    heads, dim, _ = shape
+    geometry = PageGeometry(KVShape(*shape), page_tokens, Precision.parse(precision))
+    spec, launcher = CompensateSpec(geometry, values), HostLauncher(target=target)
+    heads, dim, bits = shape[0], spec.dim, spec.bits
     rng = np.random.default_rng(dim)
     x = rng.standard_normal((heads, 2 * dim, dim))
     feedback = mx.array(np.stack([feedback_for(h.T @ h / len(h)) for h in x]), mx.float16)
-    keys = numbers(1, 2, heads, page_tokens, dim)
-    keys[..., 3] = mx.array([-65504.0, 65504.0] * (page_tokens // 2))  # and what comes of those
-    got = compensate(launcher, spec, keys, feedback)
-    want = compensated(keys.swapaxes(2, 3), feedback, 64, bits).swapaxes(2, 3)
-    assert (got.dtype, got.shape) == (mx.float16, keys.shape)
-    a, b, plain = (np.array(x, np.float64) for x in (got, want, keys))
+    given = numbers(1, 2, heads, page_tokens, dim)
+    if values:
+        given[:, :, 7, 3:5] = mx.array([-65504.0, 65504.0])  # and what comes of those
+    else:
+        given[..., 3] = mx.array([-65504.0, 65504.0] * (page_tokens // 2))
+    got = compensate(launcher, spec, given, feedback)
+    if values:
+        want = compensated_rows(given, feedback, geometry.value_group, bits)
+    else:
+        want = compensated(given.swapaxes(2, 3), feedback, 64, bits).swapaxes(2, 3)
+    assert (got.dtype, got.shape) == (mx.float16, given.shape)
+    a, b, plain = (np.array(x, np.float64) for x in (got, want, given))
     size = dim // BLOCKS
     np.testing.assert_array_equal(a[..., :size], plain[..., :size])
     same = np.abs(a - b) <= 2e-3 * np.maximum(1, np.abs(b))
     assert same.mean() > 0.8
     assert (np.abs(a - plain)[..., size:] > 0).mean() > 0.8, "they are moved"
     assert compensate_difference(launcher, spec) < 0.02
-    alone = compensate(launcher, spec, keys[1:], feedback)
+    alone = compensate(launcher, spec, given[1:], feedback)
     assert mx.array_equal(alone, got[1:]).item(), "no page depends on another"
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("file", "right", "wrong"),
     [
-        ("plain[n] - moves", "plain[n] + moves"),
-        ("feedback + head *", "feedback + 0 *"),
-        ("(start + c) * ROW", "c * ROW"),
-        ("mask < 32", "mask < 16"),
-        ("* a.scale + a.bias - plain[n]", "* a.scale - plain[n]"),
-        ("(token + 32) * ROW;", "(token + 16) * ROW;"),
+        ("compensate", "plain[n] - move", "plain[n] + move"),
+        ("compensate", "feedback + head *", "feedback + 0 *"),
+        ("feedback", "(start + c) * ROW", "c * ROW"),
+        ("compensate", "mask < 32", "mask < 16"),
+        ("compensate", "* a.scale + a.bias - plain[n]", "* a.scale - plain[n]"),
+        ("compensate", "(token + 32) * ROW;", "(token + 16) * ROW;"),
+        ("compensate_rows", "within(plain - move", "within(plain + move"),
+        ("compensate_rows", "feedback + head *", "feedback + 0 *"),
+        ("compensate_rows", "(token + 32) * ROW;", "(token + 16) * ROW;"),
+        ("compensate_rows", "scale_of(second, g", "scale_of(first, g"),
+        ("compensate_rows", "i < start + GROUP", "i < start + GROUP / 2"),
+        ("compensate_rows", "plain == e.low || plain == e.high ? plain :", ""),
+        ("compensate_rows", "+ s.affine.bias - plain", "- plain"),
     ],
 )
 def test_compensate_is_watched(
-    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mistakes are found by the check that comes before its first use."""
-    plant(("compensate.h", right, wrong), tmp_path / "kernels", monkeypatch)
+    plant((f"{file}.h", right, wrong), tmp_path / "kernels", monkeypatch)
     geometry = PageGeometry(KVShape(2, 64, 64), 256, Precision.parse("K4V4"))
-    off = compensate_difference(HostLauncher(), CompensateSpec(geometry))
+    spec = CompensateSpec(geometry, file == "compensate_rows")
+    off = compensate_difference(HostLauncher(), spec)
     assert off > 2 * COMPENSATE_TOLERANCE
 
 

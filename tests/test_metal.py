@@ -94,6 +94,7 @@ def test_clang_finds_nothing(case: Case) -> None:
         ExpandSpec(geometries, case.shape, case.page_tokens, spec.query_bfloat, bfloat16).text,
         *(SealSpec(geometry, bfloat16).text for geometry in geometries),
         *(CompensateSpec(g).text for g in geometries if g.precision.key_bits < 8),
+        *(CompensateSpec(g, True).text for g in geometries if g.precision.value_bits < 8),
     ]
     for text in texts:
         assert complaints(text) == []

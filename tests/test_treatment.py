@@ -88,17 +88,24 @@ def test_a_treatment_in_words_and_as_json() -> None:
         words[2 * 64 * 64 :].reshape(2, 48, 48), np.array(treatment.outputs)
     )
     assert np.allclose(treatment.output_gain, np.abs(treatment.outputs).sum(axis=1).max(axis=1))
-    for other in (treatment, with_feedback(treatment), treatment.only(False, True)):
+    both = with_feedback(treatment)
+    of_before = json.dumps({k: v for k, v in treatment.describe().items() if k != "value_feedback"})
+    assert Treatment.restore(json.loads(of_before), np.asarray(treatment.words), treatment.shape)
+    for other in (treatment, both, both.only(True, False), both.only(False, True)):
         told = json.loads(json.dumps(other.describe()))
         again = Treatment.restore(told, np.asarray(other.all_words), other.shape)
         assert again == other
         assert hash(again) == hash(other)
         assert (again.parts, str(again)) == (other.parts, str(other))
-        assert (again.feedback is None) == (other.feedback is None)
+        for name in ("feedback", "value_feedback"):
+            mine, theirs = getattr(again, name), getattr(other, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or mx.array_equal(mine, theirs).item()
         for damaged in (
             {**told, "digest": "0" * 16},
             {**told, "parts": [True]},
             {**told, "feedback": not told["feedback"]},
+            {**told, "value_feedback": not told["value_feedback"]},
             {name: value for name, value in told.items() if name != "kind"},
         ):
             with pytest.raises(pagedkv.ConfigError, match="not the matrices"):

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.tiers.rounding import compensated, quantize, to_16_bit
+from pagedkv.tiers.rounding import compensated, compensated_rows, quantize, to_16_bit
 from pagedkv.tiers.treatment import LEAST_BITS, Treatment
 
 
@@ -234,8 +234,26 @@ class AffineCodec(_Layout):
         coarse = self.geometry.precision.key_bits < LEAST_BITS
         return self.treatment.feedback if self.treatment and coarse else None
 
-    def _value_arrays(self, values: mx.array) -> list[mx.array]:
+    def compensated_values(self, values: mx.array) -> mx.array:
+        """Page values as they are to be rounded: see `pagedkv.tiers.rounding.compensated_rows`.
+
+        Args:
+            values: float16 ``[pages, kv_heads, tokens, value_dim]``.
+        """
+        if self.value_feedback is None:
+            return values
         geometry = self.geometry
+        settings = geometry.value_group, geometry.precision.value_bits
+        return compensated_rows(values, self.value_feedback, *settings)
+
+    @property
+    def value_feedback(self) -> mx.array | None:
+        """By how much errors of values move other channels; None if they do not."""
+        coarse = self.geometry.precision.value_bits < LEAST_BITS
+        return self.treatment.value_feedback if self.treatment and coarse else None
+
+    def _value_arrays(self, values: mx.array) -> list[mx.array]:
+        geometry, values = self.geometry, self.compensated_values(values)
         extra = geometry.padded_value_dim - geometry.shape.value_dim
         if extra:
             values = mx.pad(values, [(0, 0)] * 3 + [(0, extra)])

@@ -54,6 +54,8 @@ class Treatment:
             ``[kv_heads, key_dim, key_dim]``, see `rounding.compensated`; None if they are not.
         kind: what is done, for people.
         reason: why it was chosen, for people.
+        value_feedback: likewise of values, ``[kv_heads, value_dim, value_dim]``, see
+            `rounding.compensated_rows`.
     """
 
     shape: KVShape
@@ -62,6 +64,7 @@ class Treatment:
     feedback: mx.array | None = None
     kind: str = ""
     reason: str = ""
+    value_feedback: mx.array | None = None
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class Treatment:
         feedback: Floats | None = None,
         kind: str = "",
         reason: str = "",
+        value_feedback: Floats | None = None,
     ) -> Treatment:
         """From matrices, which are rounded to float16.
 
@@ -82,6 +86,7 @@ class Treatment:
             feedback: see the class.
             kind: what is done, for people.
             reason: why it was chosen, for people.
+            value_feedback: see the class.
 
         Raises:
             ConfigError: if matrices have other sizes, or numbers that float16 does not hold.
@@ -92,9 +97,17 @@ class Treatment:
             _halves(outputs, heads, value_dim, "values"),
         )
         words = mx.array(_words(np.concatenate([q.ravel(), o.ravel()])))
-        errors = feedback if queries is not None else None
-        told = None if errors is None else mx.array(_halves(errors, heads, key_dim, "errors"))
-        return cls(shape, words, (queries is not None, outputs is not None), told, kind, reason)
+        gains = [
+            None
+            if part is None or errors is None
+            else mx.array(_halves(errors, heads, d, "errors"))
+            for part, errors, d in (
+                (queries, feedback, key_dim),
+                (outputs, value_feedback, value_dim),
+            )
+        ]
+        parts = queries is not None, outputs is not None
+        return cls(shape, words, parts, gains[0], kind, reason, gains[1])
 
     @classmethod
     def plain(cls, shape: KVShape, rotation: str, seed: int = 0) -> Treatment:
@@ -140,9 +153,11 @@ class Treatment:
         """The same for keys or values alone."""
         q = np.asarray(self.queries, np.float64) if keys and self.parts[0] else None
         o = np.asarray(self.outputs, np.float64) if values and self.parts[1] else None
-        told = self.feedback
-        feedback = None if told is None else np.asarray(told, np.float64)
-        return Treatment.of(self.shape, q, o, feedback, self.kind, self.reason)
+        gains = [
+            None if told is None else np.asarray(told, np.float64)
+            for told in (self.feedback, self.value_feedback)
+        ]
+        return Treatment.of(self.shape, q, o, gains[0], self.kind, self.reason, gains[1])
 
     def __str__(self) -> str:
         names = ("keys", "values")
@@ -166,11 +181,10 @@ class Treatment:
 
     @property
     def all_words(self) -> mx.array:
-        """`words`, and those of the feedback behind them: what a file keeps."""
-        if self.feedback is None:
-            return self.words
-        more = mx.array(_words(np.asarray(self.feedback).ravel()))
-        return mx.concatenate([self.words, more])
+        """`words`, and those of both feedbacks behind them: what a file keeps."""
+        gains = [x for x in (self.feedback, self.value_feedback) if x is not None]
+        more = [mx.array(_words(np.asarray(x).ravel())) for x in gains]
+        return mx.concatenate([self.words, *more])
 
     def describe(self) -> dict[str, Any]:
         """All but `all_words`, for JSON."""
@@ -178,6 +192,7 @@ class Treatment:
             "kind": self.kind,
             "parts": [*self.parts],
             "feedback": self.feedback is not None,
+            "value_feedback": self.value_feedback is not None,
             "digest": self.digest,
         }
 
@@ -199,25 +214,26 @@ class Treatment:
         try:
             keys, values = (bool(part) for part in told["parts"])
             words = np.ascontiguousarray(words)
-            heads, dim, first = shape.kv_heads, shape.key_dim, -(-_numbers(shape) // 2)
-            gains = heads * dim * dim if told["feedback"] else 0
-            if words.size != first + -(-gains // 2):
-                raise ValueError(
-                    f"{2 * words.size} numbers, and {shape} needs {_numbers(shape) + gains}"
-                )
+            heads, at = shape.kv_heads, -(-_numbers(shape) // 2)
+            # Those that older files tell nothing of have none of values.
+            dims = (
+                shape.key_dim if told["feedback"] else 0,
+                shape.value_dim if told.get("value_feedback", False) else 0,
+            )
+            sizes = [at, *(-(-heads * dim * dim // 2) for dim in dims)]
+            if words.size != sum(sizes):
+                raise ValueError(f"{2 * words.size} numbers, and {shape} needs {2 * sum(sizes)}")
             if not np.isfinite(words.view(np.float16)).all():
                 raise ValueError("numbers are not finite")
-            rest = (
-                words[first:].view(np.float16)[:gains].reshape(heads, dim, dim) if gains else None
-            )
-            found = cls(
-                shape,
-                mx.array(words[:first]),
-                (keys, values),
-                None if rest is None else mx.array(rest),
-                str(told["kind"]),
-                reason,
-            )
+            first, *rest = np.split(words, np.cumsum(sizes)[:-1])
+            gains = [
+                mx.array(part.view(np.float16)[: heads * dim * dim].reshape(heads, dim, dim))
+                if dim
+                else None
+                for part, dim in zip(rest, dims, strict=True)
+            ]
+            parts, kind = (keys, values), str(told["kind"])
+            found = cls(shape, mx.array(first), parts, gains[0], kind, reason, gains[1])
             if found.digest != told["digest"]:
                 raise ValueError(f"their digest is {found.digest}, not {told['digest']!r}")
         except (KeyError, TypeError, ValueError) as e:
@@ -247,7 +263,8 @@ class Treatment:
     @property
     def nbytes(self) -> int:
         """Bytes of memory: float32 A and B, float16 Q, O and feedback."""
-        return treatment_bytes(self.shape, self.feedback is not None)
+        gains = self.feedback is not None, self.value_feedback is not None
+        return treatment_bytes(self.shape, gains)
 
     @cached_property
     def keys(self) -> mx.array:
@@ -329,17 +346,18 @@ class Chooser(Protocol):
 
 def file_bytes(shape: KVShape) -> int:
     """Bytes of a layer's `Treatment.all_words` in base64, at most."""
-    return 3 * (_numbers(shape) + shape.kv_heads * shape.key_dim**2)
+    return 6 * _numbers(shape)
 
 
-def treatment_bytes(shape: KVShape, feedback: bool) -> int:
+def treatment_bytes(shape: KVShape, feedback: tuple[bool, bool]) -> int:
     """What a layer's treatment takes, of keys alone or values alone as well: matrices of both.
 
     Args:
         shape: of the layer.
-        feedback: whether errors of keys are made up for.
+        feedback: whether errors of keys, and of values, are made up for.
     """
-    return 6 * _numbers(shape) + 2 * shape.kv_heads * shape.key_dim**2 * feedback
+    gains = feedback[0] * shape.key_dim**2 + feedback[1] * shape.value_dim**2
+    return 6 * _numbers(shape) + 2 * shape.kv_heads * gains
 
 
 def _numbers(shape: KVShape) -> int:

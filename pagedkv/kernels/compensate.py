@@ -1,4 +1,4 @@
-"""Keys moved so that rounding makes up for errors of channels before, in one launch."""
+"""Keys or values moved so that rounding makes up for errors of channels before, in one launch."""
 
 from __future__ import annotations
 
@@ -22,56 +22,78 @@ class CompensateSpec:
     """What the kernel is specialized for.
 
     Attributes:
-        geometry: of the pages; key channels are a multiple of 16, up to `MOST_CHANNELS`, their bits
-            2, 3 or 4.
+        geometry: of the pages; channels are a multiple of 16, up to `MOST_CHANNELS`, their bits 2,
+            3 or 4.
+        values: whether it is for values, else for keys.
     """
 
     geometry: PageGeometry
+    values: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Channels."""
+        shape = self.geometry.shape
+        return shape.value_dim if self.values else shape.key_dim
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        precision = self.geometry.precision
+        return precision.value_bits if self.values else precision.key_bits
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel is made for so many channels."""
+        return self.dim % 16 == 0 and self.dim <= MOST_CHANNELS
 
     @cached_property
     def text(self) -> KernelText:
         """The kernel."""
-        geometry, shape = self.geometry, self.geometry.shape
         numbers = {
-            "HEADS": shape.kv_heads,
-            "KEY_DIM": shape.key_dim,
-            "PAGE_TOKENS": geometry.tokens,
-            "BLOCK": shape.key_dim // BLOCKS,
-            "KEY_BITS": geometry.precision.key_bits,
-            "KEY_TRIM": TRIMMED.get(geometry.precision.key_bits, 0),
+            "HEADS": self.geometry.shape.kv_heads,
+            "DIM": self.dim,
+            "PAGE_TOKENS": self.geometry.tokens,
+            "BLOCK": self.dim // BLOCKS,
+            "BITS": self.bits,
+            "TRIM": TRIMMED.get(self.bits, 0),
         }
+        if self.values:
+            numbers["GROUP"] = self.geometry.value_group
+        name = "compensate_rows" if self.values else "compensate"
         return specialize(
-            "compensate",
-            ("keys", "feedback"),
+            name,
+            ("numbers", "feedback"),
             ("moved",),
-            ("round.h", "compensate.h"),
+            ("round.h", "feedback.h", f"{name}.h"),
             [f"CONSTANT int {name} = {value};" for name, value in numbers.items()],
-            LANES * shape.key_dim,
+            LANES * self.dim,
         )
 
 
 def compensate(
-    launcher: Launcher, spec: CompensateSpec, keys: mx.array, feedback: mx.array
+    launcher: Launcher, spec: CompensateSpec, numbers: mx.array, feedback: mx.array
 ) -> mx.array:
     """Launch the kernel.
 
     Args:
         launcher: where.
         spec: of the kernel.
-        keys: as pages hold them, float16 ``[pages, kv_heads, tokens, key_dim]``.
-        feedback: float16 ``[kv_heads, key_dim, key_dim]``.
+        numbers: keys or values as pages hold them, float16 ``[pages, kv_heads, tokens, dim]``.
+        feedback: float16 ``[kv_heads, dim, dim]``.
 
     Returns:
-        float16, as `keys`: what `pagedkv.tiers.rounding.compensated` gives, but for numbers that
-        lie next to the border between two codes, and what follows from them.
+        float16, as `numbers`: what `pagedkv.tiers.rounding.compensated` gives (of values
+        `compensated_rows`), but for numbers that lie next to the border between two codes, and what
+        follows from them.
     """
     geometry = spec.geometry
     (moved,) = launcher.launch(
         spec.text,
-        [keys, feedback],
-        (keys.shape[0] * (geometry.tokens // GROUP_TOKENS), geometry.shape.kv_heads, 1),
+        [numbers, feedback],
+        (numbers.shape[0] * (geometry.tokens // GROUP_TOKENS), geometry.shape.kv_heads, 1),
         LANES,
-        [keys.shape],
+        [numbers.shape],
         [mx.float16],
     )
     return moved
