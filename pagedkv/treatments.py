@@ -133,7 +133,7 @@ def choosers_for(
     shapes: Mapping[int, KVShape],
     treatments: Mapping[int, Treatment],
 ) -> dict[int, Chooser]:
-    """Who decides on layers' keys when their first pages are sealed.
+    """Who decides on layers when their first pages are sealed.
 
     Args:
         model: with ``layers``.
@@ -145,7 +145,7 @@ def choosers_for(
         By layer number; where nobody does, `treatments` are final.
     """
     keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
-    if config.treatment != "auto" or not keys:
+    if config.treatment != "auto" or not (keys or values):
         return {}
     found: dict[int, Chooser] = {}
     for number, shape in shapes.items():
@@ -153,13 +153,14 @@ def choosers_for(
             continue
         layer = model.layers[number]
         with suppress(Exception):  # whatever an unknown layer raises, its weights decide
-            if rope_of(layer) is not None:  # else nobody knows what becomes of keys farther away
-                found[number] = FirstTokens(layer, shape, treatments.get(number), values)
+            # Without it nobody knows what becomes of keys farther away.
+            if rope_of(layer) is not None or not keys:
+                found[number] = FirstTokens(layer, shape, treatments.get(number), keys, values)
     return found
 
 
 class FirstTokens:
-    """Balances a layer's keys by the queries and keys of the first tokens that it reads.
+    """Balances a layer's keys and values by the first tokens that it reads.
 
     Nothing is gained by waiting for more: some hundred tokens of any text do nearly as well as all
     of this one (`docs/design.md`).
@@ -168,25 +169,29 @@ class FirstTokens:
         shape: of the layer.
     """
 
-    def __init__(self, layer: Any, shape: KVShape, known: Treatment | None, values: bool) -> None:
+    def __init__(
+        self, layer: Any, shape: KVShape, known: Treatment | None, keys: bool, values: bool
+    ) -> None:
         """Nothing is seen yet.
 
         Args:
             layer: of the model.
             shape: what it caches.
-            known: what its weights say: used for values, and for keys if too few queries are seen;
-                None if they say nothing.
-            values: whether values are to be treated.
+            known: what its weights say: used if too few tokens are seen; None if they say nothing.
+            keys: whether keys are to be treated.
+            values: whether values are.
         """
         self.shape = shape
         self._layer = weakref.ref(layer)  # caches that outlive their model do not keep it
-        self._known, self._values = known, values
+        self._known, self._keys, self._values = known, keys, values
         self._seen = Covariances()
         self._query_heads = 0
 
     def wants(self, tokens: int, position: int) -> bool:
         """See `Chooser.wants`. Where a prompt has shown enough, what follows is let pass."""
         seen = self._seen.query_tokens
+        if not self._keys:
+            return not self._query_heads  # to know how many there are
         return seen < ENOUGH if tokens > 1 else seen < LEAST and position % EVERY == 0
 
     def see(self, queries: mx.array, position: int) -> None:
@@ -212,16 +217,17 @@ class FirstTokens:
         """See `Chooser.choose`."""
         seen, known, layer = self._seen, self._known, self._layer()
         seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
-        if layer is None or min(seen.query_tokens, seen.key_tokens) < LEAST:
+        enough = min(seen.query_tokens, seen.key_tokens) if self._keys else seen.key_tokens
+        if layer is None or enough < LEAST or not self._query_heads:
             return known
         try:
-            turns = turns_of(rope_of(layer), self.shape.key_dim)
+            turns = turns_of(rope_of(layer), self.shape.key_dim) if self._keys else None
             outputs = None
             if self._values:
                 seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
                 outputs = output_products(layer, self.shape, self._query_heads)
             reason = known.reason if known else ""
-            return balanced(self.shape, seen, turns, outputs, self._values, reason)
+            return balanced(self.shape, seen, turns, self._values, outputs, reason)
         except Exception:  # numbers that are not finite, or whatever an unknown embedding raises
             return known
 
@@ -229,9 +235,9 @@ class FirstTokens:
 def balanced(
     shape: KVShape,
     seen: Covariances,
-    turns: Sequence[Turn],
+    turns: Sequence[Turn] | None,
+    values: bool,
     outputs: Floats | None,
-    values: bool = True,
     reason: str = "",
 ) -> Treatment:
     """Keys and values balanced by what was seen.
@@ -239,22 +245,25 @@ def balanced(
     Args:
         shape: of the layer.
         seen: queries, keys and values.
-        turns: by the layer's rotary embedding.
-        outputs: see `output_products`; None if they are not known.
+        turns: by the layer's rotary embedding; None to leave keys as they are.
         values: whether they are to be treated.
+        outputs: see `output_products`; None if they are not known.
         reason: what else is to be told.
 
     Raises:
         ValueError: if numbers are not finite, or float16 does not hold the matrices (ConfigError).
     """
-    queries, feedback = balanced_keys(seen.queries, seen.keys, turns)
-    o = gains = None
+    none: tuple[Floats | None, Floats | None] = (None, None)
+    q, key_gains = none if turns is None else balanced_keys(seen.queries, seen.keys, turns)
+    o, value_gains = none
     if values:
         unknown = np.broadcast_to(np.eye(shape.value_dim), seen.values.shape)
-        o, gains = balanced_values(seen.values, unknown if outputs is None else outputs)
-    told = f"keys balanced over {seen.query_tokens:,} tokens"
-    told = f"{told}; {reason}" if reason else told
-    return Treatment.of(shape, queries, o, feedback, "balanced and rotated", told, gains)
+        o, value_gains = balanced_values(seen.values, unknown if outputs is None else outputs)
+    what = f"keys balanced over {seen.query_tokens:,} tokens"
+    if turns is None:
+        what = f"balanced over {seen.value_tokens:,} tokens"
+    told = f"{what}; {reason}" if reason else what
+    return Treatment.of(shape, q, o, key_gains, "balanced and rotated", told, value_gains)
 
 
 def rope_of(layer: Any) -> Any:

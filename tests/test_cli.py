@@ -307,7 +307,7 @@ def test_plan_table_and_exit_code(capsys: Capture) -> None:
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["tier", "hot", "warm", "cold"]
     assert "17.2 GB" in out
     assert "tokens per second          at most 1/s" in out
-    assert "treatments 58.7 MB)" in out  # 32 layers, 8 heads, 128 x 128 for keys and values
+    assert "treatments 67.1 MB)" in out  # 32 layers, 8 heads, 128 x 128 for keys and values
 
 
 def test_plan_as_csv_is_one_row(capsys: Capture) -> None:

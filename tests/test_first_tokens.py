@@ -121,7 +121,7 @@ def test_only_auto_waits(model: Any, treatment: str) -> None:
     config = pagedkv.TierConfig(**SETTINGS, treatment=treatment)
     with pagedkv.wrap(model, config) as cache:
         assert not cache.context.pager.choosers
-    for kv, waits in (("K8V4", False), ("K4V8", True), ("K8V8:900,K3V8", True)):
+    for kv, waits in (("K8V8", False), ("K8V4", True), ("K4V8", True), ("K8V8:900,K3V8", True)):
         with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS, kv=kv)) as cache:
             assert bool(cache.context.pager.choosers) == waits
     pagedkv.unwrap(model)
@@ -162,6 +162,24 @@ def test_other_kinds_of_models(kind: str, seen: int) -> None:
         found = [p.treatment for p in held if p.treatment]
         assert sum(t.feedback is not None for t in found) == seen, [str(t) for t in found]
     pagedkv.unwrap(other)
+
+
+def test_values_alone_are_balanced_as_well(model: Any, tmp_path: Path) -> None:
+    config = stored(tmp_path, kv="K8V4")
+    with pagedkv.wrap(model, config) as cache:
+        read(model, cache, 600)
+        told = cache.stats().treatments
+        assert all(t.startswith("values balanced and rotated: balanced over 2") for t in told), told
+        found = [layer.treatment for layer in cache.paged_layers]
+        assert all(t.feedback is None and t.value_feedback is not None for t in found)
+        mine, want = digests(cache), read(model, cache, 3, seed=2)
+        cache.flush()
+    pagedkv.unwrap(model)
+    with pagedkv.resume(model, config) as cache:
+        assert digests(cache) == mine
+        cache.trim(3)
+        assert mx.array_equal(read(model, cache, 3, seed=2), want).item()
+    pagedkv.unwrap(model)
 
 
 def test_rows_of_a_batch_decide_together(model: Any) -> None:
