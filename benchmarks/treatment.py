@@ -36,7 +36,7 @@ from pagedkv.kernels.compensate import CompensateSpec, compensate
 from pagedkv.kernels.launch import DeviceLauncher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.models import wrapping_of
-from pagedkv.tiers.rounding import compensated, feedback_for
+from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for
 
 LAUNCHES, ROUNDS = 20, 15
 CHUNK = 2048
@@ -50,14 +50,17 @@ def check() -> Iterator[Row]:
     for dim in (16, 64, 80, 96, 128, 256):
         for bits in (4, 3, 2):
             geometry = PageGeometry(KVShape(2, dim, dim), 256, Precision.parse(f"K{bits}V{bits}"))
-            off = compensate_difference(launcher, CompensateSpec(geometry))
-            yield {"part": "check", "dim": dim, "bits": bits, "more_error": off}
+            for what in ("keys", "values"):
+                spec = CompensateSpec(geometry, what == "values")
+                off = compensate_difference(launcher, spec)
+                yield {"part": "check", "of": what, "dim": dim, "bits": bits, "more_error": off}
 
 
 def seal(heads: int = 8, dim: int = 128, tokens: int = 256) -> Iterator[Row]:
     launcher = DeviceLauncher()
     geometry = PageGeometry(KVShape(heads, dim, dim), tokens, Precision.parse("K4V4"))
-    spec, sealing = CompensateSpec(geometry), SealSpec(geometry, False)
+    spec, rows = CompensateSpec(geometry), CompensateSpec(geometry, True)
+    sealing = SealSpec(geometry, False)
     x = np.random.default_rng(0).standard_normal((heads, 2 * dim, dim))
     feedback = mx.array(np.stack([feedback_for(h.T @ h / len(h)) for h in x]), mx.float16)
     for pages in (1, 8):
@@ -67,7 +70,9 @@ def seal(heads: int = 8, dim: int = 128, tokens: int = 256) -> Iterator[Row]:
         ways: dict[str, Callable[[], mx.array]] = {
             "seal": lambda: seal_pages(launcher, sealing, (flat, flat), 0, pages),  # noqa: B023
             "kernel": lambda: compensate(launcher, spec, keys, feedback),  # noqa: B023
+            "kernel, values": lambda: compensate(launcher, rows, keys, feedback),  # noqa: B023
             "compiled MLX": lambda: compensated(keys.swapaxes(2, 3), feedback, 64, 4),  # noqa: B023
+            "compiled MLX, values": lambda: compensated_rows(keys, feedback, 64, 4),  # noqa: B023
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(ROUNDS + 3):
