@@ -195,4 +195,5 @@ def _shrunk(covariances: Floats, part: float) -> Floats:
     diagonal = np.einsum("...ii->...i", covariances)
     # A channel that nobody asks for, or that is always the same, keeps a little.
     diagonal = np.maximum(diagonal, LEAST_EIGENVALUE * diagonal.mean(axis=-1, keepdims=True))
+    diagonal = np.where(diagonal > 0, diagonal, 1.0)  # a head of zeros, or that nobody asks
     return np.asarray(covariances + part * diagonal[..., None] * np.eye(covariances.shape[-1]))

@@ -77,7 +77,10 @@ def _treatment(stream: Stream, layer: Any, number: int) -> Treatment:
         turns = turns_of(None if layer is None else rope_of(layer), shape.key_dim)
     except (TypeError, ValueError):
         turns = []  # what was read is long enough to show it
-    return balanced(shape, seen, turns, True, outputs)
+    try:
+        return balanced(shape, seen, turns, outputs=outputs)
+    except ValueError as e:
+        raise ConfigError(f"layer {number} cannot be calibrated: {e}") from e
 
 
 def _texts(tokens: Tokens) -> list[list[int]]:

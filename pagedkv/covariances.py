@@ -14,6 +14,9 @@ from pagedkv.allocator.precision import GROUP_TOKENS
 FIRST = 64
 """Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
 
+LEAST_SPREAD = 0.01
+"""Of key channels within groups, as a part of their root mean square."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -66,7 +69,10 @@ class Covariances:
             parts = keys[:, : groups * GROUP_TOKENS].astype(mx.float32)
             parts = parts.reshape(heads, groups, GROUP_TOKENS, dim)
             rows = (parts - parts.mean(axis=2, keepdims=True)).reshape(heads, -1, dim)
-            self._keys = self._keys + rows.swapaxes(1, 2) @ rows
+            # Pages hold what is constant, too, in 16 bit: a channel counts as no quieter than that.
+            least = LEAST_SPREAD**2 * mx.square(parts).sum(axis=(1, 2))
+            more = mx.maximum(least - mx.square(rows).sum(axis=1), 0)
+            self._keys = self._keys + rows.swapaxes(1, 2) @ rows + more[..., None] * mx.eye(dim)
             self.key_tokens += groups * GROUP_TOKENS
 
     def add_values(self, values: mx.array, position: int) -> None:

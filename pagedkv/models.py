@@ -149,8 +149,9 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         pager = wrapping.pager
         shapes = _plain_layers(kinds, wrapping.probes)
         pager.treatments = choose_treatments(model, config, shapes, name)
-        pager.choosers = choosers_for(model, config, shapes, pager.treatments)
-        told = name_of(config, pager.treatments, bool(pager.choosers))
+        choosers = choosers_for(model, config, shapes, pager.treatments)
+        pager.choosers = {**choosers}
+        told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
         pager.identity = config.store_identity(name, len(pageable), told)
         if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
             sequences.settle_treatments(pager, name, shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import time
 import warnings
@@ -163,8 +164,9 @@ def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> 
     seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
     with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
         if any(seen.values()):
-            text = json.dumps(seen)
-            store.checkpoints.keep(UNDECIDED, text, text.encode, durable)
+            content = json.dumps(seen).encode()
+            mark = hashlib.sha256(content).hexdigest()
+            store.checkpoints.keep(UNDECIDED, mark, lambda: content, durable)
         elif not seen:
             store.checkpoints.drop(UNDECIDED)
 

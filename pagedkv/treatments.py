@@ -27,7 +27,7 @@ from pagedkv.balance import Turn, balanced_keys, balanced_values, turns_of
 from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import TierConfig, names_file
 from pagedkv.covariances import FIRST, Covariances
-from pagedkv.tiers import Chooser, Treatment
+from pagedkv.tiers import Treatment
 from pagedkv.tiers.treatment import random_signs, treated_parts
 
 SAMPLES = 64
@@ -38,6 +38,10 @@ LEAST, ENOUGH = 128, 2048
 
 OUTPUT_SAMPLES = 256
 """Random outputs per layer, for products of value channels: more gain 3 % at most."""
+
+QUIETEST, QUIETEST_KEY = 1 / 4, 1 / 32
+"""What a value or key channel spreads at least, as a part of what the weights let expect beside
+others. Of keys less: what the weights take for spread may be constant within groups."""
 
 EVERY = 4
 """Of tokens that are generated, the query of one in so many is looked at."""
@@ -132,7 +136,7 @@ def choosers_for(
     config: TierConfig,
     shapes: Mapping[int, KVShape],
     treatments: Mapping[int, Treatment],
-) -> dict[int, Chooser]:
+) -> dict[int, FirstTokens]:
     """Who decides on layers when their first pages are sealed.
 
     Args:
@@ -147,14 +151,14 @@ def choosers_for(
     keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
     if config.treatment != "auto" or not (keys or values):
         return {}
-    found: dict[int, Chooser] = {}
+    found: dict[int, FirstTokens] = {}
     for number, shape in shapes.items():
         if number >= len(model.layers):  # a model that goes through its layers several times
             continue
         layer = model.layers[number]
         with suppress(Exception):  # whatever an unknown layer raises, its weights decide
             # Without it nobody knows what becomes of keys farther away.
-            if rope_of(layer) is not None or not keys:
+            if rope_of(layer) is not None or not (keys or _is_latent(layer)):
                 found[number] = FirstTokens(layer, shape, treatments.get(number), keys, values)
     return found
 
@@ -167,6 +171,7 @@ class FirstTokens:
 
     Attributes:
         shape: of the layer.
+        keys: whether keys are to be treated.
     """
 
     def __init__(
@@ -183,19 +188,22 @@ class FirstTokens:
         """
         self.shape = shape
         self._layer = weakref.ref(layer)  # caches that outlive their model do not keep it
-        self._known, self._keys, self._values = known, keys, values
+        self.keys, self._known, self._values = keys, known, values
         self._seen = Covariances()
         self._query_heads = 0
 
     def wants(self, tokens: int, position: int) -> bool:
         """See `Chooser.wants`. Where a prompt has shown enough, what follows is let pass."""
         seen = self._seen.query_tokens
-        if not self._keys:
-            return not self._query_heads  # to know how many there are
+        if not self.keys:
+            return not self._query_heads  # how many there are is all that is asked
         return seen < ENOUGH if tokens > 1 else seen < LEAST and position % EVERY == 0
 
     def see(self, queries: mx.array, position: int) -> None:
         """See `Chooser.see`."""
+        if not self.keys:
+            self._query_heads = int(queries.shape[1])
+            return
         # Of a single token: started when the next is noted, for the graph of a step stays one.
         mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
         self._query_heads = int(queries.shape[1])
@@ -205,29 +213,36 @@ class FirstTokens:
 
     def told(self) -> dict[str, Any] | None:
         """See `Chooser.told`."""
+        if not self.keys:
+            return {"query_heads": self._query_heads} if self._query_heads else None
         return self._seen.to_dict() if self._seen.query_tokens else None
 
     def recall(self, told: dict[str, Any]) -> None:
         """See `Chooser.recall`."""
-        heads = self.shape.kv_heads
+        heads, dim = self.shape.kv_heads, self.shape.key_dim
         with suppress(KeyError, TypeError, ValueError, OverflowError):
-            self._query_heads = heads * self._seen.recall(told, heads, self.shape.key_dim)
+            if self.keys:
+                self._query_heads = heads * self._seen.recall(told, heads, dim)
+            elif int(told["query_heads"]) > 0 == int(told["query_heads"]) % heads:
+                self._query_heads = int(told["query_heads"])
 
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """See `Chooser.choose`."""
         seen, known, layer = self._seen, self._known, self._layer()
         seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
-        enough = min(seen.query_tokens, seen.key_tokens) if self._keys else seen.key_tokens
+        enough = min(seen.query_tokens, seen.key_tokens) if self.keys else seen.key_tokens
         if layer is None or enough < LEAST or not self._query_heads:
             return known
         try:
-            turns = turns_of(rope_of(layer), self.shape.key_dim) if self._keys else None
-            outputs = None
+            turns = turns_of(rope_of(layer), self.shape.key_dim) if self.keys else None
+            outputs = spread = None
+            with suppress(Exception):  # whatever an unknown layer raises
+                spread = measure_spread(layer, self.shape)
             if self._values:
                 seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
                 outputs = output_products(layer, self.shape, self._query_heads)
             reason = known.reason if known else ""
-            return balanced(self.shape, seen, turns, self._values, outputs, reason)
+            return balanced(self.shape, seen, turns, self._values, outputs, spread, reason)
         except Exception:  # numbers that are not finite, or whatever an unknown embedding raises
             return known
 
@@ -236,8 +251,9 @@ def balanced(
     shape: KVShape,
     seen: Covariances,
     turns: Sequence[Turn] | None,
-    values: bool,
-    outputs: Floats | None,
+    values: bool = True,
+    outputs: Floats | None = None,
+    spread: Spread | None = None,
     reason: str = "",
 ) -> Treatment:
     """Keys and values balanced by what was seen.
@@ -248,22 +264,47 @@ def balanced(
         turns: by the layer's rotary embedding; None to leave keys as they are.
         values: whether they are to be treated.
         outputs: see `output_products`; None if they are not known.
+        spread: what the weights say; None if they say nothing.
         reason: what else is to be told.
 
     Raises:
         ValueError: if numbers are not finite, or float16 does not hold the matrices (ConfigError).
     """
-    none: tuple[Floats | None, Floats | None] = (None, None)
-    q, key_gains = none if turns is None else balanced_keys(seen.queries, seen.keys, turns)
-    o, value_gains = none
+    q = key_gains = o = value_gains = None
+    if turns is not None:
+        keys = seen.keys
+        if spread is not None:
+            keys = _not_quieter(keys, spread.keys, QUIETEST_KEY)
+        q, key_gains = balanced_keys(seen.queries, keys, turns)
     if values:
-        unknown = np.broadcast_to(np.eye(shape.value_dim), seen.values.shape)
-        o, value_gains = balanced_values(seen.values, unknown if outputs is None else outputs)
+        moments = seen.values
+        if spread is not None:
+            moments = _not_quieter(moments, spread.values, QUIETEST)
+        unknown = np.broadcast_to(np.eye(shape.value_dim), moments.shape)
+        o, value_gains = balanced_values(moments, unknown if outputs is None else outputs)
     what = f"keys balanced over {seen.query_tokens:,} tokens"
     if turns is None:
         what = f"balanced over {seen.value_tokens:,} tokens"
     told = f"{what}; {reason}" if reason else what
     return Treatment.of(shape, q, o, key_gains, "balanced and rotated", told, value_gains)
+
+
+def _not_quieter(moments: Floats, expected: Floats, part: float) -> Floats:
+    """Second moments of channels, none much less than the weights let expect.
+
+    All that is to come is treated alike: a channel that happens to be silent in the first tokens
+    would drown all others when it speaks.
+
+    Args:
+        moments: seen, ``[kv_heads, dim, dim]``.
+        expected: root mean squares, ``[kv_heads, dim]``, up to a factor of each head.
+        part: of that, which is the least.
+    """
+    diagonal = np.einsum("hii->hi", moments)
+    size = np.median(diagonal / np.square(expected), axis=1, keepdims=True)
+    least = size * np.square(part * expected)
+    more = np.maximum(least - diagonal, 0)
+    return np.asarray(moments + more[..., None] * np.eye(moments.shape[-1]))
 
 
 def rope_of(layer: Any) -> Any:
@@ -273,6 +314,11 @@ def rope_of(layer: Any) -> Any:
     """
     attention = next((m for m in layer.children().values() if hasattr(m, "rope")), None)
     return None if hasattr(attention, "qk_rope_head_dim") else getattr(attention, "rope", None)
+
+
+def _is_latent(layer: Any) -> bool:
+    """Whether attention computes keys and values from what is cached, in a way of its own."""
+    return any(hasattr(m, "qk_rope_head_dim") for m in layer.children().values())
 
 
 def _from_weights(model: Any, number: int, shape: KVShape) -> Treatment | None:
@@ -352,18 +398,13 @@ def output_products(layer: Any, shape: KVShape, query_heads: int) -> Floats | No
         projection of the usual names, or it has another size.
     """
     modules = layer.children().values()
-    found = (getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name))
-    projection = next(found, None)
-    if projection is None:
-        return None
-    try:
-        rows = _output_rows(projection, shape, query_heads, mx.float32, OUTPUT_SAMPLES)
-        heads = rows.reshape(OUTPUT_SAMPLES, shape.kv_heads, -1, shape.value_dim)
-        heads = heads.transpose(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.value_dim)
-        products = np.array(heads.swapaxes(1, 2) @ heads / heads.shape[1], np.float64)
-    except Exception:  # whatever an unknown layer raises, it only says nothing
-        return None
-    return products
+    for projection in [getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name)]:
+        with suppress(Exception):  # of another size, or whatever an unknown layer raises
+            rows = _output_rows(projection, shape, query_heads, mx.float32, OUTPUT_SAMPLES)
+            heads = rows.reshape(OUTPUT_SAMPLES, shape.kv_heads, -1, shape.value_dim)
+            heads = heads.transpose(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.value_dim)
+            return np.array(heads.swapaxes(1, 2) @ heads / heads.shape[1], np.float64)
+    return None
 
 
 def _outputs(projection: Any, shape: KVShape, query_heads: int, dtype: mx.Dtype) -> Floats:

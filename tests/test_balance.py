@@ -10,8 +10,11 @@ import pytest
 from mlx import nn
 from mlx_lm.models.rope_utils import initialize_rope
 
-from pagedkv import balance
+from pagedkv import KVShape, Precision, balance
 from pagedkv.balance import DOUBLINGS, STEP, averaged, balanced_keys, evened, turns_of
+from pagedkv.covariances import Covariances
+from pagedkv.tiers import Treatment
+from pagedkv.tiers.codec import codec_for
 from pagedkv.tiers.rounding import (
     BLOCKS,
     blocks_of,
@@ -21,6 +24,7 @@ from pagedkv.tiers.rounding import (
     quantize,
 )
 from pagedkv.tiers.treatment import rotation_matrix
+from pagedkv.treatments import Spread, balanced
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -157,6 +161,55 @@ def test_channels_that_nobody_asks_for() -> None:
     assert np.isfinite(feedback.astype(np.float16)).all()
     with pytest.raises(ValueError, match="not finite"):
         balanced_keys(queries * np.nan, keys, [])
+
+
+# What the first tokens do not show
+
+
+def page_error(treatment: Treatment, precision: str, asked: np.ndarray, x: np.ndarray) -> float:
+    """Error of keys or values ``[heads, tokens, dim]`` from pages, as it is asked for, of 1."""
+    codec = codec_for(treatment.shape, 256, Precision.parse(precision), mx.float16, treatment)
+    given = mx.array(x[:, :256], mx.float16)
+    records = codec.encode(given, given)
+    if treatment.parts[0]:
+        said = codec.keys(records, mx.float32)[0].swapaxes(1, 2)
+    else:
+        said = codec.values(records, mx.float32)[0]
+    errors = asked @ (np.array(said, np.float64) - np.array(given, np.float64)).swapaxes(1, 2)
+    whole = asked @ (x[:, :256] - x[:, :256].mean(axis=1, keepdims=True)).swapaxes(1, 2)
+    return float(np.sqrt(np.square(errors).mean() / np.square(whole).mean()))
+
+
+@pytest.mark.parametrize("precision", ["K4V8", "fp16"])
+@pytest.mark.parametrize("spread", [0.0, 1e-3])
+def test_a_channel_that_is_all_but_constant_drowns_nobody(precision: str, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    keys, queries = rng.standard_normal((2, 2, 576, 64))
+    keys[..., 9] = 5 + spread * keys[..., 9]
+    seen = Covariances()
+    seen.add_keys(mx.array(keys[None], mx.float32), 64)
+    seen.add_queries(mx.array(queries[None], mx.float32), 2, 64)
+    treatment = balanced(KVShape(2, 64, 64), seen, [], values=False)
+    assert page_error(treatment, precision, queries, keys) < (0.15 if precision == "K4V8" else 0.02)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("silent", [0.0, 1e-3, 0.1])
+def test_a_channel_that_is_silent_at_first_drowns_nobody_later(keys: bool, silent: float) -> None:
+    rng = np.random.default_rng(1)
+    x, asked = rng.standard_normal((2, 2, 832, 64))
+    seen, first = Covariances(), x[:, :576].copy()
+    first[..., 9] *= silent
+    given = mx.array(first[None], mx.float32)
+    seen.add_keys(given, 64)
+    seen.add_values(given, 64)
+    seen.add_queries(mx.array(asked[None], mx.float32), 2, 64)
+    alike = np.ones((2, 64))
+    expected = Spread(alike, alike, alike, alike)
+    turns = [] if keys else None
+    treatment = balanced(KVShape(2, 64, 64), seen, turns, not keys, None, expected)
+    precision = "K4V8" if keys else "K8V4"
+    assert page_error(treatment, precision, asked, x[:, 576:]) < (0.4 if keys else 0.15)
 
 
 # Errors that other channels make up for

@@ -86,6 +86,21 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     assert np.sqrt(np.square((outputs - want) / scale).mean()) < 0.06
 
 
+@pytest.mark.parametrize("silent", ["o_proj", "v_proj", "a head"])
+def test_layers_that_say_nothing(silent: str) -> None:
+    made = lively(tiny_llama(dim=256))
+    attention = made.layers[0].self_attn
+    part = slice(0, 64) if silent == "a head" else slice(None)
+    projection = attention.o_proj if silent == "o_proj" else attention.v_proj
+    projection.weight[part] = 0
+    found = pagedkv.calibrate(made, ids())
+    assert all(t.feedback is not None and t.parts == (True, True) for t in found.values())
+    with pagedkv.wrap(made, pagedkv.TierConfig(**SETTINGS)) as cache:
+        mx.eval(made(random_tokens(600), cache=cache))
+        assert all("keys balanced" in told for told in cache.stats().treatments)
+    pagedkv.unwrap(made)
+
+
 def test_several_texts_count_alike(model: Any) -> None:
     first, second = (ids(256, seed).tolist() for seed in (1, 2))
     both = measure(model, [first, second], lambda done, total: None)[1].seen

@@ -239,7 +239,7 @@ def _margin(example: Example, texts: Sequence[str], gaps: Sequence[float]) -> fl
     if not scores[-1]:
         return None
     needed = next(n for n in range(len(scores)) if len(set(scores[n:])) == 1)
-    return min(gaps[:needed])
+    return min(gaps[:needed], default=None)
 
 
 def _end_tokens(tokenizer: Any) -> set[int]:
