@@ -6,9 +6,9 @@ keys of Qwen2.5, by their biases). So channels are balanced first. How is decide
 first page is to be sealed, from the queries and keys of the tokens until then (`FirstTokens`).
 
 What is known before that is what the weights say: random signs are put through the layer's norm and
-projections. Where queries cannot be seen, or too few tokens, channels are scaled by it: values by the
-square root of what the output projection makes of them over their spread, keys by the square root
-of how much queries make of a channel, less where a key channel is an outlier of its own.
+projections. Where queries cannot be seen, or too few tokens, channels are scaled by it: values by
+the square root of what the output projection makes of them over their spread, keys by the square
+root of how much queries make of a channel, less where a key channel is an outlier of its own.
 """
 
 from __future__ import annotations
