@@ -24,7 +24,7 @@ from pagedkv.errors import ConfigError
 from pagedkv.models import fingerprint, require_model, stock_maker
 from pagedkv.streams import inner_caches, streams
 from pagedkv.tiers import HotTokens, Treatment
-from pagedkv.treatments import balanced, output_products, rope_of
+from pagedkv.treatments import LayerWeights, balanced, rope_of
 
 LEAST = 256
 """Tokens of a text."""
@@ -72,13 +72,13 @@ def _treatment(stream: Stream, layer: Any, number: int) -> Treatment:
     seen, shape = stream.seen, stream.shape
     if not all(np.isfinite(x).all() for x in (seen.queries, seen.keys, seen.values)):
         raise ConfigError(f"layer {number}: queries, keys or values are not finite")
-    outputs = None if layer is None else output_products(layer, shape, stream.query_heads)
+    weights = LayerWeights.of(layer, shape, stream.query_heads)
     try:
         turns = turns_of(None if layer is None else rope_of(layer), shape.key_dim)
     except (TypeError, ValueError):
         turns = []  # what was read is long enough to show it
     try:
-        return balanced(shape, seen, turns, outputs=outputs)
+        return balanced(shape, seen, turns, weights)
     except ValueError as e:
         raise ConfigError(f"layer {number} cannot be calibrated: {e}") from e
 

@@ -81,6 +81,29 @@ class Spread:
         return float((self.keys / np.median(self.keys, axis=1, keepdims=True)).max())
 
 
+@dataclass(frozen=True)
+class LayerWeights:
+    """What is known of a layer without reading anything.
+
+    Attributes:
+        outputs: see `output_products`; None if they are not known.
+        spread: see `measure_spread`; None if it is not known.
+    """
+
+    outputs: Floats | None = None
+    spread: Spread | None = None
+
+    @classmethod
+    def of(cls, layer: Any, shape: KVShape, query_heads: int) -> LayerWeights:
+        """Of a layer of the model, which caches `shape`; None if nobody knows which layer."""
+        if layer is None:
+            return cls()
+        spread = None
+        with suppress(Exception):  # whatever an unknown layer raises
+            spread = measure_spread(layer, shape)
+        return cls(output_products(layer, shape, query_heads), spread)
+
+
 def choose_treatments(
     model: Any, config: TierConfig, shapes: Mapping[int, KVShape], fingerprint: str = ""
 ) -> dict[int, Treatment]:
@@ -224,8 +247,9 @@ class FirstTokens:
         with suppress(KeyError, TypeError, ValueError, OverflowError):
             if self.keys:
                 self._query_heads = heads * self._seen.recall(told, heads, dim)
-            elif int(told["query_heads"]) > 0 == int(told["query_heads"]) % heads:
-                self._query_heads = int(told["query_heads"])
+            else:
+                count = int(told["query_heads"])
+                self._query_heads = count if count > 0 and count % heads == 0 else 0
 
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """See `Chooser.choose`."""
@@ -236,14 +260,11 @@ class FirstTokens:
             return known
         try:
             turns = turns_of(rope_of(layer), self.shape.key_dim) if self.keys else None
-            outputs = spread = None
-            with suppress(Exception):  # whatever an unknown layer raises
-                spread = measure_spread(layer, self.shape)
             if self._values:
                 seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
-                outputs = output_products(layer, self.shape, self._query_heads)
+            told = LayerWeights.of(layer, self.shape, self._query_heads)
             reason = known.reason if known else ""
-            return balanced(self.shape, seen, turns, self._values, outputs, spread, reason)
+            return balanced(self.shape, seen, turns, told, self._values, reason)
         except Exception:  # numbers that are not finite, or whatever an unknown embedding raises
             return known
 
@@ -252,9 +273,8 @@ def balanced(
     shape: KVShape,
     seen: Covariances,
     turns: Sequence[Turn] | None,
+    weights: LayerWeights,
     values: bool = True,
-    outputs: Floats | None = None,
-    spread: Spread | None = None,
     reason: str = "",
 ) -> Treatment:
     """Keys and values balanced by what was seen.
@@ -263,14 +283,14 @@ def balanced(
         shape: of the layer.
         seen: queries, keys and values.
         turns: by the layer's rotary embedding; None to leave keys as they are.
+        weights: of the layer.
         values: whether they are to be treated.
-        outputs: see `output_products`; None if they are not known.
-        spread: what the weights say; None if they say nothing.
         reason: what else is to be told.
 
     Raises:
         ValueError: if numbers are not finite, or float16 does not hold the matrices (ConfigError).
     """
+    spread = weights.spread
     q = key_gains = o = value_gains = None
     if turns is not None:
         keys = seen.keys
@@ -281,8 +301,9 @@ def balanced(
         moments = seen.values
         if spread is not None:
             moments = _not_quieter(moments, spread.values, QUIETEST)
-        unknown = np.broadcast_to(np.eye(shape.value_dim), moments.shape)
-        o, value_gains = balanced_values(moments, unknown if outputs is None else outputs)
+        alike = np.broadcast_to(np.eye(shape.value_dim), moments.shape)
+        outputs = alike if weights.outputs is None else weights.outputs
+        o, value_gains = balanced_values(moments, outputs)
     what = f"keys balanced over {seen.query_tokens:,} tokens"
     if turns is None:
         what = f"balanced over {seen.value_tokens:,} tokens"

@@ -24,7 +24,7 @@ from pagedkv.tiers.rounding import (
     quantize,
 )
 from pagedkv.tiers.treatment import rotation_matrix
-from pagedkv.treatments import Spread, balanced
+from pagedkv.treatments import LayerWeights, Spread, balanced
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -189,7 +189,7 @@ def test_a_channel_that_is_all_but_constant_drowns_nobody(precision: str, spread
     seen = Covariances()
     seen.add_keys(mx.array(keys[None], mx.float32), 64)
     seen.add_queries(mx.array(queries[None], mx.float32), 2, 64)
-    treatment = balanced(KVShape(2, 64, 64), seen, [], values=False)
+    treatment = balanced(KVShape(2, 64, 64), seen, [], LayerWeights(), values=False)
     assert page_error(treatment, precision, queries, keys) < (0.15 if precision == "K4V8" else 0.02)
 
 
@@ -205,9 +205,9 @@ def test_a_channel_that_is_silent_at_first_drowns_nobody_later(keys: bool, silen
     seen.add_values(given, 64)
     seen.add_queries(mx.array(asked[None], mx.float32), 2, 64)
     alike = np.ones((2, 64))
-    expected = Spread(alike, alike, alike, alike)
+    weights = LayerWeights(spread=Spread(alike, alike, alike, alike))
     turns = [] if keys else None
-    treatment = balanced(KVShape(2, 64, 64), seen, turns, not keys, None, expected)
+    treatment = balanced(KVShape(2, 64, 64), seen, turns, weights, not keys)
     precision = "K4V8" if keys else "K8V4"
     assert page_error(treatment, precision, asked, x[:, 576:]) < (0.4 if keys else 0.15)
 
