@@ -294,15 +294,17 @@ def test_a_store_keeps_the_matrices_of_its_pages(
     pagedkv.unwrap(model)
 
 
-@pytest.mark.parametrize("count", [200, 600])
-def test_going_on_in_another_process_bit_for_bit(model: Any, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("kv", "count"), [("K4V4", 200), ("K4V4", 600), ("K8V4", 200)])
+def test_going_on_in_another_process_bit_for_bit(
+    model: Any, tmp_path: Path, kv: str, count: int
+) -> None:
     """Before anything is decided, too: what was seen goes with the tokens."""
-    with pagedkv.wrap(model, stored(tmp_path)) as cache:
+    with pagedkv.wrap(model, stored(tmp_path, kv=kv)) as cache:
         read(model, cache, count, seed=1)
         cache.flush()
         want = read(model, cache, 400, seed=2)
     pagedkv.unwrap(model)
-    with pagedkv.resume(model, stored(tmp_path)) as cache:
+    with pagedkv.resume(model, stored(tmp_path, kv=kv)) as cache:
         assert mx.array_equal(read(model, cache, 400, seed=2), want).item(), "new pages as well"
     pagedkv.unwrap(model)
 
