@@ -47,11 +47,6 @@ class Calibration(Mapping[int, Treatment]):
     def __len__(self) -> int:
         return len(self.treatments)
 
-    @property
-    def digest(self) -> str:
-        """See `digest_of`."""
-        return digest_of(self)
-
     def to_bytes(self) -> bytes:
         """As a JSON document in UTF-8; matrices in base64, little-endian."""
         layers = [

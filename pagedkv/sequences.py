@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
-from pagedkv.calibration_file import Calibration
+from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import require_durability
 from pagedkv.errors import (
     CacheStateError,
@@ -160,7 +160,7 @@ def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> 
         if not store.checkpoints.wrote(TREATMENTS):
             _require_no_others(store, mine)
         # Made only if they are others than before: an 8B model's are 33 MB.
-        store.checkpoints.keep(TREATMENTS, mine.digest, mine.to_bytes, durable)
+        store.checkpoints.keep(TREATMENTS, digest_of(mine), mine.to_bytes, durable)
     seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
     with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
         if any(seen.values()):

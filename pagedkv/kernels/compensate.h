@@ -9,7 +9,7 @@ FN float over_group(float a, float b) {
 
 // Grid: x groups of 64 tokens, y KV heads.
 FN void compensate(u32 lane, u32, u32 number, u32 head, u32, SHARED errors, BUFFER keys, BUFFER feedback, OUTPUT out) {
-  u64 token = (u64(number / GROUPS) * HEADS + head) * PAGE_TOKENS + 64 * (number % GROUPS) + lane;
+  u64 token = token_of(number, head, lane);
   BUFFER first = keys + token * ROW;
   BUFFER second = keys + (token + 32) * ROW;
   BUFFER gains = feedback + head * (DIM * ROW);

@@ -29,7 +29,7 @@ FN float within(float x, float plain, Edges e) {
 
 // Grid: x groups of 64 tokens, y KV heads.
 FN void compensate_rows(u32 lane, u32, u32 number, u32 head, u32, SHARED errors, BUFFER values, BUFFER feedback, OUTPUT out) {
-  u64 token = (u64(number / GROUPS) * HEADS + head) * PAGE_TOKENS + 64 * (number % GROUPS) + lane;
+  u64 token = token_of(number, head, lane);
   BUFFER first = values + token * ROW;
   BUFFER second = values + (token + 32) * ROW;
   BUFFER gains = feedback + head * (DIM * ROW);

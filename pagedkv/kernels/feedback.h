@@ -8,6 +8,11 @@
 CONSTANT int GROUPS = PAGE_TOKENS / 64;
 CONSTANT int ROW = DIM / 2;  // words
 
+// The first of a lane's tokens, of all pages and heads; the number is that of a group of 64 tokens.
+FN u64 token_of(u32 number, u32 head, u32 lane) {
+  return (u64(number / GROUPS) * HEADS + head) * PAGE_TOKENS + 64 * (number % GROUPS) + lane;
+}
+
 struct Moves {
   float by[BLOCK][2];
 };
