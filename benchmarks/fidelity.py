@@ -43,6 +43,7 @@ from pagedkv.evaluation import (
     Evaluation,
     Result,
     Text,
+    again_variants,
     built_in_text,
     heat_map,
     mlx_lm_variants,
@@ -92,12 +93,14 @@ class Cells:
         kv: rows of ours.
         tasks: the most important first.
         lengths: of prompts; a model gets the first ones that it was made for.
+        again: tokens per call of mlx-lm's own cache once more: how much is chance.
         examples: of each task, length and depth.
     """
 
     kv: tuple[str, ...]
     tasks: tuple[str, ...]
     lengths: tuple[tuple[int, ...], ...]
+    again: tuple[int, ...] = (512, 1024)
     examples: int = 1
 
     def grid(self, lengths: tuple[int, ...], seed: int) -> Grid:
@@ -175,6 +178,7 @@ def measure(
     model, tokenizer, text_of = opener()
     variants = paged_variants(plan.kv, TierConfig(page_tokens=args.page_tokens))
     if isinstance(plan, Cells):
+        variants = again_variants(plan.again) + variants
         grid = plan.grid(plan.lengths_of(model), args.seed)
         head = record(name, model, None, variants, [], command(args), grid)
         result = resumed(head, path)

@@ -22,6 +22,7 @@ from pagedkv.evaluation import (
     Result,
     Text,
     Variant,
+    again_variants,
     built_in_text,
     cut,
     mlx_lm_variants,
@@ -99,6 +100,15 @@ def test_variants_are_precisions_or_a_ladder_each() -> None:
             paged_variants(bad, BASE)
     with pytest.raises(ConfigError, match="2, 3, 4, 5, 6, 8 bits, got 7"):
         mlx_lm_variants([7])
+    again = again_variants([64, 128])
+    assert [(v.label, v.kind) for v in again] == [
+        ("mlx-lm in calls of 64", "again"),
+        ("mlx-lm in calls of 128", "again"),
+    ]
+    with pytest.raises(ConfigError, match="1 token or more, got 0"):
+        again_variants([0])
+    with pytest.raises(ConfigError, match="is given twice"):
+        again_variants([64, 64])
 
 
 @pytest.mark.parametrize(
@@ -183,6 +193,18 @@ def test_everything_hot_is_the_reference_itself() -> None:
         assert row["note"] == "nothing was quantized: no page was full"
     with pytest.raises(ConfigError, match="640 tokens all stay in 16 bit .640 hot or sinks"):
         evaluated("K2V2", base=replace(BASE, hot_tokens=TOKENS - 4))
+
+
+def test_the_reference_in_other_calls_is_what_chance_does() -> None:
+    found, _ = evaluated("K8V8", more=(*again_variants([48]),))
+    for leg in ("prefill", "decode"):
+        row = of(found, leg, "mlx-lm in calls of 48")
+        assert row["status"] == "ok" and row["kind"] == "again"
+        assert row["kl_max_all"] > 0  # sums are added up in another order
+        assert row["kl_mean"] < 0.01 * of(found, leg, "K8V8")["kl_mean"]
+        assert row["positions"] == of(found, leg, "K8V8")["positions"]
+    with pytest.raises(ConfigError, match="calls of 128: prompts are read in calls of 128 anyway"):
+        evaluated("K8V8", more=(*again_variants([128]),))
 
 
 def test_losses_are_those_of_the_model_over_the_whole_text(rows: list[Row]) -> None:

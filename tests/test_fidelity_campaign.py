@@ -107,6 +107,7 @@ def test_the_campaign_goes_on_where_its_time_was_up(
 def test_the_campaign_asks_for_200_facts_and_more(script: Any) -> None:
     cells = script.PARTS["retrieval"]
     assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4")
+    assert cells.again == (512, 1024)
     assert cells.tasks == ("needle", "multikey", "kv", "records")
     count = 0
     for limit, longest in ((8192, 7 * 1024), (32768, 16 * 1024)):
@@ -121,11 +122,12 @@ def test_cells_that_were_run_are_not_run_again(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = ((2048, 4096), (1400,))
-    parts = {"retrieval": script.Cells(("K4V4", "K8V8:256,K2V2"), ("needle", "kv"), lengths)}
+    cells = script.Cells(("K4V4", "K8V8:256,K2V2"), ("needle", "kv"), lengths, again=(1024,))
+    parts = {"retrieval": cells}
     monkeypatch.setattr(script, "PARTS", parts)
     model = tiny_llama(heads=2, kv_heads=1, dim=128, max_position_embeddings=2000)
     monkeypatch.setattr(script, "load_model", lambda *rest: (model, Characters()))
-    real, asked, most = retrieval._outcome, list[tuple[str, int, int]](), 16
+    real, asked, most = retrieval._outcome, list[tuple[str, int, int]](), 22
 
     def outcome(*args: Any) -> Any:
         cell = args[3]
@@ -140,21 +142,21 @@ def test_cells_that_were_run_are_not_run_again(
     command = ("--part", "all", "--model", "one=/x", "--out", str(tmp_path), *page_tokens)
     assert script.main(command) == 0
     cut = read_result(path)["retrieval"]
-    assert not cut["complete"] and len(cut["outcomes"]) == 6 * 3
+    assert not cut["complete"] and len(cut["outcomes"]) == 6 * 4
     assert "6 of 10 cells were run" in (tmp_path / "one-retrieval.md").read_text()
 
     monkeypatch.setattr(Deadline, "passed", False)
     most = 0
     assert script.main(command) == 0
-    cells = [(t, n, d) for n in (1400,) for t in ("needle", "kv") for d in range(0, 101, 25)]
-    assert asked == [cell for cell in cells for _ in range(3)]
+    every = [(t, n, d) for n in (1400,) for t in ("needle", "kv") for d in range(0, 101, 25)]
+    assert asked == [cell for cell in every for _ in range(4)]
     whole = read_result(path)["retrieval"]
-    assert whole["complete"] and whole["outcomes"][: 6 * 3] == cut["outcomes"]
-    assert whole["caches"] == ["mlx-lm fp32", "K4V4", "K8V8:256,K2V2"]
-    paged = [o["paged_tokens"] for o in whole["outcomes"] if o["cache"] != "mlx-lm fp32"]
+    assert whole["complete"] and whole["outcomes"][: 6 * 4] == cut["outcomes"]
+    assert whole["caches"] == ["mlx-lm fp32", "mlx-lm in calls of 1024", "K4V4", "K8V8:256,K2V2"]
+    paged = [o["paged_tokens"] for o in whole["outcomes"] if o["cache"].startswith("K")]
     assert min(paged) >= 256
     assert script.main(command) == 0
-    assert len(asked) == 30  # all of it was there
+    assert len(asked) == 40  # all of it was there
     assert script.main((*command, "--seed", "1")) == 1  # other cells: not into the same file
 
     tables = (tmp_path / "one-retrieval.md").read_text()

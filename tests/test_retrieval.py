@@ -24,7 +24,7 @@ from pagedkv.evaluation import retrieval
 from pagedkv.evaluation.bootstrap import paired_interval
 from pagedkv.evaluation.heat_map import draw, text_table
 from pagedkv.evaluation.prompts import Example
-from pagedkv.evaluation.retrieval import run_retrieval
+from pagedkv.evaluation.retrieval import Again, run_retrieval
 from pagedkv.evaluation.retrieval_comparison import ALL, compare, squares
 from pagedkv.evaluation.retrieval_report import retrieval_report
 from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
@@ -121,6 +121,19 @@ def test_the_question_is_a_call_of_its_own() -> None:
     assert calls[:2] == [512, 512] and 300 < calls[2] < 512
     assert 80 < calls[3] < 120  # "What is …? The special magic number for … is"
     assert set(calls[4:]) == {1}
+
+
+def test_the_baseline_again_reads_the_text_in_other_calls() -> None:
+    model = Looker()
+    grid = replace(NEEDLE, lengths=(1500,), depths=(50,))
+    result = run(model, [("16 bit", SIXTEEN), ("in 400s", Again(400))], grid)
+    assert result.caches == ("fp16", "16 bit", "in 400s") and result.again == ("in 400s",)
+    assert result.tiers == (None, SIXTEEN, None)
+    read = [n for n in model.calls if n in (400, 512)]
+    assert read == [512, 512] * 2 + [400] * 3
+    assert RetrievalResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    older = {k: v for k, v in result.to_dict().items() if k != "again"}
+    assert RetrievalResult.from_dict(older).again == ()
 
 
 # A random model
@@ -270,7 +283,9 @@ def test_lost_and_gained_are_counted_by_pairs() -> None:
 
 def test_the_report_shows_figures_and_lost_cells() -> None:
     text = retrieval_report(made_up({"fp16": [1, 1], "K2|V2": [0, 1]}))
-    row = "| K2|V2 | one needle | 2 | 2 | 1.000 | 0.500 | -0.500 | -1.000 to +0.000 | 1 | - | 0 |"
+    row = (
+        "| K2|V2 | one needle | 2 | 2 | 1.000 | 0.500 | -0.500 | -1.000 to +0.000 | 1 | - | - | 0 |"
+    )
     assert row in text
     assert "| K2|V2 | needle | 1,024 | 0 % | 0 | - | 1 | `x` | `x` |" in text
     assert "| 0 % | 0.00 -1 |" in text and "| 10 % | 1.00 |" in text
@@ -283,10 +298,26 @@ def test_lost_cells_whose_answers_hung_on_little_are_told_apart() -> None:
     told = replace(result, outcomes=tuple(outcomes))
     (needle, _) = compare(told)
     assert (needle.lost, needle.close) == (2, 1)
-    assert "| 2 | 1 | 0 |" in retrieval_report(told)
+    assert "| 2 | 1 | - | 0 |" in retrieval_report(told)
     assert "| 0 % | 0 | 0.03 | 1 |" in retrieval_report(told)
     (unknown, _) = compare(result)
     assert (unknown.lost, unknown.close) == (2, None)
+
+
+def test_lost_cells_that_the_baseline_does_not_always_get_right_are_told_apart() -> None:
+    scores: dict[str, list[float | None]] = {
+        "fp16": [1, 1, 1, 0],
+        "512": [1, 0, 1, 0],
+        "256": [1, 1, None, 1],  # an error says nothing
+        "other": [0, 0, 0, 0],
+    }
+    told = replace(made_up(scores), again=("512", "256"))
+    by_cache = {c.cache: c for c in compare(told) if c.task == ALL}
+    assert (by_cache["other"].lost, by_cache["other"].firm) == (3, 2)
+    assert (by_cache["512"].lost, by_cache["512"].firm) == (1, 0)
+    assert "| 3 | - | 2 | 0 |" in retrieval_report(told)
+    (alone, *_) = compare(made_up({"fp16": [1], "other": [0]}))
+    assert (alone.lost, alone.firm) == (1, None)
 
 
 @pytest.mark.parametrize(

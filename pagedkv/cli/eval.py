@@ -29,6 +29,7 @@ from pagedkv.evaluation import (
     Result,
     Text,
     Variant,
+    again_variants,
     built_in_text,
     heat_map,
     mlx_lm_variants,
@@ -114,6 +115,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="BITS,...",
         help=f"rows for mlx-lm's own quantized cache, group 64; none for none (default: {MLX_LM} "
         f"beside legs; with tasks, those that are given)",
+    )
+    group.add_argument(
+        "--again",
+        metavar="N,...",
+        help="mlx-lm's own 16-bit cache once more, with prompts read in calls of so many tokens, "
+        "a row each: how much is chance",
     )
     group.add_argument(
         "--treatment",
@@ -234,7 +241,9 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
     base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
     treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
     ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments)
-    return [*ours, *mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))]
+    again = [parse_tokens(part, "--again") for part in (args.again or "").split(",") if part]
+    quantized = mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))
+    return [*again_variants(again), *ours, *quantized]
 
 
 def _bits(text: str) -> list[int]:

@@ -6,7 +6,7 @@ from pagedkv.evaluation.run import Evaluation
 from pagedkv.evaluation.settings import DECODE, LEGS, PREFILL, EvalSettings
 from pagedkv.evaluation.slope import Slope, fit_slope
 from pagedkv.evaluation.texts import BUILT_IN, Segment, Text, built_in_text, cut
-from pagedkv.evaluation.variants import Variant, mlx_lm_variants, paged_variants
+from pagedkv.evaluation.variants import Variant, again_variants, mlx_lm_variants, paged_variants
 
 __all__ = [
     "BUILT_IN",
@@ -23,6 +23,7 @@ __all__ = [
     "Slope",
     "Text",
     "Variant",
+    "again_variants",
     "built_in_text",
     "cut",
     "fit_slope",

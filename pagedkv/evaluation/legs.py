@@ -49,13 +49,18 @@ class Reader:
 
     def logits(self, tokens: mx.array) -> mx.array:
         """Predictions after each of some tokens, lazily: ``[len(tokens), vocabulary]``."""
-        out: mx.array = self._model(tokens[None], cache=self._caches)
-        return out[0]
+        parts = [self._model(part[None], cache=self._caches)[0] for part in self._calls(tokens)]
+        return mx.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def skip(self, tokens: mx.array) -> None:
         """Read tokens, and do not ask what comes next."""
-        self._model(tokens[None], cache=self._caches)
-        mx.eval([cache.state for cache in self._caches])
+        for part in self._calls(tokens):
+            self._model(part[None], cache=self._caches)
+            mx.eval([cache.state for cache in self._caches])
+
+    def _calls(self, tokens: mx.array) -> list[mx.array]:
+        step = self.variant.calls or len(tokens)
+        return [tokens[at : at + step] for at in range(0, len(tokens), step)]
 
     def compare(self, tokens: mx.array, reference: mx.array, targets: mx.array) -> Comparison:
         """Read tokens and compare what is predicted, lazily."""

@@ -11,7 +11,7 @@ from pagedkv.bench.plots import HINT, STYLE, available, file_name
 from pagedkv.bench.result import OK, Row
 from pagedkv.evaluation.result import summary
 from pagedkv.evaluation.settings import DECODE, LEGS
-from pagedkv.evaluation.variants import LADDER, MLX_LM, REFERENCE, UNIFORM
+from pagedkv.evaluation.variants import AGAIN, LADDER, MLX_LM, REFERENCE, UNIFORM
 
 __all__ = ["HINT", "available", "draw", "front"]
 
@@ -69,7 +69,7 @@ def _figures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 def _pareto(rows: Sequence[Row], title: str, path: Path) -> Path:
     """Bytes per token against mean KL, with the front of each text."""
     figure, axes = _axes(title, "bytes per token, all layers", "mean KL to its own cache, nats")
-    points = summary(rows)
+    points = summary([row for row in rows if row["kind"] != AGAIN])  # as large as the reference
     for i, text in enumerate(dict.fromkeys(row["text"] for row in points)):
         mine = [row for row in points if row["text"] == text and "kl_mean" in row]
         for kind, mark in _MARKS.items():

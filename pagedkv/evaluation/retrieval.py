@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -28,7 +29,21 @@ from pagedkv.models import unwrap, wrap, wrapping_of
 BASELINE = "fp16"
 CacheMaker = Callable[[], list[Any]]
 """Makes an empty cache of another kind, such as mlx-lm's quantized one: one per layer."""
-Configs = Sequence[tuple[str, TierConfig | CacheMaker | None]]
+
+
+@dataclass(frozen=True)
+class Again:
+    """mlx-lm's own cache once more: how much is chance.
+
+    Attributes:
+        chunk: tokens per call while the text is read.
+    """
+
+    chunk: int
+
+
+Kind = TierConfig | CacheMaker | Again | None
+Configs = Sequence[tuple[str, Kind]]
 
 
 def run_retrieval(
@@ -47,8 +62,9 @@ def run_retrieval(
     Args:
         model: of mlx-lm, not wrapped; it is not wrapped afterwards either.
         tokenizer: of the model, as `mlx_lm.load` returns it.
-        configs: labels and tiers; None is mlx-lm's own cache, a function makes another kind.
-            mlx-lm's own is the baseline and run first, asked for or not.
+        configs: labels and tiers; None is mlx-lm's own cache, `Again` the same in other calls, a
+            function makes another kind. mlx-lm's own is the baseline and run first, asked for or
+            not.
         grid: of cells; the default one if None.
         progress: called with the number of cells done and of all.
         deadline: no cell is begun when it has passed.
@@ -64,7 +80,7 @@ def run_retrieval(
             made for or too short for a task, or a cache cannot be made.
     """
     grid, deadline = grid or Grid(), deadline or Deadline()
-    caches = _caches(model, configs)
+    caches = _caches(model, configs, grid.chunk)
     require_cells(model, tokenizer, grid)
     cells, found = grid.cells(), _complete(before, [cache.label for cache in caches])
 
@@ -75,6 +91,7 @@ def run_retrieval(
             tuple(cache.config for cache in caches),
             tuple(outcome for cell in cells for outcome in found.get(cell, ())),
             all(cell in found for cell in cells),
+            again=tuple(cache.label for cache in caches if cache.again),
         )
 
     for done, cell in enumerate(cells):
@@ -83,7 +100,7 @@ def run_retrieval(
         if deadline.passed:
             break
         example = build(cell.task, tokenizer, cell.tokens, cell.depth or 0, cell.seed, grid.chat)
-        found[cell] = [_outcome(model, tokenizer, each, cell, example, grid) for each in caches]
+        found[cell] = [_outcome(model, tokenizer, each, cell, example) for each in caches]
         if keep:
             keep(so_far())
         if progress:
@@ -123,8 +140,10 @@ def _complete(outcomes: Sequence[Outcome], caches: Sequence[str]) -> dict[Cell, 
 class _Caches:
     """Makes empty caches of one kind for a model, one after the other."""
 
-    def __init__(self, model: Any, label: str, config: TierConfig | CacheMaker | None) -> None:
+    def __init__(self, model: Any, label: str, config: Kind, chunk: int) -> None:
         self.label = label
+        self.again = isinstance(config, Again)
+        self.chunk = config.chunk if isinstance(config, Again) else chunk
         self.config: TierConfig | None = None
         self._wrapping: Any = None
         if isinstance(config, TierConfig):
@@ -147,7 +166,7 @@ class _Caches:
             mx.clear_cache()
 
 
-def _caches(model: Any, configs: Configs) -> list[_Caches]:
+def _caches(model: Any, configs: Configs, chunk: int) -> list[_Caches]:
     if wrapping_of(model):
         raise ConfigError("the model is wrapped: unwrap it, so that it can have mlx-lm's cache too")
     first = next((each for each in configs if each[1] is None), (BASELINE, None))
@@ -155,17 +174,15 @@ def _caches(model: Any, configs: Configs) -> list[_Caches]:
     labels = [label for label, _ in configs]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two caches have the same label: {', '.join(labels)}")
-    return [_Caches(model, label, config) for label, config in configs]
+    return [_Caches(model, label, config, chunk) for label, config in configs]
 
 
-def _outcome(
-    model: Any, tokenizer: Any, caches: _Caches, cell: Cell, example: Example, grid: Grid
-) -> Outcome:
+def _outcome(model: Any, tokenizer: Any, caches: _Caches, cell: Cell, example: Example) -> Outcome:
     started = time.perf_counter()
     text, error, paged, score, margin = "", "", 0, None, None
     try:
         with caches.opened() as cache:
-            _read(model, cache, example.tokens[: example.question_at], grid.chunk)
+            _read(model, cache, example.tokens[: example.question_at], caches.chunk)
             paged = _paged_tokens(cache)
             text, margin = _answer(model, tokenizer, cache, example)
             score = example.judge.score(text)

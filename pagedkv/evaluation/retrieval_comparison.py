@@ -53,6 +53,8 @@ class Comparison:
         gained: cells in which it scored more.
         close: of those lost, cells whose margin with the baseline was less than `CLOSE`; None if
             the result does not tell margins.
+        firm: of those lost, cells that the baseline scored alike whatever calls the text was read
+            in; None if it was read once.
         interval: of the difference of the means, 95 %; None without cells.
     """
 
@@ -67,6 +69,7 @@ class Comparison:
     gained: int
     interval: Interval | None
     close: int | None = None
+    firm: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -86,11 +89,18 @@ def compare(result: RetrievalResult) -> list[Comparison]:
     return [_comparison(result, cache, task) for cache in result.caches[1:] for task in tasks]
 
 
+def unsure_cells(result: RetrievalResult) -> set[Cell]:
+    """Cells that the baseline's cache scored otherwise when the text was read in other calls."""
+    return {p.baseline.cell for each in result.again for p in pairs(result, each) if p.difference}
+
+
 def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
     mine = [pair for pair in pairs(result, cache) if _is_of(pair.baseline.cell, task)]
     tried = {o.cell for o in result.outcomes if o.cache == cache and _is_of(o.cell, task)}
     differences = [pair.difference for pair in mine]
-    close = [pair.close for pair in mine if pair.difference < 0]
+    lost = [pair for pair in mine if pair.difference < 0]
+    close = [pair.close for pair in lost]
+    unsure = unsure_cells(result)
     return Comparison(
         cache,
         task,
@@ -103,6 +113,7 @@ def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
         sum(difference > 0 for difference in differences),
         paired_interval(differences) if differences else None,
         None if None in close else sum(map(bool, close)),
+        sum(pair.baseline.cell not in unsure for pair in lost) if result.again else None,
     )
 
 

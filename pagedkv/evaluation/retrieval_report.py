@@ -12,7 +12,7 @@ MOST_LOST = 20
 """Lost cells that are shown with what was written."""
 
 _HEADINGS = tuple(
-    "cache,task,cells,in pages,baseline,score,difference,95 %,lost,close,gained".split(",")  # noqa: SIM905
+    "cache,task,cells,in pages,baseline,score,difference,95 %,lost,close,firm,gained".split(",")  # noqa: SIM905
 )
 
 
@@ -23,9 +23,10 @@ def retrieval_report(result: RetrievalResult) -> str:
         f"A cell is one prompt; its score is 1 or 0, or the share of records that are right. "
         f"`{baseline}` is the baseline: lost and gained count the cells in which a cache scores "
         f"less and more than it on the same prompt, close those lost where the baseline's own "
-        f"answer was ahead of another by less than {CLOSE} nats. The interval is a paired "
-        f"bootstrap of the difference of mean scores. `in pages` counts cells in which part of "
-        f"the text was in pages when the question came; in the others everything was 16 bit.",
+        f"answer was ahead of another by less than {CLOSE} nats, firm those lost that it "
+        f"scores alike whatever calls the text is read in. The interval is a paired bootstrap of "
+        f"the difference of mean scores. `in pages` counts cells in which part of the text was in "
+        f"pages when the question came; in the others everything was 16 bit.",
         _comparisons(result),
         *(f"{c}: {note}." for c, note in zip(result.caches, result.notes, strict=False) if note),
         *(_heat_map(result, cache) for cache in result.caches),
@@ -54,7 +55,7 @@ def _row(comparison: Comparison) -> list[str]:
     shown = [comparison.cache, title, f"{comparison.cells}", f"{comparison.paged_cells}"]
     interval = comparison.interval
     if interval is None:
-        return [*shown, *"-------"]
+        return [*shown, *"--------"]
     return [
         *shown,
         f"{comparison.baseline_score:.3f}",
@@ -62,9 +63,14 @@ def _row(comparison: Comparison) -> list[str]:
         f"{interval.mean:+.3f}",
         f"{interval.low:+.3f} to {interval.high:+.3f}",
         f"{comparison.lost}",
-        "-" if comparison.close is None else f"{comparison.close}",
+        _count(comparison.close),
+        _count(comparison.firm),
         f"{comparison.gained}",
     ]
+
+
+def _count(cells: int | None) -> str:
+    return "-" if cells is None else f"{cells}"
 
 
 def _heat_map(result: RetrievalResult, cache: str) -> str:

@@ -122,6 +122,7 @@ class RetrievalResult:
         outcomes: of each cell the baseline's first.
         complete: whether all cells were run.
         notes: of each cache; empty if there is nothing to say.
+        again: labels of caches that are the baseline's, with the text read in other calls.
     """
 
     grid: Grid
@@ -130,6 +131,7 @@ class RetrievalResult:
     outcomes: tuple[Outcome, ...]
     complete: bool
     notes: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
     @property
     def scored(self) -> list[Outcome]:
@@ -158,6 +160,7 @@ class RetrievalResult:
                 ),
                 document["complete"],
                 tuple(document["notes"]),
+                tuple(document.get("again", ())),
             )
         except (KeyError, TypeError) as e:
             raise ConfigError(f"this is no result of retrieval tasks: {first_words(e)}") from e

@@ -14,10 +14,10 @@ from pagedkv.config import TierConfig
 from pagedkv.evaluation.caches import Own, as_it_runs
 from pagedkv.evaluation.quantized import quantized_caches
 from pagedkv.evaluation.result import RETRIEVAL, Result
-from pagedkv.evaluation.retrieval import CacheMaker, require_cells, run_retrieval
+from pagedkv.evaluation.retrieval import Again, CacheMaker, require_cells, run_retrieval
 from pagedkv.evaluation.retrieval_comparison import compare
 from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
-from pagedkv.evaluation.variants import Variant, require_different
+from pagedkv.evaluation.variants import AGAIN, Variant, require_different, require_shorter
 
 SAVED_EVERY = 10.0
 """Seconds between two writings of the result: what is lost at most if the process is killed."""
@@ -54,9 +54,11 @@ class Retrieval:
         """Check what can be checked before anything is run.
 
         Raises:
-            ConfigError: if a label comes twice, or the cells do not fit the model or the tasks.
+            ConfigError: if a label comes twice, a row is the baseline itself, or the cells do
+                not fit the model or the tasks.
         """
         require_different(self.variants)
+        require_shorter(self.variants, self.grid.chunk)
         require_cells(self.model, self.tokenizer, self.grid)
 
     def run(self) -> None:
@@ -96,7 +98,9 @@ class Retrieval:
         self.result.retrieval = replace(so_far, notes=notes)
         self.result.write()
 
-    def _cache(self, variant: Variant) -> TierConfig | CacheMaker | None:
+    def _cache(self, variant: Variant) -> TierConfig | CacheMaker | Again | None:
+        if variant.kind == AGAIN:
+            return Again(variant.calls or self.grid.chunk)
         if variant.config is not None or variant.bits is None:
             return variant.config
         return partial(quantized_caches, self.model, variant.bits, variant.dequantized)
@@ -129,6 +133,8 @@ def comparison_rows(result: RetrievalResult, model: str) -> list[Row]:
                 "difference_high": interval.high if interval else None,
                 "lost": each.lost,
                 "gained": each.gained,
+                "close": each.close,
+                "firm": each.firm,
             }
         )
     return rows

@@ -20,7 +20,12 @@ from pagedkv.evaluation.result import Result
 from pagedkv.evaluation.settings import LEGS, PREFILL, EvalSettings
 from pagedkv.evaluation.slope import Floats, fit_slope
 from pagedkv.evaluation.texts import Segment, Text, cut
-from pagedkv.evaluation.variants import REFERENCE, Variant, require_different
+from pagedkv.evaluation.variants import (
+    REFERENCE,
+    Variant,
+    require_different,
+    require_shorter,
+)
 from pagedkv.models import unwrap, wrap
 
 BIN = 64
@@ -69,8 +74,8 @@ class Evaluation:
         """Run everything; a variant that fails is a failed row.
 
         Raises:
-            ConfigError: if a text is too short, a label comes twice, or the model's layers cannot
-                be paged, or nothing would be quantized.
+            ConfigError: if a text is too short, a label comes twice, the model's layers cannot be
+                paged, nothing would be quantized, or a row is the reference itself.
             OSError: if the result cannot be written.
         """
         self._require_sense()
@@ -94,6 +99,7 @@ class Evaluation:
 
     def _require_sense(self) -> None:
         require_different(self.variants)
+        require_shorter(self.variants, self.settings.chunk)
         if self.settings.tokens <= self.beyond:
             raise ConfigError(
                 f"{self.settings.tokens:,} tokens all stay in 16 bit ({self.beyond:,} hot or "

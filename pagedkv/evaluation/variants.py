@@ -11,7 +11,8 @@ from pagedkv.config import TierConfig, names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
-UNIFORM, LADDER, MLX_LM, REFERENCE = "uniform", "ladder", "mlx-lm", "reference"
+UNIFORM, LADDER, MLX_LM = "uniform", "ladder", "mlx-lm"
+REFERENCE, AGAIN = "reference", "again"
 PRECISIONS = ("fp16", "K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K3V3", "K2V2")
 MLX_LM_BITS = (2, 3, 4, 5, 6, 8)
 MEMORY = "1TB"
@@ -28,6 +29,7 @@ class Variant:
         bits: of mlx-lm's quantized cache; None for its 16-bit one.
         dequantized: attend what that cache stores in plain numbers, where MLX has no quantized
             product.
+        calls: tokens per call in which prompts are read; None for as many as the others take.
         note: for its rows.
     """
 
@@ -35,13 +37,20 @@ class Variant:
     config: TierConfig | None = None
     bits: int | None = None
     dequantized: bool = False
+    calls: int | None = None
     note: str = ""
 
     @property
     def kind(self) -> str:
-        """``"uniform"`` or ``"ladder"`` if it is ours, ``"mlx-lm"`` or ``"reference"`` else."""
+        """What kind of row it is.
+
+        ``"uniform"`` or ``"ladder"`` if it is ours; of mlx-lm's ``"reference"``, ``"again"`` for
+        the same in other calls, or ``"mlx-lm"`` if it is quantized.
+        """
+        if self.config is None and self.bits is None:
+            return REFERENCE if self.calls is None else AGAIN
         if self.config is None:
-            return REFERENCE if self.bits is None else MLX_LM
+            return MLX_LM
         return LADDER if len(self.config.ladder.steps) > 1 else UNIFORM
 
     @property
@@ -114,6 +123,43 @@ def mlx_lm_variants(bits: Sequence[int]) -> list[Variant]:
     found = [Variant(f"mlx-lm {each} bit g{QUANTIZED_GROUP}", bits=each) for each in bits]
     require_different(found)
     return found
+
+
+def again_variants(calls: Sequence[int]) -> list[Variant]:
+    """Rows of mlx-lm's own 16-bit cache once more: how much is chance.
+
+    Nothing is rounded that is not rounded in the reference, too; sums are only added up in another
+    order.
+
+    Args:
+        calls: tokens per call in which prompts are read, a row each.
+
+    Raises:
+        ConfigError: if one is no number of tokens, or comes twice.
+    """
+    for each in calls:
+        if each < 1:
+            raise ConfigError(f"a call has 1 token or more, got {each}")
+    found = [Variant(f"mlx-lm in calls of {each}", calls=each) for each in calls]
+    require_different(found)
+    return found
+
+
+def require_shorter(variants: Sequence[Variant], chunk: int) -> None:
+    """Check that rows of the reference in other calls are not the reference itself.
+
+    Args:
+        variants: of a comparison.
+        chunk: tokens per call of the others.
+
+    Raises:
+        ConfigError: naming the row.
+    """
+    for variant in variants:
+        if variant.calls is not None and variant.calls >= chunk:
+            raise ConfigError(
+                f"{variant.label}: prompts are read in calls of {chunk:,} anyway: give fewer tokens"
+            )
 
 
 def require_different(variants: Sequence[Variant]) -> None:
