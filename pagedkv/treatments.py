@@ -22,6 +22,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedLinear
 
 from pagedkv.allocator import KVShape
 from pagedkv.balance import Turn, balanced_keys, balanced_values, turns_of
@@ -38,7 +40,8 @@ LEAST, ENOUGH = 128, 2048
 """Tokens whose queries and keys must be seen to balance keys by them; more than enough of them."""
 
 OUTPUT_SAMPLES = 256
-"""Random outputs per layer, for products of value channels: more gain 3 % at most."""
+"""Random outputs per layer, for products of value channels where weights cannot be seen: more gain
+3 % at most."""
 
 QUIETEST, QUIETEST_KEY = 1 / 4, 1 / 32
 """What a value or key channel spreads at least, as a part of what the weights let expect beside
@@ -398,7 +401,7 @@ def measure_spread(layer: Any, shape: KVShape) -> Spread | None:
     if queries.shape[1] % (heads * key_dim):
         return None
     per_head = queries.shape[1] // (heads * key_dim)
-    outputs = _outputs(attention.o_proj, shape, heads * per_head, x.dtype)
+    outputs = _outputs(attention.o_proj, shape, heads * per_head)
     return Spread(
         _paired(attention, _rms(queries, heads, key_dim)),
         _paired(attention, _rms(keys, heads, key_dim)),
@@ -416,34 +419,54 @@ def output_products(layer: Any, shape: KVShape, query_heads: int) -> Floats | No
         query_heads: that read it.
 
     Returns:
-        Means over random signs, ``[kv_heads, value_dim, value_dim]``; None if there is no
+        Sums over output channels, ``[kv_heads, value_dim, value_dim]``; None if there is no
         projection of the usual names, or it has another size.
     """
     modules = layer.children().values()
     for projection in [getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name)]:
         with suppress(Exception):  # of another size, or whatever an unknown layer raises
-            rows = _output_rows(projection, shape, query_heads, mx.float32, OUTPUT_SAMPLES)
-            heads = rows.reshape(OUTPUT_SAMPLES, shape.kv_heads, -1, shape.value_dim)
+            rows = _output_rows(projection, query_heads * shape.value_dim, OUTPUT_SAMPLES)
+            heads = rows.reshape(len(rows), shape.kv_heads, -1, shape.value_dim)
             heads = heads.transpose(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.value_dim)
             return np.array(heads.swapaxes(1, 2) @ heads / heads.shape[1], np.float64)
     return None
 
 
-def _outputs(projection: Any, shape: KVShape, query_heads: int, dtype: mx.Dtype) -> Floats:
+def _outputs(projection: Any, shape: KVShape, query_heads: int) -> Floats:
     """Root mean squares of what an output projection makes of value channels."""
-    rows = _output_rows(projection, shape, query_heads, dtype, SAMPLES)
+    rows = _output_rows(projection, query_heads * shape.value_dim, SAMPLES)
     return _rms(rows, shape.kv_heads, shape.value_dim)
 
 
-def _output_rows(
-    projection: Any, shape: KVShape, query_heads: int, dtype: mx.Dtype, samples: int
-) -> mx.array:
-    """Random signs put through an output projection from behind, float32."""
-    zeros = mx.zeros((samples, query_heads * shape.value_dim), dtype)
+def _output_rows(projection: Any, inputs: int, samples: int) -> mx.array:
+    """What an output projection makes of its inputs, float32 ``[rows, inputs]``.
+
+    Means over rows are sums over output channels: exactly, where weights can be seen; else rows are
+    random signs, put through it from behind.
+    """
+    weight = _weight_of(projection)
+    if weight is not None:
+        if weight.shape[1] != inputs:
+            raise ValueError(f"a projection of {weight.shape[1]} channels, not {inputs}")
+        return mx.array(weight.astype(mx.float32) * weight.shape[0] ** 0.5)
+    zeros = mx.zeros((samples, inputs), mx.float32)
     out: mx.array = projection(zeros)
     signs = _signs(samples, int(out.shape[1])).astype(out.dtype)
     _, (rows,) = mx.vjp(lambda v: projection(v), [zeros], [signs])
     return mx.array(rows).astype(mx.float32)
+
+
+def _weight_of(projection: Any) -> mx.array | None:
+    """The weights of one of MLX's own linear layers, in plain numbers; None for any other."""
+    if type(projection) is Linear:
+        return mx.array(projection.weight)
+    if type(projection) is not QuantizedLinear:
+        return None
+    # Not by a product with them: MLX's CUDA build compiles that one for half a minute.
+    names = ("group_size", "bits", "mode")
+    settings = {name: getattr(projection, name) for name in names if hasattr(projection, name)}
+    biases = getattr(projection, "biases", None)
+    return mx.dequantize(projection.weight, projection.scales, biases, **settings)
 
 
 def _input_size(layer: Any, attention: Any) -> int | None:

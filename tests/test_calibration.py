@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -47,6 +48,17 @@ def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+class Stranger(nn.Module):
+    """A projection that is none of MLX's own classes."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> Any:
+        return self.inner(x)
+
+
 def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     """Beside the same sums in float64, from the projections' own outputs."""
     told: list[tuple[int, int]] = []
@@ -74,16 +86,29 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     np.testing.assert_allclose(seen.values, v.swapaxes(1, 2) @ v / v.shape[1], **close)
     counts = (seen.query_tokens, seen.key_tokens, seen.value_tokens)
     assert counts == (TOKENS - 64, 512, TOKENS - 64)
-    # What the output projection makes of two channels, of all query heads that share them: about,
-    # for random signs are put through it.
+
+
+def test_what_output_projections_make_of_two_channels() -> None:
+    """Of all query heads that share them: exactly, and about where random signs are put through."""
+    layer = lively(tiny_llama(dim=256)).layers[0]
+    attention = layer.self_attn
     weight = np.array(attention.o_proj.weight, np.float64).reshape(256, 2, 2, 64)
     want = np.einsum("ohqc,ohqd->hcd", weight, weight) / 2
-    outputs = output_products(layer, pagedkv.KVShape(2, 64, 64), 4)
-    assert outputs is not None
     size = np.einsum("hii->hi", want)
     scale = np.sqrt(size[:, :, None] * size[:, None, :])
-    assert np.abs((outputs - want) / scale).max() < 0.35
-    assert np.sqrt(np.square((outputs - want) / scale).mean()) < 0.06
+
+    def error() -> np.ndarray:
+        outputs = output_products(layer, pagedkv.KVShape(2, 64, 64), 4)
+        assert outputs is not None
+        return np.asarray((outputs - want) / scale)
+
+    assert np.abs(error()).max() < 1e-4
+    attention.o_proj = nn.QuantizedLinear.from_linear(attention.o_proj, 64, 8)
+    assert 0 < np.abs(error()).max() < 0.01
+    attention.o_proj = Stranger(attention.o_proj)
+    assert 0.01 < np.abs(error()).max() < 0.35
+    assert np.sqrt(np.square(error()).mean()) < 0.06
+    assert output_products(layer, pagedkv.KVShape(2, 64, 64), 8) is None
 
 
 @pytest.mark.parametrize("silent", ["o_proj", "v_proj", "a head"])
