@@ -206,5 +206,5 @@ class _Recorder:
         keys, values, stream = view.keys, view.values, self._stream
         stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
         stream.query_heads = int(q.shape[1])
-        stream.seen.add_queries(q, stream.shape.kv_heads, self._tokens - int(q.shape[2]))
+        stream.seen.add_queries(q, keys, values, self._tokens - int(q.shape[2]), scale, sinks)
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -9,10 +9,23 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.allocator import KVShape
 from pagedkv.allocator.precision import GROUP_TOKENS
 
 FIRST = 64
 """Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
+
+NEAR = 64
+"""The newest tokens, likewise: every query looks at them."""
+
+AT_ONCE = 256
+"""Queries of a call, at most, whose attention is looked at: spread evenly over it."""
+
+BLOCK = 64
+"""Of these so many together: their scores are in memory."""
+
+ALIKE = 0.2
+"""The part of what queries are like that is the same for all of them, however they attend."""
 
 LEAST_SPREAD = 0.01
 """Of key channels within groups, as a part of their root mean square."""
@@ -35,26 +48,86 @@ class Covariances:
         self.query_tokens = self.key_tokens = self.value_tokens = 0
         self._rows = 0
         self._queries = self._keys = self._values = mx.array(0.0)
+        self._attending = self._attended = self._attention = mx.array(0.0)
 
     @property
     def arrays(self) -> list[mx.array]:
         """What has to be computed some time."""
-        return [self._queries, self._keys, self._values]
+        sums = self._queries, self._keys, self._values
+        return [*sums, self._attending, self._attended, self._attention]
 
-    def add_queries(self, queries: mx.array, heads: int, position: int) -> None:
-        """Count queries in.
+    def add_queries(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        position: int,
+        scale: float,
+        sinks: mx.array | None = None,
+    ) -> None:
+        """Count queries in, and once more by how they attend; likewise what they attend to.
+
+        An error e of a key at which a query looks with probability p moves the sum of values by
+        p times the error of the score, ``q · e``, and an error of its value by p times that. So a
+        query asks as much of errors as the sum of its p² over tokens that are to be rounded, and a
+        token's value as much as the sum of p² of all queries. Most heads look at the first tokens
+        most of the time, and then errors are nothing to them; what they are like when they look
+        something up is what counts.
 
         Args:
             queries: ``[1, query_heads, tokens, key_dim]``.
-            heads: KV heads.
-            position: of their first token.
+            keys: of all tokens until the last of these, ``[1, kv_heads, tokens, key_dim]``; the
+                oldest may be missing.
+            values: of the same, ``[1, kv_heads, tokens, value_dim]``.
+            position: of the first query's token.
+            scale: of scores.
+            sinks: scores of nothing, one per query head, where a model has them.
         """
+        heads = int(keys.shape[1])
+        self._add_attention(queries[0], keys[0], values[0], position, scale, sinks)
         queries = queries[0, :, max(0, FIRST - position) :]
         rows = queries.astype(mx.float32).reshape(heads, -1, queries.shape[2])
         if rows.shape[1]:
             self._queries = self._queries + rows.swapaxes(1, 2) @ rows
             self._rows += int(rows.shape[1])
             self.query_tokens += int(queries.shape[1])
+
+    def _add_attention(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        position: int,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> None:
+        heads, held, dim = keys.shape
+        end, first = position + queries.shape[1], max(0, FIRST + NEAR - position)
+        chosen = list(range(first, queries.shape[1], max(1, queries.shape[1] // AT_ONCE)))
+        at = end - held + mx.arange(held)  # positions of keys
+        columns = keys.astype(mx.float32)[:, None].swapaxes(2, 3)
+        asked = mx.zeros((heads, held, 1))
+        for start in range(0, len(chosen), BLOCK):
+            some = mx.array(chosen[start : start + BLOCK])
+            rows = queries[:, some].astype(mx.float32).reshape(heads, -1, some.size, dim)
+            own = (position + some)[:, None]
+            scores = mx.where(at <= own, scale * (rows @ columns), -mx.inf)
+            if sinks is not None:
+                none = sinks.astype(mx.float32).reshape(heads, -1, 1, 1)
+                none = mx.broadcast_to(none, (*scores.shape[:3], 1))
+                scores = mx.concatenate([scores, none], axis=3)
+            shares = mx.softmax(scores, axis=3)[..., :held]
+            squares = ((at >= FIRST) & (at <= own - NEAR)) * mx.square(shares)
+            weights = squares.sum(axis=3, keepdims=True)
+            weighted = (weights * rows).reshape(heads, -1, dim)
+            rows = rows.reshape(heads, -1, dim)
+            self._attending = self._attending + weighted.swapaxes(1, 2) @ rows
+            self._attention = self._attention + weights.sum(axis=(2, 3))
+            asked = asked + squares.sum(axis=(1, 2))[..., None]
+            mx.async_eval(self._attending, self._attention, asked)  # type: ignore[no-untyped-call]
+        if chosen:
+            numbers = values.astype(mx.float32)
+            self._attended = self._attended + (asked * numbers).swapaxes(1, 2) @ numbers
 
     def add_keys(self, keys: mx.array, position: int) -> None:
         """Count keys in: how they spread within groups that share a scale and a bias.
@@ -89,36 +162,49 @@ class Covariances:
 
     def to_dict(self) -> dict[str, Any]:
         """The queries seen so far, bit for bit, for JSON."""
-        sums = np.asarray(self._queries).astype("<f4").tobytes()
-        queries = base64.b64encode(sums).decode()
-        return {"tokens": self.query_tokens, "rows": self._rows, "queries": queries}
+        return {
+            "tokens": self.query_tokens,
+            "rows": self._rows,
+            "queries": _packed(self._queries),
+            "attending": _packed(self._attending),
+            "attended": _packed(self._attended),
+            "attention": _packed(self._attention),
+        }
 
-    def recall(self, told: dict[str, Any], heads: int, dim: int) -> int:
+    def recall(self, told: dict[str, Any], shape: KVShape) -> None:
         """Go on from what `to_dict` gave.
 
         Args:
             told: by `to_dict`.
-            heads: KV heads.
-            dim: channels of a key.
-
-        Returns:
-            Query heads per KV head.
+            shape: of the layer.
 
         Raises:
             KeyError, TypeError, ValueError, OverflowError: if it is none.
         """
-        sums = np.frombuffer(base64.b64decode(told["queries"], validate=True), "<f4")
-        sums = sums.astype(np.float32).reshape(heads, dim, dim)
+        heads, dims = shape.kv_heads, (shape.key_dim, shape.value_dim)
         tokens, rows = int(told["tokens"]), int(told["rows"])
-        if not (0 < tokens <= rows and rows % tokens == 0 and np.isfinite(sums).all()):
+        if not (0 < tokens <= rows and rows % tokens == 0):
             raise ValueError(f"{rows} rows of {tokens} tokens")
-        self._queries, self._rows, self.query_tokens = mx.array(sums), rows, tokens
-        return rows // tokens
+        queries = _unpacked(told["queries"], heads, dims[0], dims[0])
+        attending = _unpacked(told["attending"], heads, dims[0], dims[0])
+        attended = _unpacked(told["attended"], heads, dims[1], dims[1])
+        attention = _unpacked(told["attention"], heads, rows // tokens)
+        self._queries, self._rows, self.query_tokens = queries, rows, tokens
+        self._attending, self._attended, self._attention = attending, attended, attention
+
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads per KV head."""
+        return self._rows // max(1, self.query_tokens)
 
     @property
     def queries(self) -> Floats:
-        """Mean products of query channels, ``[kv_heads, key_dim, key_dim]``."""
-        return np.array(self._queries, np.float64) / max(1, self._rows)
+        """Mean products of query channels, ``[kv_heads, key_dim, key_dim]``.
+
+        Queries count by how they attend, and `ALIKE` of it all alike.
+        """
+        alike = np.array(self._queries, np.float64) / max(1, self._rows)
+        return self._weighted(alike, self._attending)
 
     @property
     def keys(self) -> Floats:
@@ -127,5 +213,35 @@ class Covariances:
 
     @property
     def values(self) -> Floats:
-        """Mean products of value channels, ``[kv_heads, value_dim, value_dim]``."""
-        return np.array(self._values, np.float64) / max(1, self.value_tokens)
+        """Mean products of value channels, ``[kv_heads, value_dim, value_dim]``.
+
+        Tokens count by how they are attended to, and `ALIKE` of it all alike.
+        """
+        alike = np.array(self._values, np.float64) / max(1, self.value_tokens)
+        return self._weighted(alike, self._attended)
+
+    def _weighted(self, alike: Floats, attention: mx.array) -> Floats:
+        """Means in part by attention, of heads that attended to something."""
+        if not self._attention.ndim:
+            return alike
+        total = np.array(self._attention, np.float64).sum(axis=1)[:, None, None]
+        mean = np.array(attention, np.float64) / np.where(total > 0, total, 1.0)
+        return np.where(total > 0, ALIKE * alike + (1 - ALIKE) * mean, alike)
+
+
+def _packed(sums: mx.array) -> str:
+    return base64.b64encode(np.asarray(sums).astype("<f4").tobytes()).decode()
+
+
+def _unpacked(text: str, *shape: int) -> mx.array:
+    """What `_packed` gave; zeros where nothing had been seen.
+
+    Raises:
+        ValueError, TypeError: if it is something else.
+    """
+    sums = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+    if sums.size == 1 and not sums.any():
+        return mx.array(0.0)
+    if not np.isfinite(sums).all():
+        raise ValueError("sums are not finite")
+    return mx.array(sums.reshape(shape))

@@ -190,7 +190,8 @@ class PagedLayerCache(LayerPages):
         self._rows = query_heads * length // heads if few else 0
         chooser = self._pager.chooser if self._pager else None
         if chooser and chooser.wants(length, self.offset - length):
-            chooser.see(q, self.offset - length)
+            keys, values = (x[:, :, : view.hot.used] for x in (view.hot.keys, view.hot.values))
+            chooser.see(q, keys, values, self.offset - length, scale, sinks)
         if not few:
             self._catch_up(view, q)
         scratch = self._context.pager.budget.scratch_bytes

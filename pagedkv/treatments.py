@@ -217,55 +217,50 @@ class FirstTokens:
         self._layer = weakref.ref(layer)  # caches that outlive their model do not keep it
         self.keys, self._known, self._values = keys, known, values
         self._seen = Covariances()
-        self._query_heads = 0
 
     def wants(self, tokens: int, position: int) -> bool:
         """See `Chooser.wants`. Where a prompt has shown enough, what follows is let pass."""
         seen = self._seen.query_tokens
-        if not self.keys:
-            return not self._query_heads  # how many there are is all that is asked
         return seen < ENOUGH if tokens > 1 else seen < LEAST and position % EVERY == 0
 
-    def see(self, queries: mx.array, position: int) -> None:
+    def see(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        position: int,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> None:
         """See `Chooser.see`."""
-        if not self.keys:
-            self._query_heads = int(queries.shape[1])
-            return
         # Of a single token: started when the next is noted, for the graph of a step stays one.
         mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
-        self._query_heads = int(queries.shape[1])
-        self._seen.add_queries(queries, self.shape.kv_heads, position)
+        if (beyond := int(queries.shape[2]) - ENOUGH) > 0:
+            queries, keys, values = (x[:, :, :-beyond] for x in (queries, keys, values))
+        self._seen.add_queries(queries, keys, values, position, scale, sinks)
         if queries.shape[2] > 1:  # a chunk's queries are not kept until somebody asks
             mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
 
     def told(self) -> dict[str, Any] | None:
         """See `Chooser.told`."""
-        if not self.keys:
-            return {"query_heads": self._query_heads} if self._query_heads else None
         return self._seen.to_dict() if self._seen.query_tokens else None
 
     def recall(self, told: dict[str, Any]) -> None:
         """See `Chooser.recall`."""
-        heads, dim = self.shape.kv_heads, self.shape.key_dim
         with suppress(KeyError, TypeError, ValueError, OverflowError):
-            if self.keys:
-                self._query_heads = heads * self._seen.recall(told, heads, dim)
-            else:
-                count = int(told["query_heads"])
-                self._query_heads = count if count > 0 and count % heads == 0 else 0
+            self._seen.recall(told, self.shape)
 
     def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
         """See `Chooser.choose`."""
         seen, known, layer = self._seen, self._known, self._layer()
         seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
-        enough = min(seen.query_tokens, seen.key_tokens) if self.keys else seen.key_tokens
-        if layer is None or enough < LEAST or not self._query_heads:
+        if layer is None or min(seen.query_tokens, seen.key_tokens) < LEAST:
             return known
         try:
             turns = turns_of(rope_of(layer), self.shape.key_dim) if self.keys else None
             if self._values:
                 seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
-            told = LayerWeights.of(layer, self.shape, self._query_heads)
+            told = LayerWeights.of(layer, self.shape, self.shape.kv_heads * seen.queries_per_key)
             reason = known.reason if known else ""
             return balanced(self.shape, seen, turns, told, self._values, reason)
         except Exception:  # numbers that are not finite, or whatever an unknown embedding raises

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import PageGeometry
+from pagedkv.covariances import ALIKE, AT_ONCE, FIRST, NEAR
 from pagedkv.layer import PagedLayerCache
 from pagedkv.state import page_records
 
@@ -93,3 +97,44 @@ def attention(
     if sinks is not None:
         total = total + np.exp(sinks[:, None, None] - peak)
     return (p / total) @ values
+
+
+def attention_moments(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    calls: Sequence[int],
+    scale: float,
+    sinks: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Second moments of queries and values, weighted by attention and not, as balancing has them.
+
+    Args:
+        queries: ``[query_heads, tokens, dim]``.
+        keys: ``[kv_heads, tokens, dim]``.
+        values: likewise.
+        calls: where calls of the model begin, and where the last one ends.
+        scale: of scores.
+        sinks: scores of nothing, one per query head.
+    """
+    heads, dim, share = len(keys), keys.shape[2], len(queries) // len(keys)
+    attending, attended = np.zeros((2, heads, dim, dim))
+    total = np.zeros((heads, 1, 1))
+    for start, end in itertools.pairwise(calls):
+        for at in range(max(start, FIRST + NEAR), end, max(1, (end - start) // AT_ONCE)):
+            for head, query in enumerate(queries[:, at]):
+                g = head // share
+                scores = np.exp(scale * (keys[g, : at + 1] @ query))
+                nothing = 0.0 if sinks is None else np.exp(sinks[head])
+                squares = np.square(scores / (scores.sum() + nothing))[FIRST : at - NEAR + 1]
+                rows = values[g, FIRST : at - NEAR + 1]
+                attending[g] += squares.sum() * np.outer(query, query)
+                attended[g] += (squares[:, None] * rows).T @ rows
+                total[g] += squares.sum()
+
+    def mixed(rows: np.ndarray, weighted: np.ndarray) -> np.ndarray:
+        rows = rows[:, FIRST : calls[-1]].reshape(heads, -1, dim)
+        alike = rows.swapaxes(1, 2) @ rows / rows.shape[1]
+        return np.asarray(ALIKE * alike + (1 - ALIKE) * weighted / total)
+
+    return mixed(queries, attending), mixed(values, attended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from pagedkv.tiers.rounding import (
 )
 from pagedkv.tiers.treatment import rotation_matrix
 from pagedkv.treatments import LayerWeights, Spread, balanced
+from tests.reference import attention_moments
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -180,6 +182,12 @@ def page_error(treatment: Treatment, precision: str, asked: np.ndarray, x: np.nd
     return float(np.sqrt(np.square(errors).mean() / np.square(whole).mean()))
 
 
+def see(seen: Covariances, queries: np.ndarray, keys: np.ndarray) -> None:
+    """Show queries ``[kv_heads, tokens, dim]`` that attend to keys, from position 64 on."""
+    q, k = (mx.array(x[None], mx.float32) for x in (queries, keys))
+    seen.add_queries(q, k, k, 64, 0.01)
+
+
 @pytest.mark.parametrize("precision", ["K4V8", "fp16"])
 @pytest.mark.parametrize("spread", [0.0, 1e-3])
 def test_a_channel_that_is_all_but_constant_drowns_nobody(precision: str, spread: float) -> None:
@@ -188,7 +196,7 @@ def test_a_channel_that_is_all_but_constant_drowns_nobody(precision: str, spread
     keys[..., 9] = 5 + spread * keys[..., 9]
     seen = Covariances()
     seen.add_keys(mx.array(keys[None], mx.float32), 64)
-    seen.add_queries(mx.array(queries[None], mx.float32), 2, 64)
+    see(seen, queries, keys)
     treatment = balanced(KVShape(2, 64, 64), seen, [], LayerWeights(), values=False)
     assert page_error(treatment, precision, queries, keys) < (0.15 if precision == "K4V8" else 0.02)
 
@@ -203,13 +211,64 @@ def test_a_channel_that_is_silent_at_first_drowns_nobody_later(keys: bool, silen
     given = mx.array(first[None], mx.float32)
     seen.add_keys(given, 64)
     seen.add_values(given, 64)
-    seen.add_queries(mx.array(asked[None], mx.float32), 2, 64)
+    see(seen, asked, x)
     alike = np.ones((2, 64))
     weights = LayerWeights(spread=Spread(alike, alike, alike, alike))
     turns = [] if keys else None
     treatment = balanced(KVShape(2, 64, 64), seen, turns, weights, not keys)
     precision = "K4V8" if keys else "K8V4"
     assert page_error(treatment, precision, asked, x[:, 576:]) < (0.4 if keys else 0.15)
+
+
+# How queries attend
+
+
+@pytest.mark.parametrize("scores_of_nothing", [False, True])
+@pytest.mark.parametrize("calls", [(0, 700), (0, 300, 301, 302, 700), (0, 300, 300)])
+def test_queries_and_values_count_by_attention(
+    calls: tuple[int, ...], scores_of_nothing: bool
+) -> None:
+    """Beside the same sums in float64, for the queries that are looked at."""
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal((1, 4, 700, 64))
+    k, v = rng.standard_normal((2, 1, 2, 700, 64))
+    sinks = np.array([1.0, 3.0, -2.0, 0.0]) if scores_of_nothing else None
+    seen = Covariances()
+    for start, end in itertools.pairwise(calls):
+        given = (mx.array(x[:, :, low:end], mx.float32) for x, low in ((q, start), (k, 0), (v, 0)))
+        seen.add_queries(*given, start, 0.5, None if sinks is None else mx.array(sinks))
+    seen.add_values(mx.array(v[:, :, : calls[-1]], mx.float32), 0)
+    assert seen.queries_per_key == 2
+    queries, values = attention_moments(q[0], k[0], v[0], calls, 0.5, sinks)
+    np.testing.assert_allclose(seen.queries, queries, atol=1e-3 * np.abs(queries).max())
+    np.testing.assert_allclose(seen.values, values, atol=1e-3 * np.abs(values).max())
+
+
+def test_heads_that_look_something_up_now_and_then_are_asked_when_they_do() -> None:
+    """Nine in ten queries are large and look at the first tokens alone."""
+    rng = np.random.default_rng(3)
+    keys = rng.standard_normal((1, 640, 64))
+    keys[0, :8, 0] = 40.0
+    idle, busy = np.zeros(64), np.zeros(64)
+    idle[0], busy[1] = 8.0, 6.0
+    queries = np.where((np.arange(576) % 10 > 0)[:, None], idle, busy)[None]
+    queries = queries + 0.1 * rng.standard_normal(queries.shape)
+    q, k = (mx.array(x[None], mx.float32) for x in (queries, keys))
+    seen, beside = Covariances(), Covariances()
+    seen.add_queries(q, k, k, 64, 0.5)
+    beside.add_queries(q, mx.zeros_like(k), k, 64, 0.5)  # nobody looks anywhere
+    for found in (seen, beside):
+        found.add_keys(k[:, :, 64:], 64)
+
+    def error(treatment: Treatment) -> float:
+        """Of scores of the busy, which are all that pages are read for."""
+        return page_error(treatment, "K2V8", queries[:, ::10], keys[:, 64:])
+
+    weighted, alike = (
+        balanced(KVShape(1, 64, 64), found, [], LayerWeights(), values=False)
+        for found in (seen, beside)
+    )
+    assert error(weighted) < 0.7 * error(alike)
 
 
 # Errors that other channels make up for

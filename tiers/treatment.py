@@ -319,8 +319,25 @@ class Chooser(Protocol):
         """Whether it would look at the queries of so many tokens, the first at this position."""
         ...
 
-    def see(self, queries: mx.array, position: int) -> None:
-        """Note queries ``[1, query_heads, tokens, key_dim]``, the first at this position."""
+    def see(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        position: int,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> None:
+        """Note queries.
+
+        Args:
+            queries: ``[1, query_heads, tokens, key_dim]``.
+            keys: of all tokens until the last of these, ``[1, kv_heads, tokens, key_dim]``.
+            values: likewise.
+            position: of the first query.
+            scale: of scores.
+            sinks: the model's scores of nothing, one per query head; None if it has none.
+        """
         ...
 
     def told(self) -> dict[str, Any] | None:
