@@ -72,7 +72,7 @@ def _treatment(stream: Stream, layer: Any, number: int) -> Treatment:
     seen, shape = stream.seen, stream.shape
     if not all(np.isfinite(x).all() for x in (seen.queries, seen.keys, seen.values)):
         raise ConfigError(f"layer {number}: queries, keys or values are not finite")
-    weights = LayerWeights.of(layer, shape, stream.query_heads)
+    weights = LayerWeights.of(layer, shape, seen.asks)
     try:
         turns = turns_of(None if layer is None else rope_of(layer), shape.key_dim)
     except (TypeError, ValueError):
@@ -156,12 +156,10 @@ class Stream:
     Attributes:
         seen: its queries, keys and values.
         shape: what it caches; None as long as no query was seen.
-        query_heads: that read it.
     """
 
     seen: Covariances = field(default_factory=Covariances)
     shape: KVShape | None = None
-    query_heads: int = 0
 
 
 class _Recorder:
@@ -205,6 +203,5 @@ class _Recorder:
         """MLX's own attention; the queries are noted."""
         keys, values, stream = view.keys, view.values, self._stream
         stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
-        stream.query_heads = int(q.shape[1])
         stream.seen.add_queries(q, keys, values, self._tokens - int(q.shape[2]), scale, sinks)
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)

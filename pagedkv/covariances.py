@@ -193,11 +193,6 @@ class Covariances:
         self._attending, self._attended, self._attention = attending, attended, attention
 
     @property
-    def queries_per_key(self) -> int:
-        """Query heads per KV head."""
-        return self._rows // max(1, self.query_tokens)
-
-    @property
     def queries(self) -> Floats:
         """Mean products of query channels, ``[kv_heads, key_dim, key_dim]``.
 
@@ -210,6 +205,18 @@ class Covariances:
     def keys(self) -> Floats:
         """Covariances of key channels within groups, ``[kv_heads, key_dim, key_dim]``."""
         return np.array(self._keys, np.float64) / max(1, self.key_tokens)
+
+    @property
+    def asks(self) -> Floats:
+        """How much each query head asks of values, ``[kv_heads, query heads of each]``, mean 1."""
+        heads = int(self._queries.shape[0])
+        alike = np.ones((heads, self._rows // max(1, self.query_tokens)))
+        if not self._attention.ndim:
+            return alike
+        attention = np.array(self._attention, np.float64)
+        mean = attention.mean(axis=1, keepdims=True)
+        share = attention / np.where(mean > 0, mean, 1.0)
+        return np.where(mean > 0, ALIKE * alike + (1 - ALIKE) * share, alike)
 
     @property
     def values(self) -> Floats:

@@ -97,14 +97,20 @@ class LayerWeights:
     spread: Spread | None = None
 
     @classmethod
-    def of(cls, layer: Any, shape: KVShape, query_heads: int) -> LayerWeights:
-        """Of a layer of the model, which caches `shape`; None if nobody knows which layer."""
+    def of(cls, layer: Any, shape: KVShape, asks: Floats) -> LayerWeights:
+        """Of a layer of the model; nothing if nobody knows which layer.
+
+        Args:
+            layer: of the model, or None.
+            shape: what it caches.
+            asks: how much each query head asks of values, ``[kv_heads, query heads of each]``.
+        """
         if layer is None:
             return cls()
         spread = None
         with suppress(Exception):  # whatever an unknown layer raises
             spread = measure_spread(layer, shape)
-        return cls(output_products(layer, shape, query_heads), spread)
+        return cls(output_products(layer, shape, asks), spread)
 
 
 def choose_treatments(
@@ -260,7 +266,7 @@ class FirstTokens:
             turns = turns_of(rope_of(layer), self.shape.key_dim) if self.keys else None
             if self._values:
                 seen.add_values(values[:, :, : FIRST + ENOUGH], 0)
-            told = LayerWeights.of(layer, self.shape, self.shape.kv_heads * seen.queries_per_key)
+            told = LayerWeights.of(layer, self.shape, seen.asks)
             reason = known.reason if known else ""
             return balanced(self.shape, seen, turns, told, self._values, reason)
         except Exception:  # numbers that are not finite, or whatever an unknown embedding raises
@@ -405,25 +411,26 @@ def measure_spread(layer: Any, shape: KVShape) -> Spread | None:
     )
 
 
-def output_products(layer: Any, shape: KVShape, query_heads: int) -> Floats | None:
+def output_products(layer: Any, shape: KVShape, asks: Floats) -> Floats | None:
     """Products of what a layer's output projection makes of value channels.
 
     Args:
         layer: of the model.
         shape: what it caches.
-        query_heads: that read it.
+        asks: how much each query head counts, ``[kv_heads, query heads of each]``.
 
     Returns:
-        Sums over output channels, ``[kv_heads, value_dim, value_dim]``; None if there is no
-        projection of the usual names, or it has another size.
+        Sums over output channels, means over query heads, ``[kv_heads, value_dim, value_dim]``;
+        None if there is no projection of the usual names, or it has another size.
     """
+    share = mx.array(asks / asks.mean(axis=1, keepdims=True), mx.float32)[..., None, None]
     modules = layer.children().values()
     for projection in [getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name)]:
         with suppress(Exception):  # of another size, or whatever an unknown layer raises
-            rows = _output_rows(projection, query_heads * shape.value_dim, OUTPUT_SAMPLES)
-            heads = rows.reshape(len(rows), shape.kv_heads, -1, shape.value_dim)
-            heads = heads.transpose(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.value_dim)
-            return np.array(heads.swapaxes(1, 2) @ heads / heads.shape[1], np.float64)
+            rows = _output_rows(projection, asks.size * shape.value_dim, OUTPUT_SAMPLES)
+            heads = rows.reshape(len(rows), *asks.shape, shape.value_dim).transpose(1, 2, 0, 3)
+            products = heads.swapaxes(2, 3) @ heads / len(rows)
+            return np.array((share * products).mean(axis=1), np.float64)
     return None
 
 

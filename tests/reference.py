@@ -106,8 +106,8 @@ def attention_moments(
     calls: Sequence[int],
     scale: float,
     sinks: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Second moments of queries and values, weighted by attention and not, as balancing has them.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Second moments of queries and values, and query heads, by attention as balancing has them.
 
     Args:
         queries: ``[query_heads, tokens, dim]``.
@@ -119,7 +119,7 @@ def attention_moments(
     """
     heads, dim, share = len(keys), keys.shape[2], len(queries) // len(keys)
     attending, attended = np.zeros((2, heads, dim, dim))
-    total = np.zeros((heads, 1, 1))
+    total = np.zeros((heads, share))
     for start, end in itertools.pairwise(calls):
         for at in range(max(start, FIRST + NEAR), end, max(1, (end - start) // AT_ONCE)):
             for head, query in enumerate(queries[:, at]):
@@ -130,11 +130,12 @@ def attention_moments(
                 rows = values[g, FIRST : at - NEAR + 1]
                 attending[g] += squares.sum() * np.outer(query, query)
                 attended[g] += (squares[:, None] * rows).T @ rows
-                total[g] += squares.sum()
+                total[g, head % share] += squares.sum()
 
     def mixed(rows: np.ndarray, weighted: np.ndarray) -> np.ndarray:
         rows = rows[:, FIRST : calls[-1]].reshape(heads, -1, dim)
         alike = rows.swapaxes(1, 2) @ rows / rows.shape[1]
-        return np.asarray(ALIKE * alike + (1 - ALIKE) * weighted / total)
+        return np.asarray(ALIKE * alike + (1 - ALIKE) * weighted / total.sum(axis=1)[:, None, None])
 
-    return mixed(queries, attending), mixed(values, attended)
+    asks = ALIKE + (1 - ALIKE) * total / total.mean(axis=1, keepdims=True)
+    return mixed(queries, attending), mixed(values, attended), asks

@@ -238,8 +238,8 @@ def test_queries_and_values_count_by_attention(
         given = (mx.array(x[:, :, low:end], mx.float32) for x, low in ((q, start), (k, 0), (v, 0)))
         seen.add_queries(*given, start, 0.5, None if sinks is None else mx.array(sinks))
     seen.add_values(mx.array(v[:, :, : calls[-1]], mx.float32), 0)
-    assert seen.queries_per_key == 2
-    queries, values = attention_moments(q[0], k[0], v[0], calls, 0.5, sinks)
+    queries, values, asks = attention_moments(q[0], k[0], v[0], calls, 0.5, sinks)
+    np.testing.assert_allclose(seen.asks, asks, rtol=1e-4)
     np.testing.assert_allclose(seen.queries, queries, atol=1e-3 * np.abs(queries).max())
     np.testing.assert_allclose(seen.values, values, atol=1e-3 * np.abs(values).max())
 

@@ -66,7 +66,7 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     found = measure(model, [ids().tolist()], lambda done, total: told.append((done, total)))
     assert told == [(256, TOKENS), (512, TOKENS), (TOKENS, TOKENS)]
     stream = found[0]
-    assert (stream.shape, stream.query_heads) == (pagedkv.KVShape(2, 64, 64), 4)
+    assert (stream.shape, stream.seen.asks.shape) == (pagedkv.KVShape(2, 64, 64), (2, 2))
     layer = model.layers[0]
     attention, x = layer.self_attn, layer.input_layernorm(model.model.embed_tokens(ids()[None]))
 
@@ -78,7 +78,7 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     seen = stream.seen
     q, k = heads(attention.q_proj, True), heads(attention.k_proj, True)
     v = heads(attention.v_proj, False)
-    queries, values = attention_moments(q, k, v, (0, 256, 512, TOKENS), 64**-0.5)
+    queries, values, _ = attention_moments(q, k, v, (0, 256, 512, TOKENS), 64**-0.5)
     close = {"rtol": 1e-3, "atol": 1e-3}
     np.testing.assert_allclose(seen.queries, queries, **close)
     np.testing.assert_allclose(seen.values, values, **close)
@@ -90,16 +90,18 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
 
 
 def test_what_output_projections_make_of_two_channels() -> None:
-    """Of all query heads that share them: exactly, and about where random signs are put through."""
+    """Of query heads that share them: exactly, and about where random signs are put through."""
     layer = lively(tiny_llama(dim=256)).layers[0]
     attention = layer.self_attn
     weight = np.array(attention.o_proj.weight, np.float64).reshape(256, 2, 2, 64)
-    want = np.einsum("ohqc,ohqd->hcd", weight, weight) / 2
+    asks = np.array([[0.5, 1.5], [3.0, 1.0]])
+    shares = np.array([[0.25, 0.75], [0.75, 0.25]])
+    want = np.einsum("ohqc,ohqd,hq->hcd", weight, weight, shares)
     size = np.einsum("hii->hi", want)
     scale = np.sqrt(size[:, :, None] * size[:, None, :])
 
     def error() -> np.ndarray:
-        outputs = output_products(layer, pagedkv.KVShape(2, 64, 64), 4)
+        outputs = output_products(layer, pagedkv.KVShape(2, 64, 64), asks)
         assert outputs is not None
         return np.asarray((outputs - want) / scale)
 
@@ -109,7 +111,7 @@ def test_what_output_projections_make_of_two_channels() -> None:
     attention.o_proj = Stranger(attention.o_proj)
     assert 0.01 < np.abs(error()).max() < 0.35
     assert np.sqrt(np.square(error()).mean()) < 0.06
-    assert output_products(layer, pagedkv.KVShape(2, 64, 64), 8) is None
+    assert output_products(layer, pagedkv.KVShape(2, 64, 64), np.ones((2, 4))) is None
 
 
 @pytest.mark.parametrize("silent", ["o_proj", "v_proj", "a head"])
