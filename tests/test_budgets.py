@@ -90,6 +90,7 @@ def test_memory_is_flat_over_cycles_and_nothing_is_left(tmp_path: Path) -> None:
     )
     model = tiny_llama()
     process = psutil.Process()
+    gc.collect()  # other tests' caches end their threads
     threads = threading.active_count()
     mlx_memory, resident, files = [], [], []
     for cycle in range(7):
