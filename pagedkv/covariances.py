@@ -18,7 +18,7 @@ FIRST = 64
 NEAR = 64
 """The newest tokens, likewise: every query looks at them."""
 
-AT_ONCE = 256
+AT_ONCE = 512
 """Queries of a call, at most, whose attention is looked at: spread evenly over it."""
 
 BLOCK = 64
@@ -103,7 +103,7 @@ class Covariances:
     ) -> None:
         heads, held, dim = keys.shape
         end, first = position + queries.shape[1], max(0, FIRST + NEAR - position)
-        chosen = list(range(first, queries.shape[1], max(1, queries.shape[1] // AT_ONCE)))
+        chosen = list(range(first, queries.shape[1], max(1, -(-queries.shape[1] // AT_ONCE))))
         at = end - held + mx.arange(held)  # positions of keys
         columns = keys.astype(mx.float32)[:, None].swapaxes(2, 3)
         asked = mx.zeros((heads, held, 1))

@@ -121,7 +121,7 @@ def attention_moments(
     attending, attended = np.zeros((2, heads, dim, dim))
     total = np.zeros((heads, share))
     for start, end in itertools.pairwise(calls):
-        for at in range(max(start, FIRST + NEAR), end, max(1, (end - start) // AT_ONCE)):
+        for at in range(max(start, FIRST + NEAR), end, -(-(end - start) // AT_ONCE) or 1):
             for head, query in enumerate(queries[:, at]):
                 g = head // share
                 scores = np.exp(scale * (keys[g, : at + 1] @ query))

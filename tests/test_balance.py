@@ -268,7 +268,7 @@ def test_heads_that_look_something_up_now_and_then_are_asked_when_they_do() -> N
         balanced(KVShape(1, 64, 64), found, [], LayerWeights(), values=False)
         for found in (seen, beside)
     )
-    assert error(weighted) < 0.7 * error(alike)
+    assert error(weighted) < 0.9 * error(alike)
 
 
 # Errors that other channels make up for

@@ -282,6 +282,20 @@ def test_tasks_beside_legs_as_a_table_and_csv(model: str, book: str) -> None:
     )
 
 
+def test_the_models_own_cache_again(model: str, book: str) -> None:
+    command = ("eval", "--model", model, "--text", book, *SMALL, *SHORT, "--legs", "prefill")
+    command += ("--tasks", "needle", "--lengths", "1400", "--depths", "50", "--quiet")
+    more = ("--kv", "K2V2", "--mlx-lm", "none", "--again", "48,64", "--format", "json")
+    code, out, err = call(*command, *more)
+    assert code == 0, err
+    document = json.loads(out)
+    rows = {row["what"]: row for row in document["rows"]}
+    assert list(rows) == ["mlx-lm fp32", "mlx-lm in calls of 48", "mlx-lm in calls of 64", "K2V2"]
+    assert rows["mlx-lm in calls of 48"]["kl_mean"] < 1e-3 * rows["K2V2"]["kl_mean"]
+    assert document["retrieval"]["again"] == [*rows][1:3]
+    assert all(each["firm"] is not None for each in document["retrieval"]["comparisons"])
+
+
 def test_the_time_holds_for_legs_and_tasks(
     model: str, book: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +332,9 @@ def test_the_time_holds_for_legs_and_tasks(
         (("--chat",), "--chat is about tasks"),
         (("--task-seed", "0"), "--task-seed is about tasks"),
         (("--legs", ""), "legs are prefill and decode"),
+        (("--tasks", "needle", "--again", "2K"), "read in calls of 2,048 anyway"),
+        (("--tasks", "needle", "--again", "64,64"), "is given twice"),
+        (("--again", "0"), "1 token or more"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_anything_runs(
@@ -335,6 +352,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(
     [
         (("--tokens", "100K"), "it has 2,854 tokens"),
         (("--kv", "K5V4"), "unknown precision K5V4"),
+        (("--again", "512"), "read in calls of 128 anyway"),
         (("--kv", "K4V4,K4V4"), "K4V4 is given twice"),
         (("--legs", "prefill,speed"), "got speed"),
         (("--mlx-lm", "8,7"), "got 7"),
