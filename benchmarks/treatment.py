@@ -8,7 +8,8 @@ seal     a layer's pages (8 heads of 128): sealing as they are, and the kernel, 
 prefill  a prompt of an 8B-shaped model (random weights of 4 bits): mlx-lm's own cache, K4V4 pages
          as they are, scaled and rotated by the weights, and balanced; the first prompt's matrices
          are not in it, but told beside it
-decode   steps after it, more than a page of them, so that every layer seals
+decode   steps after a longer one, more than a page of them, so that every layer seals. All caches
+         take turns of some steps: what the host does besides is then the same for all of them
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for
 
 LAUNCHES, ROUNDS = 20, 15
 CHUNK = 2048
+TURN = 16  # steps
 DTYPE = mx.float16 if mx.default_device() == mx.gpu else mx.float32
 KINDS = ("fp16", "none", "hadamard", "auto")
 Row = dict[str, Any]
@@ -125,63 +127,88 @@ class Kinds:
         """The next token, ``[1, 1]``, lazily."""
         return mx.argmax(self._model(token, cache=cache)[:, -1:], axis=-1)
 
-    def decode(self, cache: list[Any], steps: int) -> list[float]:
-        """Seconds of each step, the next one under way as mlx-lm does it."""
+    def decode(self, cache: list[Any], steps: int) -> float:
+        """Seconds of some steps, the next one under way as mlx-lm does it."""
+        start = time.perf_counter()
         token = self.step(cache, self.prompt[:, -1:])
         mx.async_eval(token)  # type: ignore[no-untyped-call]
-        times = []
-        start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(steps - 1):
             following = self.step(cache, token)
-            mx.async_eval(following)
+            mx.async_eval(following)  # type: ignore[no-untyped-call]
             mx.eval(token)
             token = following
-            times.append(time.perf_counter() - start)
-            start = time.perf_counter()
         mx.eval(token)
-        return times
+        return time.perf_counter() - start
 
 
-def whole_model(args: argparse.Namespace) -> Iterator[Row]:
+def kinds_of(args: argparse.Namespace, tokens: int) -> Kinds:
     layers, heads = (32, (32, 8, 128)) if args.shape == "llama3-8b" else (2, (4, 2, 64))
-    model = random_llama(LlamaShape(layers, *heads, *WIDTHS[args.shape]), DTYPE)
-    kinds = Kinds(model, args.tokens)
+    return Kinds(random_llama(LlamaShape(layers, *heads, *WIDTHS[args.shape]), DTYPE), tokens)
+
+
+def prefill(args: argparse.Namespace) -> Iterator[Row]:
+    kinds = kinds_of(args, args.tokens)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(args.rounds + 1):
         for kind in KINDS:
             with kinds.opened(kind) as cache:
                 seconds = kinds.read(cache)
-                if turn:
-                    times[kind].append(seconds)
-                else:
-                    yield {"part": "first prompt", "kind": kind, "seconds": seconds}
-                if turn == 1:
-                    steps[kind] = kinds.decode(cache, args.steps)
-    for kind, seconds in times.items():
-        fields = Sample.of(seconds).fields("seconds")
+            if turn:
+                times[kind].append(seconds)
+            else:
+                yield {"part": "first prompt", "kind": kind, "seconds": seconds}
+    for kind, some in times.items():
+        fields = Sample.of(some).fields("seconds")
         yield {"part": "prefill", "kind": kind, "tokens": args.tokens, **fields}
-    for kind, some in steps.items():
+
+
+def decode(args: argparse.Namespace) -> Iterator[Row]:
+    kinds = kinds_of(args, args.decode_tokens)
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with ExitStack() as stack:
+        caches = {kind: stack.enter_context(kinds.opened(kind)) for kind in KINDS}
+        for cache in caches.values():
+            kinds.read(cache)
+            kinds.decode(cache, TURN)
+        for turn in range(args.steps // TURN):
+            for at in range(len(KINDS)):
+                kind = KINDS[(turn + at) % len(KINDS)]  # nobody always follows the same one
+                times[kind].append(kinds.decode(caches[kind], TURN) / TURN)
+    plain = np.array(times["none"])
+    draws = np.random.default_rng(0).integers(0, len(plain), (2000, len(plain)))
+    for kind, some in times.items():
+        ratios = np.array(some) / plain
+        low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
         yield {
             "part": "decode",
             "kind": kind,
-            "steps": len(some),
-            "mean_ms": 1e3 * sum(some) / len(some),
+            "tokens": args.decode_tokens,
+            "steps": TURN * len(some),
             **Sample.of(some).fields("ms", 1e3),
-            "longest_ms": 1e3 * max(some),
+            "mean_ms": 1e3 * float(np.mean(some)),
+            "beside_none": float(np.median(ratios)),
+            "beside_none_low": float(low),
+            "beside_none_high": float(high),
+            "mean_beside_none": float(np.sum(some) / plain.sum()),
         }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--part", nargs="+", default=["check", "seal", "model"])
+    parser.add_argument("--part", nargs="+", default=["check", "seal", "prefill", "decode"])
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--decode-tokens", type=int, default=32768, help="before decoding")
     parser.add_argument("--shape", choices=("llama3-8b", "tiny"), default="llama3-8b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=560)
+    parser.add_argument("--steps", type=int, default=1024)
     args = parser.parse_args()
-    parts = {"check": check, "seal": seal, "model": lambda: whole_model(args)}
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "check": check,
+        "seal": seal,
+        "prefill": lambda: prefill(args),
+        "decode": lambda: decode(args),
+    }
     rows: list[Row] = []
     for part in args.part:
         for row in parts[part]():
