@@ -32,6 +32,9 @@ LEAST = 256
 CHUNK = 256
 """Tokens per call of the model: whole groups, as `FIRST` are."""
 
+AT_ONCE = 64
+"""Queries of a call, at most, whose attention is looked at: there are many calls."""
+
 Tokens = mx.array | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -203,5 +206,6 @@ class _Recorder:
         """MLX's own attention; the queries are noted."""
         keys, values, stream = view.keys, view.values, self._stream
         stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
-        stream.seen.add_queries(q, keys, values, self._tokens - int(q.shape[2]), scale, sinks)
+        at = self._tokens - int(q.shape[2])
+        stream.seen.add_queries(q, keys, values, at, scale, sinks, AT_ONCE)
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)

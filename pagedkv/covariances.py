@@ -21,8 +21,8 @@ NEAR = 64
 AT_ONCE = 512
 """Queries of a call, at most, whose attention is looked at: spread evenly over it."""
 
-BLOCK = 64
-"""Of these so many together: their scores are in memory."""
+BLOCK, SCORES = 64, 2**22
+"""Of these so many together, and no more than have so many scores: they are in memory."""
 
 ALIKE = 0.2
 """The part of what queries are like that is the same for all of them, however they attend."""
@@ -64,6 +64,7 @@ class Covariances:
         position: int,
         scale: float,
         sinks: mx.array | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
         """Count queries in, and once more by how they attend; likewise what they attend to.
 
@@ -82,9 +83,10 @@ class Covariances:
             position: of the first query's token.
             scale: of scores.
             sinks: scores of nothing, one per query head, where a model has them.
+            at_once: the most queries whose attention is looked at.
         """
         heads = int(keys.shape[1])
-        self._add_attention(queries[0], keys[0], values[0], position, scale, sinks)
+        self._add_attention(queries[0], keys[0], values[0], position, scale, sinks, at_once)
         queries = queries[0, :, max(0, FIRST - position) :]
         rows = queries.astype(mx.float32).reshape(heads, -1, queries.shape[2])
         if rows.shape[1]:
@@ -100,15 +102,19 @@ class Covariances:
         position: int,
         scale: float,
         sinks: mx.array | None,
+        at_once: int,
     ) -> None:
         heads, held, dim = keys.shape
         end, first = position + queries.shape[1], max(0, FIRST + NEAR - position)
-        chosen = list(range(first, queries.shape[1], max(1, -(-queries.shape[1] // AT_ONCE))))
+        chosen = list(range(first, queries.shape[1], max(1, -(-queries.shape[1] // at_once))))
+        if not chosen:
+            return
         at = end - held + mx.arange(held)  # positions of keys
         columns = keys.astype(mx.float32)[:, None].swapaxes(2, 3)
         asked = mx.zeros((heads, held, 1))
-        for start in range(0, len(chosen), BLOCK):
-            some = mx.array(chosen[start : start + BLOCK])
+        size = max(1, min(BLOCK, SCORES // (queries.shape[0] * held)))
+        for start in range(0, len(chosen), size):
+            some = mx.array(chosen[start : start + size])
             rows = queries[:, some].astype(mx.float32).reshape(heads, -1, some.size, dim)
             own = (position + some)[:, None]
             scores = mx.where(at <= own, scale * (rows @ columns), -mx.inf)
@@ -124,10 +130,15 @@ class Covariances:
             self._attending = self._attending + weighted.swapaxes(1, 2) @ rows
             self._attention = self._attention + weights.sum(axis=(2, 3))
             asked = asked + squares.sum(axis=(1, 2))[..., None]
-            mx.async_eval(self._attending, self._attention, asked)  # type: ignore[no-untyped-call]
-        if chosen:
-            numbers = values.astype(mx.float32)
-            self._attended = self._attended + (asked * numbers).swapaxes(1, 2) @ numbers
+            if len(chosen) > size:  # else the caller decides when
+                mx.async_eval(self._attending, self._attention, asked)  # type: ignore[no-untyped-call]
+        never = max(0, FIRST - (end - held))
+        numbers = values[:, never:].astype(mx.float32)
+        self._attended = self._attended + (asked[:, never:] * numbers).swapaxes(1, 2) @ numbers
+
+    def forget_attention(self) -> None:
+        """Go on as if nobody had attended to anything: all queries and tokens count alike."""
+        self._attending = self._attended = self._attention = mx.array(0.0)
 
     def add_keys(self, keys: mx.array, position: int) -> None:
         """Count keys in: how they spread within groups that share a scale and a bias.
@@ -161,7 +172,7 @@ class Covariances:
             self.value_tokens += int(rows.shape[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """The queries seen so far, bit for bit, for JSON."""
+        """What was seen with queries so far, bit for bit, for JSON."""
         return {
             "tokens": self.query_tokens,
             "rows": self._rows,

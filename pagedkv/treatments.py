@@ -26,6 +26,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
 
 from pagedkv.allocator import KVShape
+from pagedkv.attention import DECODE_TOKENS
 from pagedkv.balance import Turn, balanced_keys, balanced_values, turns_of
 from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import TierConfig, names_file
@@ -37,7 +38,8 @@ SAMPLES = 64
 """Random inputs per layer: spreads are then known to a tenth."""
 
 LEAST, ENOUGH = 128, 2048
-"""Tokens whose queries and keys must be seen to balance keys by them; more than enough of them."""
+"""Tokens whose queries and keys must be seen to balance keys by them, or to tell how they attend;
+more than enough of them."""
 
 OUTPUT_SAMPLES = 256
 """Random outputs per layer, for products of value channels where weights cannot be seen: more gain
@@ -222,12 +224,15 @@ class FirstTokens:
         self.shape = shape
         self._layer = weakref.ref(layer)  # caches that outlive their model do not keep it
         self.keys, self._known, self._values = keys, known, values
-        self._seen = Covariances()
+        self._seen, self._blind = Covariances(), False
 
     def wants(self, tokens: int, position: int) -> bool:
         """See `Chooser.wants`. Where a prompt has shown enough, what follows is let pass."""
         seen = self._seen.query_tokens
-        return seen < ENOUGH if tokens > 1 else seen < LEAST and position % EVERY == 0
+        if tokens > DECODE_TOKENS:
+            return seen < ENOUGH and not self._blind
+        due = (position + tokens - 1) // EVERY > (position - 1) // EVERY
+        return due and seen < LEAST and not self._blind
 
     def see(
         self,
@@ -239,12 +244,16 @@ class FirstTokens:
         sinks: mx.array | None,
     ) -> None:
         """See `Chooser.see`."""
-        # Of a single token: started when the next is noted, for the graph of a step stays one.
+        # Of a step: started when the next is noted, for its graph stays one.
         mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
         if (beyond := int(queries.shape[2]) - ENOUGH) > 0:
             queries, keys, values = (x[:, :, :-beyond] for x in (queries, keys, values))
-        self._seen.add_queries(queries, keys, values, position, scale, sinks)
-        if queries.shape[2] > 1:  # a chunk's queries are not kept until somebody asks
+        try:
+            self._seen.add_queries(queries, keys, values, position, scale, sinks)
+        except Exception:  # whatever an unknown layer asks with, its weights decide
+            self._seen, self._blind = Covariances(), True
+        # A chunk's queries are not kept until somebody asks, nor what a last step attended to.
+        if queries.shape[2] > DECODE_TOKENS or self._seen.query_tokens >= LEAST:
             mx.async_eval(self._seen.arrays)  # type: ignore[no-untyped-call]
 
     def told(self) -> dict[str, Any] | None:
@@ -260,8 +269,11 @@ class FirstTokens:
         """See `Chooser.choose`."""
         seen, known, layer = self._seen, self._known, self._layer()
         seen.add_keys(keys[:, :, : FIRST + ENOUGH], 0)
-        if layer is None or min(seen.query_tokens, seen.key_tokens) < LEAST:
+        least = LEAST if self.keys else 1  # where values spread is seen without
+        if layer is None or seen.query_tokens < least or seen.key_tokens < LEAST:
             return known
+        if seen.query_tokens < LEAST:
+            seen.forget_attention()
         try:
             turns = turns_of(rope_of(layer), self.shape.key_dim) if self.keys else None
             if self._values:

@@ -106,22 +106,24 @@ def attention_moments(
     calls: Sequence[int],
     scale: float,
     sinks: np.ndarray | None = None,
+    at_once: int = AT_ONCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Second moments of queries and values, and query heads, by attention as balancing has them.
 
     Args:
         queries: ``[query_heads, tokens, dim]``.
         keys: ``[kv_heads, tokens, dim]``.
-        values: likewise.
+        values: ``[kv_heads, tokens, value_dim]``.
         calls: where calls of the model begin, and where the last one ends.
         scale: of scores.
         sinks: scores of nothing, one per query head.
+        at_once: queries of a call, at most.
     """
-    heads, dim, share = len(keys), keys.shape[2], len(queries) // len(keys)
-    attending, attended = np.zeros((2, heads, dim, dim))
+    heads, share, dims = len(keys), len(queries) // len(keys), (keys.shape[2], values.shape[2])
+    attending, attended = (np.zeros((heads, dim, dim)) for dim in dims)
     total = np.zeros((heads, share))
     for start, end in itertools.pairwise(calls):
-        for at in range(max(start, FIRST + NEAR), end, -(-(end - start) // AT_ONCE) or 1):
+        for at in range(max(start, FIRST + NEAR), end, -(-(end - start) // at_once) or 1):
             for head, query in enumerate(queries[:, at]):
                 g = head // share
                 scores = np.exp(scale * (keys[g, : at + 1] @ query))
@@ -133,7 +135,7 @@ def attention_moments(
                 total[g, head % share] += squares.sum()
 
     def mixed(rows: np.ndarray, weighted: np.ndarray) -> np.ndarray:
-        rows = rows[:, FIRST : calls[-1]].reshape(heads, -1, dim)
+        rows = rows[:, FIRST : calls[-1]].reshape(heads, -1, rows.shape[2])
         alike = rows.swapaxes(1, 2) @ rows / rows.shape[1]
         return np.asarray(ALIKE * alike + (1 - ALIKE) * weighted / total.sum(axis=1)[:, None, None])
 

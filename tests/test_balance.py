@@ -223,15 +223,17 @@ def test_a_channel_that_is_silent_at_first_drowns_nobody_later(keys: bool, silen
 # How queries attend
 
 
+@pytest.mark.parametrize("scores", [2**22, 5000], ids=["blocks", "single queries"])
 @pytest.mark.parametrize("scores_of_nothing", [False, True])
 @pytest.mark.parametrize("calls", [(0, 700), (0, 300, 301, 302, 700), (0, 300, 300)])
 def test_queries_and_values_count_by_attention(
-    calls: tuple[int, ...], scores_of_nothing: bool
+    calls: tuple[int, ...], scores_of_nothing: bool, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the same sums in float64, for the queries that are looked at."""
+    monkeypatch.setattr("pagedkv.covariances.SCORES", scores)
     rng = np.random.default_rng(2)
     q = rng.standard_normal((1, 4, 700, 64))
-    k, v = rng.standard_normal((2, 1, 2, 700, 64))
+    k, v = rng.standard_normal((1, 2, 700, 64)), rng.standard_normal((1, 2, 700, 48))
     sinks = np.array([1.0, 3.0, -2.0, 0.0]) if scores_of_nothing else None
     seen = Covariances()
     for start, end in itertools.pairwise(calls):
@@ -242,6 +244,19 @@ def test_queries_and_values_count_by_attention(
     np.testing.assert_allclose(seen.asks, asks, rtol=1e-4)
     np.testing.assert_allclose(seen.queries, queries, atol=1e-3 * np.abs(queries).max())
     np.testing.assert_allclose(seen.values, values, atol=1e-3 * np.abs(values).max())
+
+
+def test_what_sinks_hold_does_not_matter() -> None:
+    """They are in 16 bit, so not even what cannot be added up."""
+    q, k, v = (mx.random.normal((1, 2, 400, 64), key=mx.random.key(i)) for i in range(3))
+    lost = mx.where(mx.arange(400)[:, None] == 7, mx.inf, v)
+    found = []
+    for values in (v, lost):
+        seen = Covariances()
+        seen.add_queries(q, k, values, 0, 0.3)
+        seen.add_values(values, 0)
+        found.append(seen.values)
+    np.testing.assert_array_equal(*found)
 
 
 def test_heads_that_look_something_up_now_and_then_are_asked_when_they_do() -> None:

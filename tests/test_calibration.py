@@ -15,7 +15,7 @@ import pytest
 
 import pagedkv
 from pagedkv import hook
-from pagedkv.calibration import measure
+from pagedkv.calibration import AT_ONCE, measure
 from pagedkv.calibration_file import Calibration
 from pagedkv.cli import main
 from pagedkv.models import fingerprint
@@ -78,7 +78,8 @@ def test_covariances_are_those_of_the_first_layer(model: Any) -> None:
     seen = stream.seen
     q, k = heads(attention.q_proj, True), heads(attention.k_proj, True)
     v = heads(attention.v_proj, False)
-    queries, values, _ = attention_moments(q, k, v, (0, 256, 512, TOKENS), 64**-0.5)
+    calls = (0, 256, 512, TOKENS)
+    queries, values, _ = attention_moments(q, k, v, calls, 64**-0.5, at_once=AT_ONCE)
     close = {"rtol": 1e-3, "atol": 1e-3}
     np.testing.assert_allclose(seen.queries, queries, **close)
     np.testing.assert_allclose(seen.values, values, **close)

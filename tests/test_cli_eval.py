@@ -294,6 +294,14 @@ def test_the_models_own_cache_again(model: str, book: str) -> None:
     assert rows["mlx-lm in calls of 48"]["kl_mean"] < 1e-3 * rows["K2V2"]["kl_mean"]
     assert document["retrieval"]["again"] == [*rows][1:3]
     assert all(each["firm"] is not None for each in document["retrieval"]["comparisons"])
+    # Only tasks are read in longer calls than that.
+    at = command.index("--chunk")
+    longer = (*command[:at], *command[at + 2 :])
+    code, out, err = call(*longer, *more[:-4], "--again", "64,600", "--format", "json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [row["what"] for row in document["rows"]] == [*list(rows)[:1], *list(rows)[2:]]
+    assert document["retrieval"]["again"] == [f"mlx-lm in calls of {n}" for n in (64, 600)]
 
 
 def test_the_time_holds_for_legs_and_tasks(

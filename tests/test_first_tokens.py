@@ -98,12 +98,54 @@ def test_tokens_that_are_generated_count_too(model: Any, window: int, balanced: 
     pagedkv.unwrap(model)
 
 
-@pytest.mark.parametrize("problem", ["embedding", "numbers"])
+@pytest.mark.parametrize("chunk", [5, 8])
+def test_steps_of_several_tokens_are_looked_at_like_generated_ones(model: Any, chunk: int) -> None:
+    """All of a step's queries, and no more steps than it takes."""
+    with pagedkv.wrap(model, pagedkv.TierConfig(**{**SETTINGS, "hot_tokens": 512})) as cache:
+        read(model, cache, 800, chunk=chunk)
+        told = cache.stats().treatments[0]
+        assert "over 13" in told or "over 128 tokens" in told, told
+    pagedkv.unwrap(model)
+
+
+def test_values_are_balanced_after_few_queries(model: Any) -> None:
+    """How values spread is seen without them; how queries attend is not told from so few."""
+    config = pagedkv.TierConfig(**{**SETTINGS, "kv": "K8V4"})
+    with pagedkv.wrap(model, config) as cache:
+        read(model, cache, FIRST_PAGE + 1, chunk=1)
+        told = cache.stats().treatments
+        assert all(t.startswith("values balanced and rotated") for t in told), told
+    pagedkv.unwrap(model)
+
+
+def test_what_steps_attended_to_is_let_go(model: Any) -> None:
+    """Sums that nobody computes would keep all tokens of their step."""
+    shape = pagedkv.KVShape(2, 64, 64)
+    chooser = treatments.FirstTokens(model.layers[0], shape, None, True, True)
+    queries, size = mx.ones((1, 4, 1, 64)), 2 * 2 * 2**12 * 64 * 4
+    mx.eval(queries)
+    mx.synchronize()
+    before, position = mx.get_active_memory(), 2**12
+    while chooser.wants(1, position):
+        keys, values = mx.ones((2, 1, 2, 2**12, 64))
+        mx.eval(keys, values)
+        chooser.see(queries, keys, values, position, 0.1, None)
+        position += treatments.EVERY
+    assert chooser._seen.query_tokens == treatments.LEAST
+    del keys, values
+    mx.synchronize()
+    assert mx.get_active_memory() - before < size / 4
+
+
+@pytest.mark.parametrize("problem", ["embedding", "numbers", "queries"])
 def test_where_nothing_can_be_learned_the_weights_decide(
     model: Any, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if problem == "embedding":
         monkeypatch.setattr(treatments, "rope_of", lambda layer: lambda rows, offset: rows**2 + 1)
+    elif problem == "queries":
+        seen = lambda *args: mx.zeros((2, 3)) @ mx.zeros((2, 3))  # noqa: E731
+        monkeypatch.setattr(treatments.Covariances, "_add_attention", seen)
     else:
         lost = lambda self: np.full((2, 64, 64), np.nan)  # noqa: E731
         monkeypatch.setattr(treatments.Covariances, "queries", property(lost))

@@ -40,7 +40,7 @@ from pagedkv.evaluation.report import cells, page, retrieval_title, title
 from pagedkv.evaluation.result import RETRIEVAL
 from pagedkv.evaluation.retrieval_result import Grid
 from pagedkv.evaluation.retrieval_rows import Retrieval, comparison_rows
-from pagedkv.evaluation.variants import PRECISIONS, REFERENCE
+from pagedkv.evaluation.variants import PRECISIONS, REFERENCE, require_shorter, shorter
 
 NONE = "none"
 MLX_LM = "8,4"
@@ -183,6 +183,9 @@ def run(args: argparse.Namespace) -> int:
     say = Notes(args.quiet)
     settings, grid = _settings(args), _grid(args)
     variants, of_tasks = _variants(args, MLX_LM if settings else NONE), _variants(args, NONE)
+    require_shorter(variants, max(each.chunk for each in (settings, grid) if each))
+    if settings and grid:  # what only one of them reads in shorter calls is a row of that one
+        variants, of_tasks = shorter(variants, settings.chunk), shorter(of_tasks, grid.chunk)
     sources = text_sources(args.text or BUILT_IN) if settings else []
     folder = Path(args.output).expanduser() if args.output else None
     model, tokenizer = load_model(args.model, args.dtype, say)

@@ -89,9 +89,17 @@ def compare(result: RetrievalResult) -> list[Comparison]:
     return [_comparison(result, cache, task) for cache in result.caches[1:] for task in tasks]
 
 
-def unsure_cells(result: RetrievalResult) -> set[Cell]:
-    """Cells that the baseline's cache scored otherwise when the text was read in other calls."""
-    return {p.baseline.cell for each in result.again for p in pairs(result, each) if p.difference}
+def firm_cells(result: RetrievalResult) -> set[Cell] | None:
+    """Cells that the baseline's cache scored alike whatever calls the text was read in.
+
+    Returns:
+        None if it was read in none but the usual ones.
+    """
+    alike = [
+        {pair.baseline.cell for pair in pairs(result, each) if not pair.difference}
+        for each in result.again
+    ]
+    return set.intersection(*alike) if alike else None
 
 
 def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
@@ -100,7 +108,7 @@ def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
     differences = [pair.difference for pair in mine]
     lost = [pair for pair in mine if pair.difference < 0]
     close = [pair.close for pair in lost]
-    unsure = unsure_cells(result)
+    firm = firm_cells(result)
     return Comparison(
         cache,
         task,
@@ -113,7 +121,7 @@ def _comparison(result: RetrievalResult, cache: str, task: str) -> Comparison:
         sum(difference > 0 for difference in differences),
         paired_interval(differences) if differences else None,
         None if None in close else sum(map(bool, close)),
-        sum(pair.baseline.cell not in unsure for pair in lost) if result.again else None,
+        None if firm is None else sum(pair.baseline.cell in firm for pair in lost),
     )
 
 

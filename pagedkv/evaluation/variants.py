@@ -145,6 +145,16 @@ def again_variants(calls: Sequence[int]) -> list[Variant]:
     return found
 
 
+def shorter(variants: Sequence[Variant], chunk: int) -> list[Variant]:
+    """The rows without those of the reference that would be the reference itself.
+
+    Args:
+        variants: of a comparison.
+        chunk: tokens per call of the others.
+    """
+    return [v for v in variants if v.calls is None or v.calls < chunk]
+
+
 def require_shorter(variants: Sequence[Variant], chunk: int) -> None:
     """Check that rows of the reference in other calls are not the reference itself.
 
