@@ -57,6 +57,7 @@ from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
 from pagedkv.evaluation.retrieval_rows import Retrieval
 from pagedkv.evaluation.variants import PRECISIONS
 
+LONG_LADDER = "fp16:512,K8V4:8192,K4V4:65536,K4V2"
 LADDERS = ("K8V4:2048,K4V4", "fp16:1024,K8V4:4096,K4V2", "K4V4:2048,K2V2")
 MLX_LM = (8, 4)
 K = 1024
@@ -119,7 +120,7 @@ PARTS: dict[str, Part | Cells] = {
     "decode": Part(LEGS, ("K8V4,K4V4,K2V2", LADDERS[0])),
     "segments": Part((PREFILL,), ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
     "retrieval": Cells(
-        ("fp16", "K4V4", LADDERS[0]),
+        ("fp16", "K4V4", LADDERS[0], LONG_LADDER),
         ("needle", "multikey", "kv", "records"),
         (
             (K, 2 * K, 4 * K, 8 * K, 12 * K, 16 * K),

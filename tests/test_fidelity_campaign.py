@@ -106,7 +106,7 @@ def test_the_campaign_goes_on_where_its_time_was_up(
 
 def test_the_campaign_asks_for_200_facts_and_more(script: Any) -> None:
     cells = script.PARTS["retrieval"]
-    assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4")
+    assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4", script.LONG_LADDER)
     assert cells.again == (512, 1024)
     assert cells.tasks == ("needle", "multikey", "kv", "records")
     count = 0
