@@ -12,7 +12,9 @@ the whitening; one that makes blocks count alike always exists (`evened`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,18 +122,23 @@ def balanced_keys(queries: Floats, keys: Floats, turns: Sequence[Turn]) -> tuple
     """
     if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
         raise ValueError("covariances are not finite")
-    dim = queries.shape[-1]
+    # numpy lets go of the interpreter while it decomposes: heads do not wait for each other.
+    with ThreadPoolExecutor(min(len(keys), os.cpu_count() or 1)) as pool:
+        heads = list(pool.map(lambda c, s: _balanced(c, s, turns), queries, keys))
+    q, feedback = (np.stack(arrays) for arrays in zip(*heads, strict=True))
+    return q, feedback
+
+
+def _balanced(queries: Floats, keys: Floats, turns: Sequence[Turn]) -> tuple[Floats, Floats]:
+    """See `balanced_keys`, of one head."""
     asked, spread = averaged(queries, turns), averaged(keys, turns)
     # With C = L L' and L' S L = V diag(v) V', keys are white by L V diag(v)^-1/2, and W = diag(v).
     lower = np.linalg.cholesky(_shrunk(asked, SHRINK))
-    upper = lower.swapaxes(1, 2)
-    values, vectors = np.linalg.eigh(upper @ _shrunk(spread, SHRINK) @ lower)
-    values = np.maximum(values, LEAST_EIGENVALUE * values[:, -1:])
-    white = vectors * np.sqrt(values)[:, None, :]
-    q = np.linalg.solve(upper, white @ np.stack([evened(head) for head in values]))
-    q /= np.exp(np.linalg.slogdet(q)[1] / dim)[:, None, None]
-    weights = q.swapaxes(1, 2) @ _shrunk(asked, FEEDBACK_SHRINK) @ q
-    return q, np.stack([feedback_for(head) for head in weights])
+    values, vectors = np.linalg.eigh(lower.T @ _shrunk(spread, SHRINK) @ lower)
+    values = np.maximum(values, LEAST_EIGENVALUE * values[-1])
+    q = np.linalg.solve(lower.T, vectors * np.sqrt(values) @ evened(values))
+    q /= np.exp(np.linalg.slogdet(q)[1] / len(q))
+    return q, feedback_for(q.T @ _shrunk(asked, FEEDBACK_SHRINK) @ q)
 
 
 def balanced_values(values: Floats, outputs: Floats) -> tuple[Floats, Floats]:
