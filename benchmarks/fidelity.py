@@ -94,14 +94,15 @@ class Cells:
         kv: rows of ours.
         tasks: the most important first.
         lengths: of prompts; a model gets the first ones that it was made for.
-        again: tokens per call of mlx-lm's own cache once more: how much is chance.
+        again: tokens per call of mlx-lm's own cache once more, and types that it is computed in:
+            how much is chance.
         examples: of each task, length and depth.
     """
 
     kv: tuple[str, ...]
     tasks: tuple[str, ...]
     lengths: tuple[tuple[int, ...], ...]
-    again: tuple[int, ...] = (512, 1024)
+    again: tuple[int | str, ...] = (512, 1024, "float32")
     examples: int = 1
 
     def grid(self, lengths: tuple[int, ...], seed: int) -> Grid:
@@ -179,7 +180,9 @@ def measure(
     model, tokenizer, text_of = opener()
     variants = paged_variants(plan.kv, TierConfig(page_tokens=args.page_tokens))
     if isinstance(plan, Cells):
-        variants = again_variants(plan.again) + variants
+        calls = [each for each in plan.again if isinstance(each, int)]
+        types = [each for each in plan.again if isinstance(each, str)]
+        variants = again_variants(calls, types) + variants
         grid = plan.grid(plan.lengths_of(model), args.seed)
         head = record(name, model, None, variants, [], command(args), grid)
         result = resumed(head, path)

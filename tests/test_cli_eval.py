@@ -302,6 +302,11 @@ def test_the_models_own_cache_again(model: str, book: str) -> None:
     document = json.loads(out)
     assert [row["what"] for row in document["rows"]] == [*list(rows)[:1], *list(rows)[2:]]
     assert document["retrieval"]["again"] == [f"mlx-lm in calls of {n}" for n in (64, 600)]
+    code, out, err = call(*command, *more[:-4], "--again", "bfloat16", "--format", "json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["retrieval"]["again"] == ["mlx-lm bf16"]
+    assert [row["what"] for row in document["rows"]] == ["mlx-lm fp32", "mlx-lm bf16", "K2V2"]
 
 
 def test_the_time_holds_for_legs_and_tasks(
@@ -316,7 +321,7 @@ def test_the_time_holds_for_legs_and_tasks(
     real, run_cells = retrieval._outcome, []
 
     def outcome(*args: Any) -> Any:
-        run_cells.append(args[3])
+        run_cells.append(args[2])
         if len(run_cells) == 6:
             monkeypatch.setattr(Deadline, "passed", True)
         return real(*args)
@@ -343,6 +348,7 @@ def test_the_time_holds_for_legs_and_tasks(
         (("--tasks", "needle", "--again", "2K"), "read in calls of 2,048 anyway"),
         (("--tasks", "needle", "--again", "64,64"), "is given twice"),
         (("--again", "0"), "1 token or more"),
+        (("--again", "float64"), "unknown types ['float64']: there are float32, float16, bfloat16"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_anything_runs(

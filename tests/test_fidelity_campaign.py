@@ -107,7 +107,7 @@ def test_the_campaign_goes_on_where_its_time_was_up(
 def test_the_campaign_asks_for_200_facts_and_more(script: Any) -> None:
     cells = script.PARTS["retrieval"]
     assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4", script.LONG_LADDER)
-    assert cells.again == (512, 1024)
+    assert cells.again == (512, 1024, "float32")
     assert cells.tasks == ("needle", "multikey", "kv", "records")
     count = 0
     for limit, longest in ((8192, 7 * 1024), (32768, 16 * 1024)):
@@ -130,7 +130,7 @@ def test_cells_that_were_run_are_not_run_again(
     real, asked, most = retrieval._outcome, list[tuple[str, int, int]](), 22
 
     def outcome(*args: Any) -> Any:
-        cell = args[3]
+        cell = args[2]
         asked.append((cell.task, cell.tokens, cell.depth))
         if len(asked) == most:
             monkeypatch.setattr(Deadline, "passed", True)

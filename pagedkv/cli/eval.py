@@ -40,7 +40,7 @@ from pagedkv.evaluation.report import cells, page, retrieval_title, title
 from pagedkv.evaluation.result import RETRIEVAL
 from pagedkv.evaluation.retrieval_result import Grid
 from pagedkv.evaluation.retrieval_rows import Retrieval, comparison_rows
-from pagedkv.evaluation.variants import PRECISIONS, REFERENCE, require_shorter, shorter
+from pagedkv.evaluation.variants import PRECISIONS, REFERENCE, TYPES, require_shorter, shorter
 
 NONE = "none"
 MLX_LM = "8,4"
@@ -118,9 +118,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--again",
-        metavar="N,...",
-        help="mlx-lm's own 16-bit cache once more, with prompts read in calls of so many tokens, "
-        "a row each: how much is chance",
+        metavar="N,TYPE,...",
+        help=f"mlx-lm's own cache once more, with prompts read in calls of so many tokens, or the "
+        f"model computing in {', '.join(TYPES)}, a row each: how much is chance",
     )
     group.add_argument(
         "--treatment",
@@ -244,9 +244,12 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
     base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
     treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
     ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments)
-    again = [parse_tokens(part, "--again") for part in (args.again or "").split(",") if part]
+    parts = [part.strip() for part in (args.again or "").split(",") if part.strip()]
+    types = [part for part in parts if part[0].isalpha()]
+    calls = [parse_tokens(part, "--again") for part in parts if part not in types]
+    again = again_variants(calls, types)
     quantized = mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))
-    return [*again_variants(again), *ours, *quantized]
+    return [*again, *ours, *quantized]
 
 
 def _bits(text: str) -> list[int]:

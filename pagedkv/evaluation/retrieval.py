@@ -22,6 +22,7 @@ from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.caches import hooked, own_caches
+from pagedkv.evaluation.copies import Copies
 from pagedkv.evaluation.prompts import Example, build
 from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
 from pagedkv.models import unwrap, wrap, wrapping_of
@@ -37,9 +38,11 @@ class Again:
 
     Attributes:
         chunk: tokens per call while the text is read.
+        dtype: in which the model computes, see `Copies.of`.
     """
 
     chunk: int
+    dtype: str | None = None
 
 
 Kind = TierConfig | CacheMaker | Again | None
@@ -62,9 +65,9 @@ def run_retrieval(
     Args:
         model: of mlx-lm, not wrapped; it is not wrapped afterwards either.
         tokenizer: of the model, as `mlx_lm.load` returns it.
-        configs: labels and tiers; None is mlx-lm's own cache, `Again` the same in other calls, a
-            function makes another kind. mlx-lm's own is the baseline and run first, asked for or
-            not.
+        configs: labels and tiers; None is mlx-lm's own cache, `Again` the same in other calls or
+            another type, a function makes another kind. mlx-lm's own is the baseline and run
+            first, asked for or not.
         grid: of cells; the default one if None.
         progress: called with the number of cells done and of all.
         deadline: no cell is begun when it has passed.
@@ -100,7 +103,7 @@ def run_retrieval(
         if deadline.passed:
             break
         example = build(cell.task, tokenizer, cell.tokens, cell.depth or 0, cell.seed, grid.chat)
-        found[cell] = [_outcome(model, tokenizer, each, cell, example) for each in caches]
+        found[cell] = [_outcome(tokenizer, each, cell, example) for each in caches]
         if keep:
             keep(so_far())
         if progress:
@@ -140,10 +143,13 @@ def _complete(outcomes: Sequence[Outcome], caches: Sequence[str]) -> dict[Cell, 
 class _Caches:
     """Makes empty caches of one kind for a model, one after the other."""
 
-    def __init__(self, model: Any, label: str, config: Kind, chunk: int) -> None:
+    def __init__(self, models: Copies, label: str, config: Kind, chunk: int) -> None:
         self.label = label
         self.again = isinstance(config, Again)
-        self.chunk = config.chunk if isinstance(config, Again) else chunk
+        self.chunk, dtype = chunk, None
+        if isinstance(config, Again):
+            self.chunk, dtype = config.chunk, config.dtype
+        self.model = model = models.of(dtype)
         self.config: TierConfig | None = None
         self._wrapping: Any = None
         if isinstance(config, TierConfig):
@@ -174,11 +180,12 @@ def _caches(model: Any, configs: Configs, chunk: int) -> list[_Caches]:
     labels = [label for label, _ in configs]
     if len(set(labels)) < len(labels):
         raise ConfigError(f"two caches have the same label: {', '.join(labels)}")
-    return [_Caches(model, label, config, chunk) for label, config in configs]
+    models = Copies(model)
+    return [_Caches(models, label, config, chunk) for label, config in configs]
 
 
-def _outcome(model: Any, tokenizer: Any, caches: _Caches, cell: Cell, example: Example) -> Outcome:
-    started = time.perf_counter()
+def _outcome(tokenizer: Any, caches: _Caches, cell: Cell, example: Example) -> Outcome:
+    started, model = time.perf_counter(), caches.model
     text, error, paged, score, margin = "", "", 0, None, None
     try:
         with caches.opened() as cache:

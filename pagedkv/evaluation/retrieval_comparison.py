@@ -54,7 +54,7 @@ class Comparison:
         close: of those lost, cells whose margin with the baseline was less than `CLOSE`; None if
             the result does not tell margins.
         firm: of those lost, cells that the baseline scored alike whatever calls the text was read
-            in; None if it was read once.
+            in, or type the model computed in; None if it was read once.
         interval: of the difference of the means, 95 %; None without cells.
     """
 
@@ -90,10 +90,10 @@ def compare(result: RetrievalResult) -> list[Comparison]:
 
 
 def firm_cells(result: RetrievalResult) -> set[Cell] | None:
-    """Cells that the baseline's cache scored alike whatever calls the text was read in.
+    """Cells that the baseline's cache scored alike in all readings.
 
     Returns:
-        None if it was read in none but the usual ones.
+        None if there was but one.
     """
     alike = [
         {pair.baseline.cell for pair in pairs(result, each) if not pair.difference}

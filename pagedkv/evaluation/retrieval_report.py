@@ -23,9 +23,9 @@ def retrieval_report(result: RetrievalResult) -> str:
         f"A cell is one prompt; its score is 1 or 0, or the share of records that are right. "
         f"`{baseline}` is the baseline: lost and gained count the cells in which a cache scores "
         f"less and more than it on the same prompt, close those lost where the baseline's own "
-        f"answer was ahead of another by less than {CLOSE} nats, firm those lost that it "
-        f"scores alike whatever calls the text is read in. The interval is a paired bootstrap of "
-        f"the difference of mean scores. `in pages` counts cells in which part of the text was in "
+        f"answer was ahead of another by less than {CLOSE} nats, firm those lost that all other "
+        f"readings with its own cache score as it does. The interval is a paired bootstrap of the "
+        f"difference of mean scores. `in pages` counts cells in which part of the text was in "
         f"pages when the question came; in the others everything was 16 bit.",
         _comparisons(result),
         *(f"{c}: {note}." for c, note in zip(result.caches, result.notes, strict=False) if note),

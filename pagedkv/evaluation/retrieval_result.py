@@ -122,7 +122,8 @@ class RetrievalResult:
         outcomes: of each cell the baseline's first.
         complete: whether all cells were run.
         notes: of each cache; empty if there is nothing to say.
-        again: labels of caches that are the baseline's, with the text read in other calls.
+        again: labels of caches that are the baseline's, with the text read in other calls or the
+            model computing in another type.
     """
 
     grid: Grid

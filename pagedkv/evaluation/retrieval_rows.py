@@ -17,7 +17,13 @@ from pagedkv.evaluation.result import RETRIEVAL, Result
 from pagedkv.evaluation.retrieval import Again, CacheMaker, require_cells, run_retrieval
 from pagedkv.evaluation.retrieval_comparison import compare
 from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
-from pagedkv.evaluation.variants import AGAIN, Variant, require_different, require_shorter
+from pagedkv.evaluation.variants import (
+    AGAIN,
+    Variant,
+    require_different,
+    require_other_types,
+    require_shorter,
+)
 
 SAVED_EVERY = 10.0
 """Seconds between two writings of the result: what is lost at most if the process is killed."""
@@ -59,6 +65,7 @@ class Retrieval:
         """
         require_different(self.variants)
         require_shorter(self.variants, self.grid.chunk)
+        require_other_types(self.variants, Own.of(self.model).label)
         require_cells(self.model, self.tokenizer, self.grid)
 
     def run(self) -> None:
@@ -100,7 +107,7 @@ class Retrieval:
 
     def _cache(self, variant: Variant) -> TierConfig | CacheMaker | Again | None:
         if variant.kind == AGAIN:
-            return Again(variant.calls or self.grid.chunk)
+            return Again(variant.calls or self.grid.chunk, variant.dtype)
         if variant.config is not None or variant.bits is None:
             return variant.config
         return partial(quantized_caches, self.model, variant.bits, variant.dequantized)

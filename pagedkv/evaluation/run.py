@@ -14,6 +14,7 @@ from pagedkv.bench.result import Row, failed, first_words, skipped, succeeded
 from pagedkv.bench.timing import Deadline
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.caches import Own, as_it_runs, hooked, opened
+from pagedkv.evaluation.copies import Copies
 from pagedkv.evaluation.legs import Leg, Reader
 from pagedkv.evaluation.metrics import Series
 from pagedkv.evaluation.result import Result
@@ -24,6 +25,7 @@ from pagedkv.evaluation.variants import (
     REFERENCE,
     Variant,
     require_different,
+    require_other_types,
     require_shorter,
 )
 from pagedkv.models import unwrap, wrap
@@ -78,12 +80,12 @@ class Evaluation:
                 paged, nothing would be quantized, or a row is the reference itself.
             OSError: if the result cannot be written.
         """
+        self._own, self._models = Own.of(self.model), Copies(self.model)
         self._require_sense()
         settings = self.settings
         pieces = [cut(t, settings.tokens, settings.segments, settings.offset) for t in self.texts]
         self._require_paging()
         self._runnable = [as_it_runs(variant, self.model) for variant in self.variants]
-        self._own = Own.of(self.model)
         self._reference = Variant(self._own.label)
         self._prefills: dict[tuple[str, int, str], Series] = {}
         for segments in pieces:
@@ -100,6 +102,7 @@ class Evaluation:
     def _require_sense(self) -> None:
         require_different(self.variants)
         require_shorter(self.variants, self.settings.chunk)
+        require_other_types(self.variants, self._own.label)
         if self.settings.tokens <= self.beyond:
             raise ConfigError(
                 f"{self.settings.tokens:,} tokens all stay in 16 bit ({self.beyond:,} hot or "
@@ -160,12 +163,13 @@ class Evaluation:
         with ExitStack() as stack:
             readers: list[Reader] = []
             for variant in group:
+                model = self._models.of(variant.dtype)
                 try:
-                    caches = stack.enter_context(opened(variant, self.model))
+                    caches = stack.enter_context(opened(variant, model))
                 except ConfigError as e:
                     rows.append(failed(_row(head, variant), f"does not run: {first_words(e)}"))
                     continue
-                readers.append(Reader(variant, self.model, caches))
+                readers.append(Reader(variant, model, caches))
             stack.enter_context(hooked())
             reference, *others = readers
             work = Leg(

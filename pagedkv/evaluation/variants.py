@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from pagedkv.bench.contenders import QUANTIZED_GROUP
+from pagedkv.bench.settings import short_dtype
 from pagedkv.config import TierConfig, names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
 UNIFORM, LADDER, MLX_LM = "uniform", "ladder", "mlx-lm"
 REFERENCE, AGAIN = "reference", "again"
+TYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("fp16", "K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K3V3", "K2V2")
 MLX_LM_BITS = (2, 3, 4, 5, 6, 8)
 MEMORY = "1TB"
@@ -30,6 +34,7 @@ class Variant:
         dequantized: attend what that cache stores in plain numbers, where MLX has no quantized
             product.
         calls: tokens per call in which prompts are read; None for as many as the others take.
+        dtype: one of `TYPES`, in which the model computes; None for its own.
         note: for its rows.
     """
 
@@ -38,6 +43,7 @@ class Variant:
     bits: int | None = None
     dequantized: bool = False
     calls: int | None = None
+    dtype: str | None = None
     note: str = ""
 
     @property
@@ -45,10 +51,10 @@ class Variant:
         """What kind of row it is.
 
         ``"uniform"`` or ``"ladder"`` if it is ours; of mlx-lm's ``"reference"``, ``"again"`` for
-        the same in other calls, or ``"mlx-lm"`` if it is quantized.
+        the same in other calls or another type, or ``"mlx-lm"`` if it is quantized.
         """
         if self.config is None and self.bits is None:
-            return REFERENCE if self.calls is None else AGAIN
+            return REFERENCE if self.calls is None and self.dtype is None else AGAIN
         if self.config is None:
             return MLX_LM
         return LADDER if len(self.config.ladder.steps) > 1 else UNIFORM
@@ -125,22 +131,27 @@ def mlx_lm_variants(bits: Sequence[int]) -> list[Variant]:
     return found
 
 
-def again_variants(calls: Sequence[int]) -> list[Variant]:
-    """Rows of mlx-lm's own 16-bit cache once more: how much is chance.
+def again_variants(calls: Sequence[int], dtypes: Sequence[str] = ()) -> list[Variant]:
+    """Rows of mlx-lm's own cache once more: how much is chance.
 
-    Nothing is rounded that is not rounded in the reference, too; sums are only added up in another
-    order.
+    In other calls nothing is rounded that is not rounded in the reference, too; sums are only
+    added up in another order. In another type all is rounded otherwise, and in float32 next to
+    nothing: what the reference's own rounding does.
 
     Args:
         calls: tokens per call in which prompts are read, a row each.
+        dtypes: of `TYPES`, a row each.
 
     Raises:
-        ConfigError: if one is no number of tokens, or comes twice.
+        ConfigError: if one is no number of tokens or no type, or comes twice.
     """
     for each in calls:
         if each < 1:
             raise ConfigError(f"a call has 1 token or more, got {each}")
+    if unknown := [dtype for dtype in dtypes if dtype not in TYPES]:
+        raise ConfigError(f"unknown types {unknown}: there are {', '.join(TYPES)}")
     found = [Variant(f"mlx-lm in calls of {each}", calls=each) for each in calls]
+    found += [Variant(f"mlx-lm {short_dtype(getattr(mx, d))}", dtype=d) for d in dtypes]
     require_different(found)
     return found
 
@@ -170,6 +181,21 @@ def require_shorter(variants: Sequence[Variant], chunk: int) -> None:
             raise ConfigError(
                 f"{variant.label}: prompts are read in calls of {chunk:,} anyway: give fewer tokens"
             )
+
+
+def require_other_types(variants: Sequence[Variant], reference: str) -> None:
+    """Check that rows of the reference in other types are not the reference itself.
+
+    Args:
+        variants: of a comparison.
+        reference: its label.
+
+    Raises:
+        ConfigError: naming the row.
+    """
+    for variant in variants:
+        if variant.dtype is not None and variant.label == reference:
+            raise ConfigError(f"{reference}: the model computes in {variant.dtype} anyway")
 
 
 def require_different(variants: Sequence[Variant]) -> None:
