@@ -21,10 +21,11 @@ from pagedkv.balance import turns_of
 from pagedkv.calibration_file import Calibration
 from pagedkv.covariances import Covariances
 from pagedkv.errors import ConfigError
+from pagedkv.layer_weights import LayerWeights
 from pagedkv.models import fingerprint, require_model, stock_maker
 from pagedkv.streams import inner_caches, streams
 from pagedkv.tiers import HotTokens, Treatment
-from pagedkv.treatments import LayerWeights, balanced, rope_of
+from pagedkv.treatments import balanced, rope_of
 
 LEAST = 256
 """Tokens of a text."""

@@ -218,16 +218,22 @@ class Covariances:
         return np.array(self._keys, np.float64) / max(1, self.key_tokens)
 
     @property
+    def attention(self) -> Floats:
+        """How much query heads look up: sums of p², ``[kv_heads, query heads of each]``.
+
+        Over tokens that are to be rounded, and all queries that were looked at.
+        """
+        heads = int(self._queries.shape[0])
+        none = np.zeros((heads, self._rows // max(1, self.query_tokens)))
+        return np.array(self._attention, np.float64) if self._attention.ndim else none
+
+    @property
     def asks(self) -> Floats:
         """How much each query head asks of values, ``[kv_heads, query heads of each]``, mean 1."""
-        heads = int(self._queries.shape[0])
-        alike = np.ones((heads, self._rows // max(1, self.query_tokens)))
-        if not self._attention.ndim:
-            return alike
-        attention = np.array(self._attention, np.float64)
+        attention = self.attention
         mean = attention.mean(axis=1, keepdims=True)
         share = attention / np.where(mean > 0, mean, 1.0)
-        return np.where(mean > 0, ALIKE * alike + (1 - ALIKE) * share, alike)
+        return np.where(mean > 0, ALIKE + (1 - ALIKE) * share, 1.0)
 
     @property
     def values(self) -> Floats:

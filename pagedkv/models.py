@@ -24,6 +24,7 @@ from pagedkv.config import TierConfig, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
+from pagedkv.layer_weights import Spreads
 from pagedkv.prefixes import Prefixes
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import HotTokens, Pager
@@ -148,8 +149,9 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         wrapping.probes = _probe(model, kinds, pageable)
         pager = wrapping.pager
         shapes = _plain_layers(kinds, wrapping.probes)
-        pager.treatments = choose_treatments(model, config, shapes, name)
-        choosers = choosers_for(model, config, shapes, pager.treatments)
+        spreads = Spreads(model, shapes)
+        pager.treatments = choose_treatments(model, config, shapes, name, spreads)
+        choosers = choosers_for(model, config, shapes, pager.treatments, spreads)
         pager.choosers = {**choosers}
         told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
         pager.identity = config.store_identity(name, len(pageable), told)

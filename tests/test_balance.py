@@ -14,6 +14,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from pagedkv import KVShape, Precision, balance
 from pagedkv.balance import DOUBLINGS, STEP, averaged, balanced_keys, evened, turns_of
 from pagedkv.covariances import Covariances
+from pagedkv.layer_weights import LayerWeights, Spread
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.codec import codec_for
 from pagedkv.tiers.rounding import (
@@ -25,7 +26,7 @@ from pagedkv.tiers.rounding import (
     quantize,
 )
 from pagedkv.tiers.treatment import rotation_matrix
-from pagedkv.treatments import LayerWeights, Spread, balanced
+from pagedkv.treatments import balanced
 from tests.reference import attention_moments
 
 LLAMA3 = {

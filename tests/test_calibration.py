@@ -18,8 +18,9 @@ from pagedkv import hook
 from pagedkv.calibration import AT_ONCE, measure
 from pagedkv.calibration_file import Calibration
 from pagedkv.cli import main
+from pagedkv.layer_weights import output_products
 from pagedkv.models import fingerprint
-from pagedkv.treatments import choose_treatments, output_products
+from pagedkv.treatments import choose_treatments
 from tests.model_zoo import build
 from tests.models import byte_model, lively, random_tokens, tiny_llama
 from tests.reference import attention_moments

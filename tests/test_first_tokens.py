@@ -121,7 +121,7 @@ def test_values_are_balanced_after_few_queries(model: Any) -> None:
 def test_what_steps_attended_to_is_let_go(model: Any) -> None:
     """Sums that nobody computes would keep all tokens of their step."""
     shape = pagedkv.KVShape(2, 64, 64)
-    chooser = treatments.FirstTokens(model.layers[0], shape, None, True, True)
+    chooser = treatments.FirstTokens(model.layers[0], shape, None, None, True, True)
     queries, size = mx.ones((1, 4, 1, 64)), 2 * 2 * 2**12 * 64 * 4
     mx.eval(queries)
     mx.synchronize()
