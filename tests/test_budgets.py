@@ -242,8 +242,8 @@ def test_a_closed_cache_takes_no_memory_even_while_it_is_referred_to() -> None:
     model = tiny_llama(layers=2, dim=128)
     config = pagedkv.TierConfig(hot_tokens=64, warm="64MB", cold="64MB", page_tokens=256)
     tokens = random_tokens(3000)
-    pagedkv.wrap(model, config).close()
-    mx.eval(model(tokens[:, :64], cache=pagedkv.wrap(model, config)))
+    with pagedkv.wrap(model, config) as first:
+        mx.eval(model(tokens, cache=first))  # its matrices are for all that follow, and stay
     gc.collect()
     before = mx.get_active_memory()
     cache = model.make_cache()
