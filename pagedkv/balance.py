@@ -12,9 +12,7 @@ the whitening; one that makes blocks count alike always exists (`evened`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,9 +120,7 @@ def balanced_keys(queries: Floats, keys: Floats, turns: Sequence[Turn]) -> tuple
     """
     if not (np.isfinite(queries).all() and np.isfinite(keys).all()):
         raise ValueError("covariances are not finite")
-    # numpy lets go of the interpreter while it decomposes: heads do not wait for each other.
-    with ThreadPoolExecutor(min(len(keys), os.cpu_count() or 1)) as pool:
-        heads = list(pool.map(lambda c, s: _balanced(c, s, turns), queries, keys))
+    heads = [_balanced(c, s, turns) for c, s in zip(queries, keys, strict=True)]
     q, feedback = (np.stack(arrays) for arrays in zip(*heads, strict=True))
     return q, feedback
 
