@@ -19,6 +19,7 @@ from pagedkv.allocator.errors import (
     UnsafeStoreError,
 )
 from pagedkv.allocator.geometry import PAGE_ALIGNMENT, KVShape, PageGeometry, PagePart
+from pagedkv.allocator.layer_ladders import LayerLadders
 from pagedkv.allocator.precision import Ladder, Precision
 from pagedkv.allocator.prefix_index import PrefixIndex, prefix_digests, prefix_key
 from pagedkv.allocator.slots import PageAllocator, SlotPool
@@ -34,6 +35,7 @@ __all__ = [
     "CorruptStoreError",
     "KVShape",
     "Ladder",
+    "LayerLadders",
     "OutOfPagesError",
     "PageAllocator",
     "PageGeometry",

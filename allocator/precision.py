@@ -58,6 +58,17 @@ class Precision:
         """Whether pages of this precision hold codes and not 16-bit numbers."""
         return self.key_bits != 16
 
+    @property
+    def doubled(self) -> Precision:
+        """With twice the bits, or the next number that there is, but no more than 8."""
+        if not self.quantized:
+            return self
+        key, value = (
+            next((n for n in QUANTIZED_BITS if n >= 2 * bits), QUANTIZED_BITS[-1])
+            for bits in (self.key_bits, self.value_bits)
+        )
+        return Precision(key, value)
+
     def __str__(self) -> str:
         return f"K{self.key_bits}V{self.value_bits}" if self.quantized else "fp16"
 
@@ -132,6 +143,28 @@ class Ladder:
     def rank(self, precision: Precision) -> int:
         """How far down the ladder `precision` stands (the deepest such step); -1 if on no step."""
         return max((i for i, p in enumerate(self.steps) if p == precision), default=-1)
+
+    @property
+    def doubled(self) -> Ladder:
+        """With twice the bits on every step (`Precision.doubled`), and on none less than beyond."""
+        steps = [self.steps[-1].doubled]
+        for precision in reversed(self.steps[:-1]):
+            more, beyond = precision.doubled, steps[0]
+            keys, values = (more.key_bits, beyond.key_bits), (more.value_bits, beyond.value_bits)
+            steps.insert(0, Precision(max(keys), max(values)))
+        ends = [i for i, pair in enumerate(itertools.pairwise(steps)) if pair[0] != pair[1]]
+        return Ladder(
+            tuple(steps[i] for i in [*ends, len(steps) - 1]), tuple(self.reach[i] for i in ends)
+        )
+
+    @property
+    def weight(self) -> int:
+        """What a token far away takes, beside other ladders: half bits of a key and a value.
+
+        Codes come with a scale and a bias in 16 bits for 64 numbers (`PageGeometry`).
+        """
+        last = self.steps[-1]
+        return 2 * (last.key_bits + last.value_bits) + (2 if last.quantized else 0)
 
     def beyond(self, distance: int) -> tuple[Precision, ...]:
         """The steps that can occur at `distance` or farther, each once, nearest first."""

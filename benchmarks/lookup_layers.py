@@ -31,11 +31,11 @@ from mlx_lm.models.cache import KVCache
 
 from pagedkv import KVShape, Precision, TierConfig, unwrap, wrap
 from pagedkv.bench.result import describe_machine
-from pagedkv.calibration import measure
 from pagedkv.cli.loading import MODELS_OWN, load_model
 from pagedkv.evaluation import built_in_text
 from pagedkv.evaluation.caches import own_caches
 from pagedkv.evaluation.prompts import Example, build
+from pagedkv.recording import measure
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.codec import codec_for
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from pagedkv.allocator import Ladder
+from pagedkv.allocator import Ladder, LayerLadders
 from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.errors import ConfigError
 from pagedkv.sizes import parse_size
@@ -17,6 +17,10 @@ from pagedkv.tiers.treatment import ROTATIONS
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
 TREATMENTS = ("auto", "none", *ROTATIONS)
 DURABILITIES = ("process", "power")
+AUTO, ALIKE = "auto", "same"
+"""Of `TierConfig.layer_kv`: layers that look things up have twice the bits, or all are alike."""
+LOOKUP_PART = 6
+"""Of so many layers one is taken for one that looks things up (`pagedkv.lookup_layers`)."""
 KEPT_TOKENS = 4
 """First tokens that a cache of `max_kv_size` keeps for ever, as in mlx-lm."""
 LEAST_KV_SIZE = 8
@@ -34,6 +38,10 @@ class TierConfig:
         sink_tokens: first tokens of the sequence kept in 16 bit for ever.
         kv: precision of older tokens: one for all (``"K4V4"``), or a ladder by distance from the
             current token (``"fp16:512,K8V4:8192,K4V4"``). ``"fp16"`` pages without quantizing.
+        layer_kv: layers with another precision or ladder: ``"auto"`` gives twice the bits of `kv`
+            (8 at most) to one layer in six of a wrapped model, those that look things up when it
+            reads random tokens twice; ``"same"`` to none. Or layers by number,
+            ``"K8V8@7,17-20"``, with ``;`` between several ladders.
         warm: memory for pages, all layers together.
         cold: disk for pages, all layers together; 0 for none.
         cold_dir: where to keep the cold files, so that what `PagedCache.flush` wrote can be
@@ -81,6 +89,7 @@ class TierConfig:
     hot_tokens: int = 512
     sink_tokens: int = 64
     kv: str = "K4V4"
+    layer_kv: str = AUTO
     warm: int | str = "2GB"
     cold: int | str = "64GB"
     cold_dir: str | None = None
@@ -132,6 +141,11 @@ class TierConfig:
         require_durability(self.durability)
         if not isinstance(self.kv, str):
             raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
+        if not isinstance(self.layer_kv, str):
+            raise ConfigError(
+                f"layer_kv is {AUTO!r}, {ALIKE!r}, or text such as 'K8V8@7,17-20', got "
+                f"{self.layer_kv!r}"
+            )
         if not isinstance(self.prefix_salt, str):
             raise ConfigError(f"prefix_salt is text, got {self.prefix_salt!r}")
         if not isinstance(self.cold_dir, (str, type(None))):
@@ -142,6 +156,18 @@ class TierConfig:
     def ladder(self) -> Ladder:
         """The parsed `kv`."""
         return Ladder.parse(self.kv)
+
+    @cached_property
+    def ladders(self) -> LayerLadders:
+        """The parsed `kv` and `layer_kv`; all alike with ``"auto"``, before layers are known."""
+        named = self.layer_kv not in (AUTO, ALIKE)
+        return LayerLadders.parse(self.kv, self.layer_kv if named else "")
+
+    @property
+    def lookup_ladder(self) -> Ladder | None:
+        """With ``"auto"``, what layers have that look things up; None if no layer has another."""
+        doubled = self.ladder.doubled
+        return doubled if self.layer_kv == AUTO and doubled != self.ladder else None
 
     @property
     def selective(self) -> bool:
@@ -154,7 +180,7 @@ class TierConfig:
             warm_bytes=parse_size(self.warm, "warm"),
             cold_bytes=parse_size(self.cold, "cold"),
             cold_dir=self.cold_dir,
-            ladder=self.ladder,
+            ladders=self.ladders,
             hot_tokens=self.hot_tokens,
             sink_tokens=self.sink_tokens,
             page_tokens=self.page_tokens,
@@ -169,13 +195,16 @@ class TierConfig:
             keep_free=parse_size(self.keep_free, "keep_free"),
         )
 
-    def store_identity(self, model: str, layers: int, treatments: str = "") -> StoreIdentity | None:
+    def store_identity(
+        self, model: str, layers: int, treatments: str = "", *, found: bool = False
+    ) -> StoreIdentity | None:
         """What names the store of flushed sequences; None if nothing is to last.
 
         Args:
             model: the model's fingerprint or name; empty for none.
             layers: layers that are paged.
             treatments: names what is done to keys and values; empty for nothing.
+            found: whether layers that look things up are found out: the store says which.
         """
         if self.cold_dir is None or not model or not parse_size(self.cold, "cold"):
             return None
@@ -183,9 +212,8 @@ class TierConfig:
             model = f"{model} max_kv_size={self.max_kv_size}"
         if treatments:
             model = f"{model} treatment={treatments}"
-        return StoreIdentity(
-            model, layers, str(self.ladder), self.sink_tokens, self.page_tokens, self.hot_dtype
-        )
+        kv = f"{self.ladder};{self.lookup_ladder}@{AUTO}" if found else str(self.ladders)
+        return StoreIdentity(model, layers, kv, self.sink_tokens, self.page_tokens, self.hot_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ``TierConfig(**config.to_dict())`` is the same again."""

@@ -95,6 +95,11 @@ def paged_kind(cache: Any) -> Maker | None:
     return None
 
 
+def keeps_all(cache: Any) -> bool:
+    """Whether what takes the place of a stock cache has no window of the layer's own."""
+    return paged_kind(cache) is _plain
+
+
 def _plain(context: SequenceContext, number: int) -> PagedLayerCache:
     """In place of a cache without a window: one with, if the user wants it bounded."""
     if (limit := context.config.max_kv_size) is not None:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
-from mlx.nn.layers.base import Module
 
 from pagedkv import hook, sequences, state
-from pagedkv.allocator import KVShape
+from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
-from pagedkv.config import TierConfig, names_file
+from pagedkv.config import ALIKE, TierConfig, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.layer_weights import Spreads
+from pagedkv.lookup_layers import lookup_count, lookup_layers
+from pagedkv.model_facts import (
+    context_limit,
+    fingerprint,
+    require_model,
+    stock_maker,
+    weights_of,
+)
 from pagedkv.prefixes import Prefixes
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import HotTokens, Pager
@@ -56,7 +58,8 @@ class Wrapping:
     """What `wrap` knows of a model.
 
     Attributes:
-        config: the user's settings.
+        asked: the user's settings.
+        config: the same, with the layers named that `TierConfig.layer_kv` leaves open.
         pager: tiers that all caches of this model share.
         stock: makes the caches the model would have had.
         fingerprint: of the model.
@@ -65,6 +68,7 @@ class Wrapping:
         prefixes: what its caches remember.
     """
 
+    asked: TierConfig
     config: TierConfig
     pager: Pager
     stock: Callable[[], list[Any]]
@@ -138,25 +142,17 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     name = fingerprint(model)
     wrapping = Wrapping(
         config,
+        config,
         Pager(config.budget(), len(pageable)),
         stock,
         name,
-        _context_limit(model),
-        prefixes=Prefixes(_weights_of(model), lasting=True),
+        context_limit(model),
+        prefixes=Prefixes(weights_of(model), lasting=True),
     )
     hook.install()
     try:
         wrapping.probes = _probe(model, kinds, pageable)
-        pager = wrapping.pager
-        shapes = _plain_layers(kinds, wrapping.probes)
-        spreads = Spreads(model, shapes)
-        pager.treatments = choose_treatments(model, config, shapes, name, spreads)
-        choosers = choosers_for(model, config, shapes, pager.treatments, spreads)
-        pager.choosers = {**choosers}
-        told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
-        pager.identity = config.store_identity(name, len(pageable), told)
-        if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
-            sequences.settle_treatments(pager, name, shapes)
+        _settle(wrapping, model, kinds)
         cache = wrapping.make_cache()
     except BaseException:
         wrapping.pager.close()
@@ -166,6 +162,44 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     object.__setattr__(model, _WRAPPED, wrapping)
     object.__setattr__(model, "make_cache", wrapping.make_cache)
     return cache
+
+
+def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
+    """Settle what layers' pages are like: their precision, and what is done before it.
+
+    What a store holds decides, for there may be pages in it.
+
+    Args:
+        wrapping: of the model, its tiers not open yet.
+        model: of mlx-lm.
+        kinds: its stock caches.
+    """
+    from pagedkv.mlx_lm_cache import keeps_all
+
+    pager, name, config = wrapping.pager, wrapping.fingerprint, wrapping.asked
+    shapes = _plain_layers(kinds, wrapping.probes)
+    spreads = Spreads(model, shapes)
+
+    def treat() -> str:
+        ladders = pager.budget.ladders
+        pager.treatments = choose_treatments(model, config, shapes, name, spreads, ladders)
+        choosers = choosers_for(model, config, shapes, pager.treatments, spreads, ladders)
+        pager.choosers = {**choosers}
+        return name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
+
+    candidates = {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
+    open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
+    pager.identity = config.store_identity(name, pager.layers, treat(), found=open_layers)
+    if open_layers:
+        found = sequences.kept_layers(pager)
+        if found is None or not candidates.issuperset(found):
+            found = lookup_layers(model, candidates, name)
+        ladder = cast(Ladder, config.lookup_ladder)
+        pager.set_ladders(LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder)))
+        treat()
+    wrapping.config = replace(config, layer_kv=pager.budget.ladders.others_text or ALIKE)
+    if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
+        sequences.settle_treatments(pager, name, shapes)
 
 
 def _plain_layers(kinds: list[Any], probes: dict[int, LayerProbe]) -> dict[int, KVShape]:
@@ -181,7 +215,7 @@ def _wrapped_already(earlier: Wrapping, model: Any, config: TierConfig) -> Paged
         return None
     if not earlier.pager.users:  # its caches were dropped, not closed
         earlier.pager.close()
-    elif earlier.config == config and not _calibrated_since(earlier, model):
+    elif earlier.asked == config and not _calibrated_since(earlier, model):
         return earlier.make_cache()
     elif earlier.prefixes.alone(earlier.pager):
         earlier.prefixes.clear()  # the last of them closes the store
@@ -288,121 +322,7 @@ def resume(
     return cache
 
 
-def fingerprint(model: Any) -> str:
-    """Names a model by its kind, its sizes and a sample of its weights, as 16 hex digits."""
-    digest = hashlib.sha256(type(model).__module__.encode())
-    args = getattr(model, "args", None)
-    if is_dataclass(args) and not isinstance(args, type):
-        digest.update(json.dumps(asdict(args), sort_keys=True, default=str).encode())
-    from mlx.utils import tree_flatten
-
-    named = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
-    weight: Any
-    for name, weight in named[:: max(1, len(named) // 16)]:
-        sample = weight.reshape(-1)[:32].astype(mx.float32)
-        digest.update(f"{name}{weight.shape}{[float(x) for x in sample.tolist()]}".encode())
-    kind = type(model).__module__.rpartition(".")[2]
-    return f"{kind}-{digest.hexdigest()[:16]}"
-
-
-SAMPLED = 64
-"""Numbers of each weight that tell a model from one that was tuned further."""
-
-
-def weights_digest(model: Any) -> str:
-    """Names a model's weights by some numbers of each of them, as 32 hex digits.
-
-    `fingerprint` looks at a few weights only, which is enough where a user names a file. What is
-    found without being named must not be of a model that shares those.
-    """
-    from mlx.utils import tree_flatten
-
-    digest = hashlib.sha256()
-    named: Any = tree_flatten(model.parameters())
-    samples = [_sample(weight) for _, weight in named]
-    mx.eval(samples)
-    for (name, weight), sample in zip(named, samples, strict=True):
-        digest.update(f"{name} {weight.shape} {weight.dtype} {sample.tolist()}".encode())
-    return digest.hexdigest()[:32]
-
-
-def _sample(weight: mx.array) -> mx.array:
-    """Numbers from all over a weight, `SAMPLED` or all there are."""
-    if weight.size <= SAMPLED:
-        return weight
-    places = np.unravel_index(np.linspace(0, weight.size - 1, SAMPLED).astype(int), weight.shape)
-    return weight[tuple(mx.array(p) for p in places)]
-
-
-def _weights_of(model: Any) -> Callable[[], str]:
-    reference = weakref.ref(model)  # as in `stock_maker`
-
-    def weights() -> str:
-        mine = reference()
-        return "" if mine is None else weights_digest(mine)
-
-    return weights
-
-
 # Looking at a model
-
-
-def require_model(model: Any) -> None:
-    """Check that this is a model of mlx-lm.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    if not isinstance(model, Module) or not callable(model):
-        raise ConfigError(
-            f"wrap() needs a model of mlx-lm (an mlx.nn.Module with .layers), "
-            f"got {type(model).__name__}"
-        )
-    try:
-        has_layers = len(model.layers) > 0
-    except (AttributeError, TypeError):
-        has_layers = False
-    if not has_layers:
-        raise ConfigError(
-            f"{type(model).__name__} has no .layers: for a hand-written model use "
-            f"PagedCache.standalone(n_layers) and pagedkv.attention()"
-        )
-
-
-def stock_maker(model: Any) -> Callable[[], list[Any]]:
-    """What makes the caches that the model would have if it were not wrapped.
-
-    Raises:
-        ConfigError: if there is no mlx-lm.
-    """
-    try:
-        from mlx_lm.models.cache import make_prompt_cache
-    except ImportError as e:
-        raise ConfigError("wrap() needs mlx-lm: pip install 'pagedkv[lm]'") from e
-
-    # The model will hold this function: a strong reference back would keep it alive for ever.
-    reference = weakref.ref(model)
-    own = getattr(type(model), "make_cache", None)
-    if own is not None:
-        return lambda: list(own(reference()))
-
-    def plain() -> list[Any]:
-        # Asked with the model it would call the make_cache that the wrapped model has.
-        mine: Any = reference()
-        return list(make_prompt_cache(SimpleNamespace(layers=mine.layers)))
-
-    return plain
-
-
-def _context_limit(model: Any) -> int | None:
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None)  # of a multimodal model: a dict, or made from one
-    for part in (args, text):
-        name = "max_position_embeddings"
-        limit = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
 
 
 class _ProbeCache(PagedLayerCache):

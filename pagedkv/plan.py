@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pagedkv.allocator import KVShape, PageGeometry, Precision
+from pagedkv.allocator import KVShape, Ladder, LayerLadders, PageGeometry, Precision
 from pagedkv.config import KEPT_TOKENS, TierConfig
 from pagedkv.errors import ConfigError
+from pagedkv.lookup_layers import lookup_count
+from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.layer_pager import choose_page_tokens
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts, treatment_bytes
 from pagedkv.window_sizes import WindowSizes
@@ -98,15 +99,12 @@ def plan(
     cold_bytes = sum(
         kind.bytes({p: pages[p] - warm[p] for p in pages}) for kind, pages, warm in placed
     )
-    # The layer that holds the most: one without a window if there is one.
-    most, pages, warm = max(placed, key=lambda item: item[0].reach or math.inf)
+    # The layer that holds the most: one without a window if there is one, and as most of them are.
+    most, pages, warm = max(placed, key=lambda item: (item[0].reach or math.inf, item[0].layers))
     tokens = most.page_tokens
     cold = sum(pages.values()) - sum(warm.values())
     paged = any(any(pages.values()) for _, pages, _ in placed)
     scratch = min(budget.scratch_bytes, most.held(context) * shape.token_bytes())
-    parts = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
-    rotated = config.treatment in ROTATIONS
-    feedback = (parts[0] and not rotated, parts[1] and not rotated)
     return Plan(
         context=context,
         page_tokens=tokens,
@@ -118,7 +116,7 @@ def plan(
         cold_bytes=cold_bytes,
         staging_bytes=budget.staging_bytes + budget.write_buffer_bytes if cold_bytes else 0,
         scratch_bytes=scratch if paged else 0,
-        treatment_bytes=layers * treatment_bytes(shape, feedback) if any(parts) else 0,
+        treatment_bytes=sum(kind.treatment_bytes for kind in kinds),
         fp16_bytes=sum(k.layers * k.held(context) for k in kinds) * shape.token_bytes(),
         fits=_fits(kinds, context),
         max_context=_longest(kinds),
@@ -132,12 +130,24 @@ def plan(
 def _kinds(
     shape: KVShape, layers: int, config: TierConfig, windows: Sequence[int]
 ) -> list[_Counter]:
-    """Layers that are alike: those without a window, and those with windows of one size."""
-    counted: Counter[tuple[int | None, int]] = Counter((window, 0) for window in windows)
-    if plain := layers - len(windows):
-        keep = config.sink_tokens if config.max_kv_size is None else KEPT_TOKENS
-        counted[config.max_kv_size, keep] += plain
-    return [_Counter(shape, layers, config, n, reach, keep) for (reach, keep), n in counted.items()]
+    """Layers that are alike: of one ladder without a window, or with windows of one size."""
+    plain = layers - len(windows)
+    own = [ladder for _, ladder in config.ladders.others]
+    if config.lookup_ladder is not None:
+        own = [config.lookup_ladder] * lookup_count(plain)
+    # Which layers those are makes no difference: here they are the first ones.
+    ladders = LayerLadders.of_layers(config.ladder, dict(enumerate(own[:plain])))
+    keep = config.sink_tokens if config.max_kv_size is None else KEPT_TOKENS
+    alike: dict[tuple[int | None, int, Ladder], list[int]] = {}
+    for number in range(plain):
+        alike.setdefault((config.max_kv_size, keep, ladders.of(number)), []).append(number)
+    for number, window in enumerate(windows, plain):
+        alike.setdefault((window, 0, config.ladder), []).append(number)
+    budget = replace(config.budget(), ladders=ladders)
+    return [
+        _Counter(shape, layers, config, budget, numbers, reach, keep)
+        for (reach, keep, _), numbers in alike.items()
+    ]
 
 
 def _fits(kinds: Sequence[_Counter], context: int) -> bool:
@@ -169,19 +179,20 @@ class _Counter:
         shape: KVShape,
         all_layers: int,
         config: TierConfig,
-        layers: int,
+        budget: TierBudget,
+        numbers: Sequence[int],
         reach: int | None,
         keep: int,
     ) -> None:
-        self._config, self._all_layers = config, all_layers
-        self.layers, self.reach, self._keep = layers, reach, keep
-        self._budget = config.budget()
-        self._ladder = config.ladder
+        self._config, self._shape = config, shape
+        self.layers, self.reach, self._keep = len(numbers), reach, keep
+        self._ladder = budget.ladders.of(numbers[0])
         precisions = self._ladder.beyond(config.hot_tokens)
         span = None if reach is None else reach - keep
         self.page_tokens = config.page_tokens or choose_page_tokens(shape, precisions, span)
         self._sizes = {p: PageGeometry(shape, self.page_tokens, p).page_bytes for p in precisions}
-        self._slots = self._budget.warm_slots(all_layers, self.page_tokens, self._sizes)
+        self._slots = budget.warm_slots(all_layers, numbers[0], self.page_tokens, self._sizes)
+        self._cold_share = budget.cold_share(all_layers, numbers[0])
 
     def held(self, context: int) -> int:
         """Tokens of a context that a 16-bit cache holds."""
@@ -242,7 +253,16 @@ class _Counter:
         """Whether warm and cold hold all sealed pages of the context."""
         pages, warm = self.place(context)
         cold = {p: pages[p] - warm[p] for p in pages}
-        return self.bytes(cold) // self.layers <= self._budget.cold_bytes // self._all_layers
+        return self.bytes(cold) // self.layers <= self._cold_share
+
+    @property
+    def treatment_bytes(self) -> int:
+        """Bytes of the matrices of treatments, all layers of this kind together, at most."""
+        precisions = self._ladder.beyond(self._config.hot_tokens)
+        parts = treated_parts(precisions, self._config.treatment)
+        rotated = self._config.treatment in ROTATIONS
+        feedback = (parts[0] and not rotated, parts[1] and not rotated)
+        return self.layers * treatment_bytes(self._shape, feedback) if any(parts) else 0
 
 
 def require_room(

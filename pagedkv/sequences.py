@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
 from pagedkv.calibration_file import Calibration, digest_of
-from pagedkv.config import require_durability
+from pagedkv.config import AUTO, require_durability
 from pagedkv.errors import (
     CacheStateError,
     ClosedError,
@@ -47,6 +47,9 @@ TREATMENTS = "treatments.json"
 UNDECIDED = "undecided.json"
 """Likewise, before there is a page: what layers have seen by which theirs will be chosen."""
 
+LAYERS = "layers.json"
+"""Likewise: the layers that have the ladder of those that look things up."""
+
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -73,6 +76,7 @@ def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> Sto
         spare=spare,
         prompt_rate=cache.context.pace.prompt_per_second or cache.context.prefixes.prompt_rate,
     )
+    _keep_layers(cache.context.pager, store, durability == "power")
     _keep_treatments(cache, store, durability == "power")
     store.commit(state, pages, _hot(layers), durable=durability == "power")
     return next(s for s in store.checkpoints.stored() if s.sequence == state.sequence)
@@ -149,7 +153,55 @@ def _treatment_of(layer: PagedLayerCache) -> str:
     return pager.treatment.digest if pager and pager.treatment else ""
 
 
-# Treatments: a store keeps those of its pages
+# Layers that look things up, and treatments: a store keeps those of its pages
+
+
+def kept_layers(pager: Pager) -> tuple[int, ...] | None:
+    """The layers that have another ladder than most in the store, which is opened for it.
+
+    Args:
+        pager: without pages.
+
+    Returns:
+        Their numbers; None if no store says it.
+
+    Raises:
+        See `Pager.cold`.
+    """
+    store = pager.cold.sequences if pager.has_cold else None
+    return None if store is None else _layers_told(store.checkpoints.kept(LAYERS))
+
+
+def _layers_told(content: bytes | None) -> tuple[int, ...] | None:
+    """What `_keep_layers` wrote; None if it is nothing of that kind."""
+    try:
+        told = json.loads(content or b"null")
+    except (ValueError, RecursionError):
+        return None
+    numbers = told if isinstance(told, list) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        return None
+    return tuple(numbers)
+
+
+def _keep_layers(pager: Pager, store: SequenceStore, durable: bool) -> None:
+    """Write down which layers have another ladder than most, for they are not found out again.
+
+    Raises:
+        StoreMismatchError: if sequences of other processes need others.
+    """
+    if not store.checkpoints.identity.kv.endswith(f"@{AUTO}"):
+        return  # its name says it
+    mine = tuple(number for number, _ in pager.budget.ladders.others)
+    theirs = _layers_told(store.checkpoints.kept(LAYERS))
+    if theirs is not None and theirs != mine and not store.checkpoints.empty:
+        raise StoreMismatchError(
+            f"layers {list(theirs)} have more bits in {store.checkpoints.directory}, which has "
+            f"sequences of other processes, and layers {list(mine)} here: unwrap() the model and "
+            f"wrap() it again"
+        )
+    content = json.dumps(mine).encode()
+    store.checkpoints.keep(LAYERS, content.decode(), lambda: content, durable)
 
 
 def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> None:

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import KVShape
+from pagedkv.allocator import KVShape, LayerLadders
 from pagedkv.attention import DECODE_TOKENS
 from pagedkv.balance import Turn, balanced_keys, balanced_values, turns_of
 from pagedkv.calibration_file import Calibration, digest_of
@@ -55,6 +55,7 @@ def choose_treatments(
     shapes: Mapping[int, KVShape],
     fingerprint: str = "",
     spreads: Spreads | None = None,
+    ladders: LayerLadders | None = None,
 ) -> dict[int, Treatment]:
     """The treatments of a model's layers.
 
@@ -64,6 +65,7 @@ def choose_treatments(
         shapes: by layer number, what layers cache, as far as it is known.
         fingerprint: of the model, which a file must have.
         spreads: of the model, where they are asked for again.
+        ladders: of its layers; as the configuration says if None.
 
     Returns:
         By layer number; layers that are left as they are do not occur.
@@ -71,16 +73,17 @@ def choose_treatments(
     Raises:
         ConfigError: if there is no such file, or it is damaged or of another model.
     """
-    keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
+    ladders = ladders or config.ladders
     if names_file(config.treatment):  # read where nothing is treated, too: it may be damaged
         calibration = Calibration.load(config.treatment)
         calibration.require(fingerprint, shapes, config.treatment)
-        treated = calibration if keys or values else {}
-        return {number: t.only(keys, values) for number, t in treated.items()}
+        parts = {number: _parts(config, ladders, number) for number in calibration}
+        return {n: t.only(*parts[n]) for n, t in calibration.items() if any(parts[n])}
     chosen, spreads = {}, spreads or Spreads(model, shapes)
     for number, shape in shapes.items():
+        keys, values = _parts(config, ladders, number)
         if not (keys or values):
-            break
+            continue
         if config.treatment == "auto":
             spread = spreads.of(number)
             treatment = scaled(spread, shape) if spread is not None else None
@@ -89,6 +92,12 @@ def choose_treatments(
         if treatment is not None:
             chosen[number] = treatment.only(keys, values)
     return chosen
+
+
+def _parts(config: TierConfig, ladders: LayerLadders, number: int) -> tuple[bool, bool]:
+    """Whether a layer's keys are treated, and whether its values are."""
+    precisions = ladders.of(number).beyond(config.hot_tokens)
+    return treated_parts(precisions, config.treatment)
 
 
 def name_of(config: TierConfig, treatments: Mapping[int, Treatment], chosen_later: bool) -> str:
@@ -112,6 +121,7 @@ def choosers_for(
     shapes: Mapping[int, KVShape],
     treatments: Mapping[int, Treatment],
     spreads: Spreads,
+    ladders: LayerLadders | None = None,
 ) -> dict[int, FirstTokens]:
     """Who decides on layers when their first pages are sealed.
 
@@ -121,16 +131,16 @@ def choosers_for(
         shapes: by layer number, what layers cache, as far as it is known.
         treatments: of layers, by their weights.
         spreads: of the model.
+        ladders: of its layers; as the configuration says if None.
 
     Returns:
         By layer number; where nobody does, `treatments` are final.
     """
-    keys, values = treated_parts(config.ladder.beyond(config.hot_tokens), config.treatment)
-    if config.treatment != "auto" or not (keys or values):
-        return {}
     found: dict[int, FirstTokens] = {}
-    for number, shape in shapes.items():
-        if number >= len(model.layers):  # a model that goes through its layers several times
+    for number, shape in shapes.items() if config.treatment == "auto" else ():
+        keys, values = _parts(config, ladders or config.ladders, number)
+        # A model may go through its layers several times.
+        if not (keys or values) or number >= len(model.layers):
             continue
         layer = model.layers[number]
         with suppress(Exception):  # whatever an unknown layer raises, its weights decide

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from pagedkv.allocator import KVShape, Ladder, PageGeometry, PageTable, Precision
+from pagedkv.allocator import KVShape, Ladder, LayerLadders, PageGeometry, PageTable, Precision
 from pagedkv.tiers import (
     ColdRecord,
     LayerPager,
@@ -137,7 +137,11 @@ def make_pager(directory: Path, **others: object) -> tuple[Pager, list[LayerPage
     """A pager on a store that lasts, and its layers; small enough to be full all the time."""
     most = max(PageGeometry(shape, TOKENS, NEAR).page_bytes for shape in SHAPES)
     given = dict(
-        cold_dir=str(directory), ladder=LADDER, hot_tokens=16, sink_tokens=SINKS, page_tokens=TOKENS
+        cold_dir=str(directory),
+        ladders=LayerLadders(LADDER),
+        hot_tokens=16,
+        sink_tokens=SINKS,
+        page_tokens=TOKENS,
     )
     budget = TierBudget(staging_bytes=16 * most, **BUDGET, **given)  # type: ignore[arg-type]
     pager = Pager(budget, len(SHAPES), identity=IDENTITY, **others)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from pagedkv.calibration import AT_ONCE, measure
 from pagedkv.calibration_file import Calibration
 from pagedkv.cli import main
 from pagedkv.layer_weights import output_products
-from pagedkv.models import fingerprint
+from pagedkv.model_facts import fingerprint
 from pagedkv.treatments import choose_treatments
 from tests.model_zoo import build
 from tests.models import byte_model, lively, random_tokens, tiny_llama

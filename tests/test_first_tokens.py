@@ -14,7 +14,7 @@ import pytest
 import pagedkv
 from pagedkv import treatments
 from pagedkv.calibration_file import Calibration
-from pagedkv.models import fingerprint
+from pagedkv.model_facts import fingerprint
 from pagedkv.sequences import TREATMENTS, UNDECIDED
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama

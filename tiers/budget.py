@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pagedkv.allocator import ConfigError, Ladder, Precision
+from pagedkv.allocator import ConfigError, LayerLadders, Precision
 
 MIB = 2**20
 
@@ -18,7 +18,7 @@ class TierBudget:
         warm_bytes: memory for sealed pages.
         cold_bytes: disk for sealed pages; 0 keeps everything in memory.
         cold_dir: parent of the store's directory; None for the temporary directory.
-        ladder: precision of sealed pages by distance.
+        ladders: precision of sealed pages by distance, of each layer.
         hot_tokens: newest tokens that stay in 16 bit.
         sink_tokens: first tokens that stay in 16 bit for ever.
         page_tokens: 256, 512 or 1024; None lets the geometry choose.
@@ -34,7 +34,7 @@ class TierBudget:
     warm_bytes: int
     cold_bytes: int
     cold_dir: str | None
-    ladder: Ladder
+    ladders: LayerLadders
     hot_tokens: int
     sink_tokens: int
     page_tokens: int | None = None
@@ -46,60 +46,79 @@ class TierBudget:
     kept_pages: int = 0
     keep_free: int = 0
 
-    def warm_share(self, layers: int) -> int:
-        """Warm bytes of one layer.
+    def warm_share(self, layers: int, layer: int) -> int:
+        """Warm bytes of one layer, in proportion to what a token takes in it.
 
         Half a share is held back in all, so that even while the last slab doubles (old and new
         exist together for a moment) the budget is kept.
         """
-        return self.warm_bytes * 2 // (2 * layers + 1)
+        return 2 * self.warm_bytes * self.ladders.of(layer).weight // self._warm_whole(layers)
+
+    def _warm_whole(self, layers: int) -> int:
+        weights = self.ladders.weights(layers)
+        return 2 * sum(weights) + max(weights)
+
+    def cold_share(self, layers: int, layer: int) -> int:
+        """Disk of one layer, likewise, as long as nothing else takes any."""
+        return self.ladders.share(self.cold_bytes, layers, layer)
 
     def warm_slots(
-        self, layers: int, page_tokens: int, page_bytes: Mapping[Precision, int]
+        self,
+        layers: int,
+        layer: int,
+        page_tokens: int,
+        page_bytes: Mapping[Precision, int],
     ) -> dict[Precision, int]:
-        """Divide a layer's warm share between the steps of the ladder.
+        """Divide a layer's warm share between the steps of its ladder.
 
         A near step gets as many slots as its distance can hold, the last one all the rest, and
         each at least one.
 
         Args:
             layers: layers that share the warm budget.
+            layer: number of this one.
             page_tokens: tokens per page.
             page_bytes: bytes of a page per precision, in the ladder's order.
 
         Raises:
             ConfigError: if the share is smaller than one page of each precision.
         """
-        share, least = self.warm_share(layers), sum(page_bytes.values())
+        share, least = self.warm_share(layers, layer), sum(page_bytes.values())
         if share < least:
+            weight = self.ladders.of(layer).weight
+            enough = -(-least * self._warm_whole(layers) // (2 * weight))
             raise ConfigError(
                 f"warm budget {self.warm_bytes:,} bytes is smaller than one page of each "
-                f"precision in each of {layers} layers: a layer gets {share:,} bytes and needs "
-                f"{least:,}; give at least {-(-least * (2 * layers + 1) // 2):,}"
+                f"precision in each of {layers} layers: layer {layer} gets {share:,} bytes and "
+                f"needs {least:,}; give at least {enough:,}"
             )
+        ladder = self.ladders.of(layer)
         slots: dict[Precision, int] = {}
         for precision, nbytes in page_bytes.items():
             least -= nbytes
             slots[precision] = (share - least) // nbytes
-            step = self.ladder.rank(precision)
-            if step < len(self.ladder.reach):
-                reach = max(0, self.ladder.reach[step] - self.hot_tokens)
+            step = ladder.rank(precision)
+            if step < len(ladder.reach):
+                reach = max(0, ladder.reach[step] - self.hot_tokens)
                 slots[precision] = min(slots[precision], -(-reach // page_tokens) + 1)
             share -= slots[precision] * nbytes
         return slots
 
-    def require_cold(self, layers: int, page_bytes: int, pages_per_run: int) -> None:
+    def require_cold(self, layers: int, layer: int, page_bytes: int, pages_per_run: int) -> None:
         """Check that the disk takes a page, and the memory on the way what moves at once.
 
         Raises:
             ConfigError: if a layer's cold share or the write buffer holds no page, or staging
                 no run of pages.
         """
-        if self.cold_bytes // layers < page_bytes:
+        if (share := self.cold_share(layers, layer)) < page_bytes:
+            whole, weight = sum(self.ladders.weights(layers)), self.ladders.of(layer).weight
+            enough = -(-page_bytes * whole // weight)
             raise ConfigError(
-                f"cold budget {self.cold_bytes:,} bytes is smaller than one page of "
-                f"{page_bytes:,} bytes in each of {layers} layers: give at least "
-                f"{page_bytes * layers:,}, or 0 for no disk"
+                f"cold budget {self.cold_bytes:,} bytes is smaller than one page in each of "
+                f"{layers} layers: layer {layer} gets {share:,} bytes and needs {page_bytes:,}; "
+                f"give at least {enough:,}, or 0 for no "
+                f"disk"
             )
         if self.staging_bytes < page_bytes * pages_per_run:
             raise ConfigError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedkv.allocator import LayerLadders
+
 
 @dataclass
 class DiskBudget:
@@ -11,10 +13,11 @@ class DiskBudget:
 
     Attributes:
         limit: bytes, whoever wrote them.
-        layers: layers that share what is left for pages, in equal parts.
+        layers: layers that share what is left for pages.
         foreign: bytes that other stores and files had taken when the store was opened.
         checkpoints: bytes of our checkpoints now.
         reserve: bytes kept free of pages for checkpoints to come.
+        ladders: of the layers, whose parts are in proportion; equal parts if None.
     """
 
     limit: int
@@ -22,19 +25,22 @@ class DiskBudget:
     foreign: int = 0
     checkpoints: int = 0
     reserve: int = 0
+    ladders: LayerLadders | None = None
 
     @property
     def for_pages(self) -> int:
         """Bytes that all page files may take together."""
         return max(0, self.limit - self.foreign - self.checkpoints - self.reserve)
 
-    @property
-    def layer_share(self) -> int:
+    def layer_share(self, layer: int) -> int:
         """Bytes that the page files of one layer may take."""
-        return self.for_pages // max(self.layers, 1)
+        if self.ladders is None:
+            return self.for_pages // max(self.layers, 1)
+        return self.ladders.share(self.for_pages, self.layers, layer)
 
-    def __str__(self) -> str:
-        text = f"{self.layer_share:,} of {self.limit:,} bytes"
+    def told(self, layer: int) -> str:
+        """A layer's share, and who has the rest, for error messages."""
+        text = f"{self.layer_share(layer):,} of {self.limit:,} bytes"
         others = {
             "files found in the directory": self.foreign,
             "checkpoints": self.checkpoints + self.reserve,

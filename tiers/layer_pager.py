@@ -140,7 +140,8 @@ class LayerPager:
         self.hot_dtype = hot_dtype
         self.treatment = treatment
         self.chooser = chooser
-        self.precisions = budget.ladder.beyond(budget.hot_tokens)
+        self.ladder = budget.ladders.of(layer)
+        self.precisions = self.ladder.beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
             p: codec_for(shape, self.page_tokens, p, hot_dtype, treatment) for p in self.precisions
@@ -190,11 +191,10 @@ class LayerPager:
 
     def _make_slabs(self) -> dict[Precision, WarmSlab]:
         sizes = {p: codec.geometry.page_bytes for p, codec in self.codecs.items()}
-        slots = self._pager.budget.warm_slots(self._pager.layers, self.page_tokens, sizes)
+        budget, layers = self._pager.budget, self._pager.layers
+        slots = budget.warm_slots(layers, self.layer, self.page_tokens, sizes)
         if self._pager.has_cold:
-            self._pager.budget.require_cold(
-                self._pager.layers, max(sizes.values()), self.pages_per_run
-            )
+            budget.require_cold(layers, self.layer, max(sizes.values()), self.pages_per_run)
         return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
 
     @property

@@ -122,7 +122,7 @@ class PageFiles:
     def growth(self, layer: int) -> int:
         """Bytes by which the layer's files may still grow."""
         taken = sum(extent.nbytes for (i, _), extent in self._extents.items() if i == layer)
-        return min(self.budget.layer_share - taken, self.budget.for_pages - self.nbytes)
+        return min(self.budget.layer_share(layer) - taken, self.budget.for_pages - self.nbytes)
 
     def room(self, layer: int, page_bytes: int, growth: int) -> int:
         """Pages of this size that the layer can still take, with so much new space."""
@@ -140,7 +140,7 @@ class PageFiles:
         if not extent or not extent.slots.free:
             if self.growth(layer) < page_bytes:
                 raise OutOfPagesError(
-                    f"cold tier full: layer {layer} has used its {self.budget}; "
+                    f"cold tier full: layer {layer} has used its {self.budget.told(layer)}; "
                     f"raise the cold budget or trim the context"
                 )
             extent = extent or self._open(layer, page_bytes, create=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.allocator import KVShape, PageTable
+from pagedkv.allocator import KVShape, LayerLadders, PageTable
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.checkpoint import ENTRY
 from pagedkv.tiers.cold import FileColdStore
@@ -44,7 +44,7 @@ class Pager:
 
     Attributes:
         budget: limits.
-        layers: layers that share the budgets, each an equal part.
+        layers: layers that share the budgets, in proportion to what a token takes in each.
         abandoned: tables whose owners are gone, to be released at the next safe point.
         users: open layer caches, whatever their class; the last one to go closes the pager.
         disk: the file system of the cold tier.
@@ -109,7 +109,8 @@ class Pager:
         """Of a layer, if it is to have one and its keys and values are what was expected."""
         treatment = self.treatments.get(layer)
         if treatment is None and self.rotation:
-            parts = treated_parts(self.budget.ladder.beyond(self.budget.hot_tokens), self.rotation)
+            ladder = self.budget.ladders.of(layer)
+            parts = treated_parts(ladder.beyond(self.budget.hot_tokens), self.rotation)
             treatment = Treatment.plain(shape, self.rotation).only(*parts) if any(parts) else None
         return treatment if treatment and treatment.shape == shape else None
 
@@ -119,6 +120,13 @@ class Pager:
         self.treatments.pop(layer, None)
         if treatment:
             self.treatments[layer] = treatment
+
+    def set_ladders(self, ladders: LayerLadders) -> None:
+        """Give layers other ladders, before any of them is made."""
+        assert not self._layer_pagers
+        self.budget = replace(self.budget, ladders=ladders)
+        if self._cold:
+            self._cold.budget.ladders = ladders
 
     @property
     def settled(self) -> dict[int, Treatment]:
@@ -150,6 +158,7 @@ class Pager:
                 write_limit=budget.write_limit,
                 workers=self.workers,
             )
+            self._cold.budget.ladders = budget.ladders
             self._cold.budget.reserve = self._checkpoint_reserve()
         return self._cold
 
@@ -160,7 +169,7 @@ class Pager:
         budget, total = self.budget, 0
         for layer in self._layer_pagers.values():
             hot = budget.sink_tokens + budget.hot_tokens + layer.page_tokens
-            pages = budget.cold_bytes // self.layers // layer.least_page_bytes
+            pages = budget.cold_share(self.layers, layer.layer) // layer.least_page_bytes
             total += layer.shape.token_bytes(8 * layer.hot_dtype.size) * hot
             if layer.treatment or layer.chooser:
                 total += file_bytes(layer.shape)
