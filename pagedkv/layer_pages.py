@@ -122,10 +122,11 @@ class LayerPages:
     @property
     def frees_pages(self) -> bool:
         """Whether sealing may free pages: those that are lowered."""
-        return len(self._ladder.steps) > 1
+        return len(self.ladder.steps) > 1
 
     @property
-    def _ladder(self) -> Ladder:
+    def ladder(self) -> Ladder:
+        """Precision of its pages by distance."""
         return self._context.pager.budget.ladders.of(self.layer)
 
     def siblings(self) -> Iterator[PagedLayerCache]:
@@ -155,7 +156,7 @@ class LayerPages:
         """Precision of the next `count` pages to be sealed, the current token being `offset`."""
         assert self._pager is not None and self._table is not None
         ends = self._first_unsealed(offset) + self._pager.page_tokens
-        ladder = self._ladder
+        ladder = self.ladder
         return [ladder.at(offset - ends - i * self._pager.page_tokens) for i in range(count)]
 
     def _first_unsealed(self, offset: int) -> int:
@@ -284,7 +285,7 @@ class LayerPages:
         """Entries beyond their precision's step: index, entry, present and wanted precision."""
         if self._pager is None or self._table is None or len(self._pager.precisions) == 1:
             return
-        ladder = self._ladder
+        ladder = self.ladder
         end = self.sink_tokens + self.dropped
         for i, entry in enumerate(self._table.entries):
             end += entry.tokens

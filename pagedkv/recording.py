@@ -26,7 +26,7 @@ CHUNK = 256
 """Tokens per call of the model: whole groups, as `FIRST` are."""
 
 AT_ONCE = 64
-"""Queries of a call, at most, whose attention is looked at: there are many calls."""
+"""Queries of a call, at most, whose attention is looked at, where there are many calls."""
 
 
 def measure(
@@ -34,6 +34,7 @@ def measure(
     texts: Sequence[Sequence[int]],
     watch: Callable[[int, int], None],
     found: dict[int, Stream] | None = None,
+    at_once: int = AT_ONCE,
 ) -> dict[int, Stream]:
     """What the streams of a model are like that reads texts, by their numbers.
 
@@ -42,6 +43,7 @@ def measure(
         texts: ids, each read from empty caches.
         watch: called with tokens read, and all there are.
         found: where streams are put as soon as they are there, for `watch` to look at.
+        at_once: queries of a call, at most, whose attention is looked at.
 
     Raises:
         ConfigError: if this is no such model, or no layer's queries were seen.
@@ -56,7 +58,7 @@ def measure(
         for text in texts:
             caches = make()
             recorders = [
-                _Recorder(cache, found.setdefault(i, Stream()))
+                _Recorder(cache, found.setdefault(i, Stream()), at_once)
                 for i, cache in enumerate(streams(caches))
                 if paged_kind(cache)
             ]
@@ -95,8 +97,8 @@ class Stream:
 class _Recorder:
     """Stands behind one stock cache and notes what passes; the cache does its work as ever."""
 
-    def __init__(self, cache: Any, stream: Stream) -> None:
-        self._fetch, self._stream = cache.update_and_fetch, stream
+    def __init__(self, cache: Any, stream: Stream, at_once: int) -> None:
+        self._fetch, self._stream, self._at_once = cache.update_and_fetch, stream, at_once
         cache.update_and_fetch = self._update_and_fetch  # of this one object, not of its class
         self._tokens = 0
         self._stored: tuple[mx.array, mx.array] | None = None
@@ -134,5 +136,5 @@ class _Recorder:
         keys, values, stream = view.keys, view.values, self._stream
         stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
         at = self._tokens - int(q.shape[2])
-        stream.seen.add_queries(q, keys, values, at, scale, sinks, AT_ONCE)
+        stream.seen.add_queries(q, keys, values, at, scale, sinks, self._at_once)
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -74,6 +74,7 @@ class CacheStats:
         layers: per layer: ``"paged"``, ``"paged (dense)"`` where the model's attention bypasses
             the hook, either with the number of rows of a batch, or the class name of a cache that
             was left as it is; of several in a layer, ``"CacheList(paged, ArraysCache)"``.
+        ladders: per layer the precision of pages by distance; ``"none"`` for a layer without pages.
         treatments: per layer what is done to keys and values before they are quantized, and why;
             ``"none"`` for a layer without pages.
         treatment_bytes: memory for that, in addition to the budgets.
@@ -113,6 +114,7 @@ class CacheStats:
     prefixes_remembered: int
     prefix_reuse: str
     layers: tuple[str, ...]
+    ladders: tuple[str, ...]
     treatments: tuple[str, ...]
     treatment_bytes: int
     mlx_active_bytes: int
@@ -200,6 +202,7 @@ def collect(cache: PagedCache) -> CacheStats:
         prefixes_remembered=len(cache.context.prefixes),
         prefix_reuse=obstacle(cache) or "on",
         layers=tuple(_kind(layer) for layer in cache),
+        ladders=tuple(_ladder(layer) for layer in cache),
         treatments=tuple(_treatment(layer) for layer in cache),
         treatment_bytes=sum(p.treatment.nbytes for p in pager.layer_pagers if p.treatment),
         mlx_active_bytes=mx.get_active_memory(),
@@ -291,6 +294,11 @@ def _skipped(cache: PagedCache) -> SkipCounters | None:
 
 def _elements(shape: KVShape) -> int:
     return shape.kv_heads * (shape.key_dim + shape.value_dim)
+
+
+def _ladder(layer: Any) -> str:
+    first = next(rows_of([layer]), None)
+    return "none" if first is None else str(first.ladder)
 
 
 def _treatment(layer: Any) -> str:

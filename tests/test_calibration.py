@@ -15,11 +15,11 @@ import pytest
 
 import pagedkv
 from pagedkv import hook
-from pagedkv.calibration import AT_ONCE, measure
 from pagedkv.calibration_file import Calibration
 from pagedkv.cli import main
 from pagedkv.layer_weights import output_products
 from pagedkv.model_facts import fingerprint
+from pagedkv.recording import AT_ONCE, measure
 from pagedkv.treatments import choose_treatments
 from tests.model_zoo import build
 from tests.models import byte_model, lively, random_tokens, tiny_llama

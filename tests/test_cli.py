@@ -306,8 +306,14 @@ def test_plan_table_and_exit_code(capsys: Capture) -> None:
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["tier", "hot", "warm", "cold"]
     assert "17.2 GB" in out
+    assert "tokens per second          at most 0.806/s" in out
+    # 27 layers, 8 heads, 128 x 128 for keys and values; those with 8 bits need none.
+    assert "treatments 56.6 MB)" in out
+    code, out, _ = run(
+        capsys, *argv, *("--cold", "16GB", "--disk-rate", "2.84GB/s"), "--layer-kv", "same"
+    )
     assert "tokens per second          at most 1/s" in out
-    assert "treatments 67.1 MB)" in out  # 32 layers, 8 heads, 128 x 128 for keys and values
+    assert "treatments 67.1 MB)" in out
 
 
 def test_plan_as_csv_is_one_row(capsys: Capture) -> None:

@@ -375,7 +375,11 @@ def test_the_demo_models_own_steps_stay_within_the_bound(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(layer_module, "attend", attend_twice)
     config = pagedkv.TierConfig(
-        hot_tokens=64, warm="2.2MB", cold="256MB", page_tokens=256, skip_below=1e-300
+        hot_tokens=64,
+        warm="2.4MB",
+        cold="256MB",
+        page_tokens=256,
+        skip_below=1e-300,
     )
     prompt = mx.array(tokenizer.encode(topics["assignment"])[:900])[None]
     with pagedkv.wrap(model, config) as cache:

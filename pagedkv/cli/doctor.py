@@ -85,7 +85,10 @@ def _rows(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
 
 
 def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
-    """How each layer of a model would be cached; its weights are not run."""
+    """How each layer of a model would be cached.
+
+    It reads some tokens, by which layers are found that look things up (`TierConfig.layer_kv`).
+    """
     model, _ = load_model(args.model, args.dtype, Notes(args.quiet), lazy=True)
     with wrapped(model, config) as cache:
         stats = cache.stats()
@@ -94,6 +97,15 @@ def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
         layers = [i for i, other in enumerate(kinds) if other == kind]
         value = f"{len(layers)} of {len(kinds)} layers: {_ranges(layers)}"
         yield Row(kind, *_verdict(kind, value))
+    for ladder in dict.fromkeys(stats.ladders):
+        which = [i for i, other in enumerate(stats.ladders) if other == ladder]
+        more = ladder not in ("none", str(config.ladder))
+        yield Row(
+            "precision",
+            OK,
+            f"{ladder}: layers {_ranges(which)}",
+            "they look things up" if more else "",
+        )
     for treatment in dict.fromkeys(text.partition(":")[0] for text in stats.treatments):
         which = [i for i, text in enumerate(stats.treatments) if text.startswith(treatment)]
         reasons = [stats.treatments[i].partition(": ")[2] for i in which]

@@ -129,6 +129,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(TREATMENTS)}, or files of `pagedkv calibrate` "
         f"(default: {TierConfig().treatment})",
     )
+    group.add_argument(
+        "--layer-kv",
+        action="append",
+        metavar="LAYERS",
+        help=f"layers with another precision, a row each: auto, same (none), or K8V8@7,17-20; may "
+        f"be repeated (default: {TierConfig().layer_kv})",
+    )
     for flag, text in (
         ("--hot-tokens", "newest tokens kept in 16 bit"),
         ("--sink-tokens", "first tokens kept in 16 bit for ever"),
@@ -243,7 +250,7 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
     names = ("hot_tokens", "sink_tokens", "page_tokens", "hot_dtype", "backend")
     base = tier_config(argparse.Namespace(**{name: getattr(args, name) for name in names}))
     treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
-    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments)
+    ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments, args.layer_kv or ())
     parts = [part.strip() for part in (args.again or "").split(",") if part.strip()]
     types = [part for part in parts if part[0].isalpha()]
     calls = [parse_tokens(part, "--again") for part in parts if part not in types]

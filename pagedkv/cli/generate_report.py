@@ -79,6 +79,7 @@ def _facts(result: Generation) -> list[tuple[str, str]]:
             f"active, {format_size(s.mlx_peak_bytes)} peak, {format_size(s.mlx_cache_bytes)} kept",
         ),
         ("layers", _layers(s.layers)),
+        ("precision", _layers(s.ladders)),
         ("treatment", _treatments(s.treatments)),
     ]
 

@@ -24,6 +24,12 @@ _TIER_OPTIONS = (
         "LADDER",
         "precision of older tokens: K4V4, K8V4, fp16, or K8V4:8192,K4V4 by distance",
     ),
+    (
+        "--layer-kv",
+        "LAYERS",
+        "layers with another precision: auto (twice the bits where things are looked up), same "
+        "(none), or K8V8@7,17-20",
+    ),
     ("--warm", "SIZE", "memory for pages, all layers together"),
     ("--cold", "SIZE", "disk for pages, all layers together; 0 for none"),
     ("--cold-dir", "DIR", "directory to keep the cold files in, on an internal NVMe disk"),

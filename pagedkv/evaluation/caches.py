@@ -106,6 +106,7 @@ class Footprint:
         bits: per number of keys and values.
         pages: in all layers; None if the cache is not paged.
         layers: how many are of which kind, as ``stats().layers`` tells them; empty if it is not.
+        layer_kv: layers with another ladder, as `TierConfig.layer_kv` names them, likewise.
     """
 
     cache_bytes: int
@@ -114,6 +115,7 @@ class Footprint:
     bits: float
     pages: int | None = None
     layers: str = ""
+    layer_kv: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of a row."""
@@ -134,6 +136,7 @@ class Footprint:
             fixed = sum(map(_nbytes, caches.context.others))
             pages: int | None = stats.warm.pages + stats.cold.pages
             layers = ", ".join(f"{n} {kind}" for kind, n in Counter(stats.layers).items())
+            layer_kv = caches.context.config.layer_kv
         else:
             held_in = stored_in(caches)
             keyed = [c for c in held_in if _elements(c)]
@@ -141,8 +144,9 @@ class Footprint:
             elements = sum(map(_elements, keyed))
             fp16, bits = 2 * elements, 8 * held / max(1, elements)
             fixed = sum(_nbytes(c) for c in held_in if not _elements(c))
-            pages, layers = None, ""
-        return cls(held + fixed, fp16 + fixed, (held + fixed) / tokens, bits, pages, layers)
+            pages, layers, layer_kv = None, "", ""
+        each = (held + fixed) / tokens
+        return cls(held + fixed, fp16 + fixed, each, bits, pages, layers, layer_kv)
 
 
 def token_bytes(caches: Sequence[Any]) -> tuple[int, mx.Dtype | None]:

@@ -67,7 +67,10 @@ class Variant:
 
 
 def paged_variants(
-    texts: Sequence[str], base: TierConfig, treatments: Sequence[str] = ()
+    texts: Sequence[str],
+    base: TierConfig,
+    treatments: Sequence[str] = (),
+    layer_kvs: Sequence[str] = (),
 ) -> list[Variant]:
     """Rows of ours.
 
@@ -78,22 +81,26 @@ def paged_variants(
         treatments: values of `TierConfig.treatment`, a row each (``"K4V4 none"``; files by their
             names); that of `base` if there are none. What is kept in 8 bits and more is never
             treated: one row.
+        layer_kvs: values of `TierConfig.layer_kv`, a row each (``"K4V4 same"``); that of `base` if
+            there are none. Where layers that look things up would have no more bits: one row.
 
     Raises:
-        ConfigError: if one is no precision and no ladder, or no treatment, or comes twice.
+        ConfigError: if one is no precision and no ladder, no treatment or no layers, or comes
+            twice.
     """
     labels = [label.strip() for text in texts for label in _split(text)]
-    found, names = [], _names(treatments)
+    found = []
     for label in labels:
         if not label:
             raise ConfigError(f"{','.join(texts)!r} has an empty precision: write K8V4,K4V4")
         config = replace(base, kv=label, warm=MEMORY, cold=0, cold_dir=None, keep_free=0)
-        if not treatments or not _treatable(config):
-            found.append(Variant(str(config.ladder), config))
-            continue
-        for name, treatment in zip(names, treatments, strict=True):
-            treated = replace(config, treatment=treatment)
-            found.append(Variant(f"{config.ladder} {name}", treated))
+        rows = [(str(config.ladder), config)]
+        if treatments and _treatable(config):
+            names = zip(_names(treatments), treatments, strict=True)
+            rows = [(f"{config.ladder} {n}", replace(config, treatment=t)) for n, t in names]
+        if layer_kvs and config.ladder.doubled != config.ladder:
+            rows = [(f"{n} {kv}", replace(c, layer_kv=kv)) for kv in layer_kvs for n, c in rows]
+        found += [Variant(*row) for row in rows]
     require_different(found)
     return found
 
