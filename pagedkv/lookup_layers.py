@@ -5,7 +5,7 @@ is changed in their layers (`docs/design.md`, "What a fact hangs on"). They show
 the same tokens twice: in the second reading they attend to the first. RazorAttention
 (arXiv:2407.15891) finds heads that retrieve by such echoes; induction heads are those of Olsson et
 al. (arXiv:2209.11895). Random tokens do, so no text and no tokenizer is needed; what a layer
-attends to when other random tokens came first is taken off.
+attends to when it reads other tokens instead is taken off.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def echoes(model: Any) -> dict[int, float]:
     Returns:
         By layer number, the mean over query heads and queries of the sum of p² over tokens, that
         is what an error of a token counts (`Covariances.add_queries`): where the same random tokens
-        come twice, less where other ones come first.
+        come twice, less where other ones come after them.
 
     Raises:
         ConfigError: if no layer's queries can be seen.
@@ -75,8 +75,8 @@ def echoes(model: Any) -> dict[int, float]:
     vocabulary = int(model(mx.zeros((1, 1), mx.int32)).shape[-1])  # not computed
     random = np.random.default_rng(0)
     ids, others = random.integers(0, vocabulary, (2, CHUNK)).tolist()
-    again, first_time = (_second_half(model, first + ids) for first in (ids, others))
-    return {number: again[number] - first_time[number] for number in again}
+    same, other = (_second_half(model, ids + second) for second in (ids, others))
+    return {number: same[number] - other[number] for number in same}
 
 
 def _second_half(model: Any, ids: list[int]) -> dict[int, float]:
