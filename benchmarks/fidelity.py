@@ -10,7 +10,10 @@ prefill    all precisions, some ladders and mlx-lm's quantized cache, both texts
 decode     some of them, token by token after a prompt, with the slope of KL by position, and of
            what that adds to the same positions read in chunks
 segments   some of them over several pieces of the English text, for the spread
-retrieval  facts hidden in a text and asked for (docs/retrieval.md), 120 cells a model
+retrieval  facts hidden in a text and asked for (docs/retrieval.md), 90 cells a model
+records    likewise, several records to be written as JSON, 30 cells a model
+
+Rows called "same" have no layer with more bits than others (`TierConfig.layer_kv`).
 
 Parts run the most important first, each for all models; --seconds is for all of them together,
 models included: a leg that is under way then ends where it is, and its rows say so. Started again
@@ -59,8 +62,14 @@ from pagedkv.evaluation.variants import PRECISIONS
 
 LONG_LADDER = "fp16:512,K8V4:8192,K4V4:65536,K4V2"
 LADDERS = ("K8V4:2048,K4V4", "fp16:1024,K8V4:4096,K4V2", "K4V4:2048,K2V2")
+FEWER_BITS = "K8V4,K4V8,K4V4,K4V2,K3V3,K2V2"
 MLX_LM = (8, 4)
 K = 1024
+FACT_ROWS = ("fp16", "K4V4", LADDERS[0], LONG_LADDER)
+LENGTHS = (
+    (K, 2 * K, 4 * K, 8 * K, 12 * K, 16 * K),
+    (K, 2 * K, 3 * K, 4 * K, 5 * K, 7 * K),
+)
 
 
 Opened = tuple[Any, Any, Callable[[str], Text]]
@@ -77,6 +86,7 @@ class Part:
         bits: rows of mlx-lm's quantized cache.
         texts: that are read.
         segments: of each.
+        same: more rows of ours, with all layers alike.
     """
 
     legs: tuple[str, ...]
@@ -84,6 +94,7 @@ class Part:
     bits: tuple[int, ...] = ()
     texts: tuple[str, ...] = BUILT_IN
     segments: int = 1
+    same: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Cells:
         again: tokens per call of mlx-lm's own cache once more, and types that it is computed in:
             how much is chance.
         examples: of each task, length and depth.
+        same: more rows of ours, with all layers alike.
     """
 
     kv: tuple[str, ...]
@@ -104,6 +116,7 @@ class Cells:
     lengths: tuple[tuple[int, ...], ...]
     again: tuple[int | str, ...] = (512, 1024, "float32")
     examples: int = 1
+    same: tuple[str, ...] = ()
 
     def grid(self, lengths: tuple[int, ...], seed: int) -> Grid:
         """The cells; the text is read in the chunks that mlx-lm reads prompts in."""
@@ -117,17 +130,15 @@ class Cells:
 
 
 PARTS: dict[str, Part | Cells] = {
-    "prefill": Part((PREFILL,), (",".join(PRECISIONS), *LADDERS), MLX_LM),
-    "decode": Part(LEGS, ("K8V4,K4V4,K2V2", LADDERS[0])),
-    "segments": Part((PREFILL,), ("K8V4,K4V4,K4V2,K2V2",), MLX_LM, BUILT_IN[:1], 4),
-    "retrieval": Cells(
-        ("fp16", "K4V4", LADDERS[0], LONG_LADDER),
-        ("needle", "multikey", "kv", "records"),
-        (
-            (K, 2 * K, 4 * K, 8 * K, 12 * K, 16 * K),
-            (K, 2 * K, 3 * K, 4 * K, 5 * K, 7 * K),
-        ),
+    "prefill": Part(
+        (PREFILL,), (",".join(PRECISIONS), *LADDERS), MLX_LM, same=(FEWER_BITS, *LADDERS)
     ),
+    "decode": Part(LEGS, ("K4V4", LADDERS[0]), same=("K4V4",)),
+    "segments": Part(
+        (PREFILL,), ("K8V4,K4V4,K4V2,K3V3,K2V2",), MLX_LM, BUILT_IN[:1], 4, same=("K4V4",)
+    ),
+    "retrieval": Cells(FACT_ROWS, ("needle", "multikey", "kv"), LENGTHS, same=("K4V4",)),
+    "records": Cells(FACT_ROWS, ("records",), LENGTHS, same=("K4V4",)),
 }
 """The most important first."""
 
@@ -178,7 +189,9 @@ def measure(
         say(f"{path}: measured before")
         return
     model, tokenizer, text_of = opener()
-    variants = paged_variants(plan.kv, TierConfig(page_tokens=args.page_tokens))
+    base = TierConfig(page_tokens=args.page_tokens)
+    variants = paged_variants(plan.kv, base)
+    variants += paged_variants(plan.same, base, layer_kvs=("same",)) if plan.same else []
     if isinstance(plan, Cells):
         calls = [each for each in plan.again if isinstance(each, int)]
         types = [each for each in plan.again if isinstance(each, str)]

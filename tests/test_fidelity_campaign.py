@@ -105,16 +105,19 @@ def test_the_campaign_goes_on_where_its_time_was_up(
 
 
 def test_the_campaign_asks_for_200_facts_and_more(script: Any) -> None:
-    cells = script.PARTS["retrieval"]
-    assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4", script.LONG_LADDER)
-    assert cells.again == (512, 1024, "float32")
-    assert cells.tasks == ("needle", "multikey", "kv", "records")
-    count = 0
-    for limit, longest in ((8192, 7 * 1024), (32768, 16 * 1024)):
-        model = tiny_llama(max_position_embeddings=limit)
-        lengths = cells.lengths_of(model)
-        assert (min(lengths), max(lengths)) == (1024, longest)
-        count += len(cells.grid(lengths, 0).cells())
+    parts = script.PARTS["retrieval"], script.PARTS["records"]
+    count, tasks = 0, list[str]()
+    for cells in parts:
+        assert cells.kv == ("fp16", "K4V4", "K8V4:2048,K4V4", script.LONG_LADDER)
+        assert cells.same == ("K4V4",)
+        assert cells.again == (512, 1024, "float32")
+        tasks += cells.tasks
+        for limit, longest in ((8192, 7 * 1024), (32768, 16 * 1024)):
+            model = tiny_llama(max_position_embeddings=limit)
+            lengths = cells.lengths_of(model)
+            assert (min(lengths), max(lengths)) == (1024, longest)
+            count += len(cells.grid(lengths, 0).cells())
+    assert tasks == ["needle", "multikey", "kv", "records"]
     assert count >= 200
 
 
