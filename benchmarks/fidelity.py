@@ -87,6 +87,7 @@ class Part:
         texts: that are read.
         segments: of each.
         same: more rows of ours, with all layers alike.
+        again: tokens per call of mlx-lm's own cache once more: how much is chance.
     """
 
     legs: tuple[str, ...]
@@ -95,6 +96,7 @@ class Part:
     texts: tuple[str, ...] = BUILT_IN
     segments: int = 1
     same: tuple[str, ...] = ()
+    again: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class Cells:
 
 PARTS: dict[str, Part | Cells] = {
     "prefill": Part(
-        (PREFILL,), (",".join(PRECISIONS), *LADDERS), MLX_LM, same=(FEWER_BITS, *LADDERS)
+        (PREFILL,),
+        (",".join(PRECISIONS), *LADDERS),
+        MLX_LM,
+        same=(FEWER_BITS, *LADDERS),
+        again=(128,),
     ),
     "decode": Part(LEGS, ("K4V4", LADDERS[0]), same=("K4V4",)),
     "segments": Part(
@@ -192,10 +198,10 @@ def measure(
     base = TierConfig(page_tokens=args.page_tokens)
     variants = paged_variants(plan.kv, base)
     variants += paged_variants(plan.same, base, layer_kvs=("same",)) if plan.same else []
+    calls = [each for each in plan.again if isinstance(each, int)]
+    types = [each for each in plan.again if isinstance(each, str)]
+    variants = again_variants(calls, types) + variants
     if isinstance(plan, Cells):
-        calls = [each for each in plan.again if isinstance(each, int)]
-        types = [each for each in plan.again if isinstance(each, str)]
-        variants = again_variants(calls, types) + variants
         grid = plan.grid(plan.lengths_of(model), args.seed)
         head = record(name, model, None, variants, [], command(args), grid)
         result = resumed(head, path)
