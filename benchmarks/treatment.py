@@ -6,8 +6,8 @@ check    how much more the kernel errs than plain MLX, as queries see it, for he
 seal     a layer's pages (8 heads of 128): sealing as they are, and the kernel, or compiled MLX,
          before it
 prefill  a prompt of an 8B-shaped model (random weights of 4 bits): mlx-lm's own cache, K4V4 pages
-         as they are, scaled and rotated by the weights, and balanced; the first prompt's matrices
-         are not in it, but told beside it
+         as they are, scaled and rotated by the weights, and balanced, all layers alike or a layer
+         in four with 8 bits; the first prompt's matrices are not in it, but told beside it
 decode   steps after a longer one, more than a page of them, so that every layer seals. All caches
          take turns of some steps: what the host does besides is then the same for all of them
 """
@@ -43,7 +43,15 @@ LAUNCHES, ROUNDS = 20, 15
 CHUNK = 2048
 TURN = 16  # steps
 DTYPE = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-KINDS = ("fp16", "none", "hadamard", "auto")
+EIGHT_BITS = "K8V8@" + ",".join(map(str, range(3, 32, 4)))
+"""A layer in four, as those have that look things up: which ones is no matter of time."""
+SETTINGS = {
+    "none": {"treatment": "none", "layer_kv": "same"},
+    "hadamard": {"treatment": "hadamard", "layer_kv": "same"},
+    "auto": {"treatment": "auto", "layer_kv": "same"},
+    "auto, layers with 8 bits": {"treatment": "auto", "layer_kv": EIGHT_BITS},
+}
+KINDS = ("fp16", *SETTINGS)
 Row = dict[str, Any]
 
 
@@ -98,8 +106,8 @@ class Kinds:
     def __init__(self, model: Any, tokens: int) -> None:
         self._model = model
         self._wrappings: dict[str, Any] = {}
-        for kind in KINDS[1:]:
-            with wrap(model, TierConfig(kv="K4V4", treatment=kind)):
+        for kind, settings in SETTINGS.items():
+            with wrap(model, TierConfig(kv="K4V4", **settings)):
                 self._wrappings[kind] = wrapping_of(model)
             unwrap(model)
         self.prompt = mx.random.randint(0, 1000, (1, tokens))

@@ -19,7 +19,7 @@ TREATMENTS = ("auto", "none", *ROTATIONS)
 DURABILITIES = ("process", "power")
 AUTO, ALIKE = "auto", "same"
 """Of `TierConfig.layer_kv`: layers that look things up have twice the bits, or all are alike."""
-LOOKUP_PART = 6
+LOOKUP_PART = 4
 """Of so many layers one is taken for one that looks things up (`pagedkv.lookup_layers`)."""
 KEPT_TOKENS = 4
 """First tokens that a cache of `max_kv_size` keeps for ever, as in mlx-lm."""
@@ -39,7 +39,7 @@ class TierConfig:
         kv: precision of older tokens: one for all (``"K4V4"``), or a ladder by distance from the
             current token (``"fp16:512,K8V4:8192,K4V4"``). ``"fp16"`` pages without quantizing.
         layer_kv: layers with another precision or ladder: ``"auto"`` gives twice the bits of `kv`
-            (8 at most) to one layer in six of a wrapped model, those that look things up when it
+            (8 at most) to one layer in four of a wrapped model, those that look things up when it
             reads random tokens twice; ``"same"`` to none. Or layers by number,
             ``"K8V8@7,17-20"``, with ``;`` between several ladders.
         warm: memory for pages, all layers together.

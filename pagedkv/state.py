@@ -243,8 +243,9 @@ def _require_precisions(cache: PagedLayerCache, meta: dict[str, Any]) -> None:
     for i, (name, _, _) in enumerate(meta["pages"]):
         if (precision := Precision.parse(name)) not in cache._pager.precisions:
             raise CacheStateError(
-                f"saved page {i} is {precision}, which the ladder "
-                f"{cache._context.config.kv!r} does not have"
+                f"layer {cache.layer}: saved page {i} is {precision}, which the ladder "
+                f"'{cache.ladder}' does not have: load it with the kv and layer_kv that it was "
+                f"saved with"
             )
 
 
