@@ -139,6 +139,11 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
             f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
             f"a way that can be paged (they use {names}): there is nothing to page"
         )
+    if unknown := [n for n, _ in config.ladders.others if n not in pageable]:
+        raise ConfigError(
+            f"layer_kv names layers {unknown}, but what can be paged in this "
+            f"{type(model).__name__} are layers {sorted(pageable)}"
+        )
     name = fingerprint(model)
     wrapping = Wrapping(
         config,

@@ -76,7 +76,7 @@ def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> Sto
         spare=spare,
         prompt_rate=cache.context.pace.prompt_per_second or cache.context.prefixes.prompt_rate,
     )
-    _keep_layers(cache.context.pager, store, durability == "power")
+    _keep_layers(cache, store, durability == "power")
     _keep_treatments(cache, store, durability == "power")
     store.commit(state, pages, _hot(layers), durable=durability == "power")
     return next(s for s in store.checkpoints.stored() if s.sequence == state.sequence)
@@ -184,7 +184,7 @@ def _layers_told(content: bytes | None) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
-def _keep_layers(pager: Pager, store: SequenceStore, durable: bool) -> None:
+def _keep_layers(cache: PagedCache, store: SequenceStore, durable: bool) -> None:
     """Write down which layers have another ladder than most, for they are not found out again.
 
     Raises:
@@ -192,8 +192,10 @@ def _keep_layers(pager: Pager, store: SequenceStore, durable: bool) -> None:
     """
     if not store.checkpoints.identity.kv.endswith(f"@{AUTO}"):
         return  # its name says it
-    mine = tuple(number for number, _ in pager.budget.ladders.others)
+    mine = tuple(number for number, _ in cache.context.pager.budget.ladders.others)
     theirs = _layers_told(store.checkpoints.kept(LAYERS))
+    if theirs is not None and not {layer.layer for layer in cache.paged_layers}.issuperset(theirs):
+        theirs = None  # damaged
     if theirs is not None and theirs != mine and not store.checkpoints.empty:
         raise StoreMismatchError(
             f"layers {list(theirs)} have more bits in {store.checkpoints.directory}, which has "
@@ -407,6 +409,16 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
             f"layer {state.layer} of {checkpoint.path} has {_tell(*saved)}, here it has "
             f"{_tell(*here)}: resume with the settings that it was flushed with"
         )
+    entries = checkpoint.entries
+    mine = entries[entries["layer"] == state.layer]
+    for precision in precisions(mine):
+        if precision not in pager.precisions:
+            raise StoreMismatchError(
+                f"layer {state.layer} of {checkpoint.path} has {precision} pages, which "
+                f"'{layer.ladder}' does not have beyond a window of "
+                f"{layer._context.config.hot_tokens} hot tokens: resume with the hot_tokens that "
+                f"it was flushed with, and its store's {LAYERS} if there was one"
+            )
     if state.pages and state.treatment not in (None, _treatment_of(layer)):
         raise StoreMismatchError(
             f"layer {state.layer} of {checkpoint.path} needs the matrices "
@@ -416,15 +428,6 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
         )
     if state.pages and pager.chooser:
         pager.treat(pager.treatment)  # as its pages are
-    entries = checkpoint.entries
-    mine = entries[entries["layer"] == state.layer]
-    for precision in precisions(mine):
-        if precision not in pager.precisions:
-            raise StoreMismatchError(
-                f"layer {state.layer} of {checkpoint.path} has {precision} pages, which do "
-                f"not occur beyond a window of {layer._context.config.hot_tokens} hot tokens: "
-                f"resume with the hot_tokens that it was flushed with"
-            )
 
 
 def _tell(shape: KVShape, dtype: str, page_tokens: int) -> str:

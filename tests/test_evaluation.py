@@ -91,7 +91,7 @@ def test_the_built_in_texts_are_long_enough() -> None:
 def test_variants_are_precisions_or_a_ladder_each() -> None:
     found = paged_variants(["fp16,k8v4", "fp16:512,K8V4:1024,K4V4"], BASE)
     assert [v.label for v in found] == ["fp16", "K8V4", "fp16:512,K8V4:1024,K4V4"]
-    assert [v.kind for v in found] == ["uniform", "uniform", "ladder"]
+    assert [v.kind for v in found] == ["uniform", "layers", "ladder"]
     assert all(v.config.hot_tokens == 64 for v in found if v.config)
     assert found[0].precise_tokens == 68
     assert [v.kind for v in mlx_lm_variants([8])] == ["mlx-lm"]

@@ -11,13 +11,18 @@ from pagedkv.bench.plots import HINT, STYLE, available, file_name
 from pagedkv.bench.result import OK, Row
 from pagedkv.evaluation.result import summary
 from pagedkv.evaluation.settings import DECODE, LEGS
-from pagedkv.evaluation.variants import AGAIN, LADDER, MLX_LM, REFERENCE, UNIFORM
+from pagedkv.evaluation.variants import AGAIN, LADDER, LAYERS, MLX_LM, REFERENCE, UNIFORM
 
 __all__ = ["HINT", "available", "draw", "front"]
 
 _SIZE = (6.8, 4.4)  # inches
-_MARKS = {UNIFORM: "o", LADDER: "s", MLX_LM: "^"}
-_NAMES = {UNIFORM: "one precision", LADDER: "ladder", MLX_LM: "mlx-lm quantized"}
+_MARKS = {UNIFORM: "o", LAYERS: "D", LADDER: "s", MLX_LM: "^"}
+_NAMES = {
+    UNIFORM: "one precision",
+    LAYERS: "more bits in some layers",
+    LADDER: "ladder",
+    MLX_LM: "mlx-lm quantized",
+}
 _FLOOR = 1e-9
 """A logarithmic scale has no zero."""
 

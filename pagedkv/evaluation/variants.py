@@ -14,7 +14,7 @@ from pagedkv.config import TierConfig, names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
-UNIFORM, LADDER, MLX_LM = "uniform", "ladder", "mlx-lm"
+UNIFORM, LAYERS, LADDER, MLX_LM = "uniform", "layers", "ladder", "mlx-lm"
 REFERENCE, AGAIN = "reference", "again"
 TYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("fp16", "K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K3V3", "K2V2")
@@ -50,14 +50,17 @@ class Variant:
     def kind(self) -> str:
         """What kind of row it is.
 
-        ``"uniform"`` or ``"ladder"`` if it is ours; of mlx-lm's ``"reference"``, ``"again"`` for
+        ``"uniform"`` (one precision), ``"layers"`` (more bits in some layers) or ``"ladder"`` (by
+        distance, whatever layers have) if it is ours; of mlx-lm's ``"reference"``, ``"again"`` for
         the same in other calls or another type, or ``"mlx-lm"`` if it is quantized.
         """
         if self.config is None and self.bits is None:
             return REFERENCE if self.calls is None and self.dtype is None else AGAIN
         if self.config is None:
             return MLX_LM
-        return LADDER if len(self.config.ladder.steps) > 1 else UNIFORM
+        if len(self.config.ladder.steps) > 1:
+            return LADDER
+        return LAYERS if self.config.lookup_ladder or self.config.ladders.others else UNIFORM
 
     @property
     def precise_tokens(self) -> int:
