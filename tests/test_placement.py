@@ -14,7 +14,8 @@ import pagedkv
 from tests.models import random_tokens, tiny_llama
 
 LADDERS = ["K4V4", "K8V4", "K2V2", "K3V3", "fp16", "K8V8:700,K4V2", "fp16:600,K8V4:900,K4V4"]
-EXAMPLES = int(os.environ.get("PLACEMENT_EXAMPLES", "8"))  # for each of the 7 ladders
+LAYERS = ["K4V4;K8V8@1", "K8V4:700,K2V2;K4V4:900,K3V3@0"]
+EXAMPLES = int(os.environ.get("PLACEMENT_EXAMPLES", "8"))  # for each of the 9
 TOKENS = random_tokens(4000, seed=1)
 MODEL = tiny_llama(layers=2, heads=4, kv_heads=2, dim=64)
 
@@ -52,7 +53,7 @@ def play(config: pagedkv.TierConfig, schedule: list[tuple[str, int]]) -> tuple[l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", LADDERS)
+@pytest.mark.parametrize("kv", [*LADDERS, *LAYERS])
 @settings(max_examples=EXAMPLES)
 @given(
     schedule=steps,
@@ -64,8 +65,15 @@ def test_all_warm_and_nearly_all_cold_agree_bit_for_bit(
 ) -> None:
     # Begin with enough tokens that pages exist, so that every example says something.
     schedule = [("prefill", 600), *schedule]
+    common, _, others = kv.partition(";")
     warm = pagedkv.TierConfig(
-        hot_tokens=hot, sink_tokens=sinks, kv=kv, page_tokens=256, warm="64MB", cold="64MB"
+        hot_tokens=hot,
+        sink_tokens=sinks,
+        kv=common,
+        layer_kv=others or "same",
+        page_tokens=256,
+        warm="64MB",
+        cold="64MB",
     )
     cold = replace(warm, warm=smallest_warm(warm))
     expected, no_read = play(warm, schedule)
@@ -77,11 +85,17 @@ def test_all_warm_and_nearly_all_cold_agree_bit_for_bit(
 
 def smallest_warm(config: pagedkv.TierConfig) -> int:
     """One page of each precision in each layer, and not a byte more."""
-    try:
-        pagedkv.wrap(MODEL, replace(config, warm=0))
-    except pagedkv.ConfigError as error:
-        return int(str(error).rpartition("at least ")[2].replace(",", ""))
-    raise AssertionError("a warm budget of nothing was accepted")
+    warm = 0
+    for _ in range(3):  # each layer says what it needs
+        try:
+            pagedkv.wrap(MODEL, replace(config, warm=warm)).close()
+        except pagedkv.ConfigError as error:
+            warm = int(str(error).rpartition("at least ")[2].replace(",", ""))
+        else:
+            pagedkv.unwrap(MODEL)
+            assert warm > 0, "a warm budget of nothing was accepted"
+            return warm
+    raise AssertionError(f"a warm budget of {warm:,} bytes was refused, which was to do")
 
 
 def test_the_cold_run_really_reads_the_disk() -> None:
