@@ -141,9 +141,11 @@ class TierConfig:
         require_durability(self.durability)
         if not isinstance(self.kv, str):
             raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
-        if not isinstance(self.layer_kv, str):
+        known = self.layer_kv in (AUTO, ALIKE)
+        if not known and not (isinstance(self.layer_kv, str) and "@" in self.layer_kv):
             raise ConfigError(
-                f"layer_kv is {AUTO!r}, {ALIKE!r}, or text such as 'K8V8@7,17-20', got "
+                f"layer_kv is {AUTO!r}, {ALIKE!r}, or a ladder and the layers that have it, as in "
+                f"'K8V8@7,17-20', with ';' between several; got "
                 f"{self.layer_kv!r}"
             )
         if not isinstance(self.prefix_salt, str):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pagedkv import state
-from pagedkv.config import TierConfig
+from pagedkv.config import ALIKE, TierConfig
 from pagedkv.pace import Pace
 from pagedkv.prefixes import Prefixes
 from pagedkv.tiers import Lineage, Pager
@@ -58,6 +58,11 @@ class SequenceContext:
     others: tuple[Any, ...] = ()
     torn: bool = False
     forks: list[_PartialFork] = field(default_factory=list)
+
+    @property
+    def settled(self) -> TierConfig:
+        """The settings, with the layers named that `TierConfig.layer_kv` leaves open."""
+        return replace(self.config, layer_kv=self.pager.budget.ladders.others_text or ALIKE)
 
     def fork(self) -> SequenceContext:
         """The context of a forked sequence: same tiers and lineage, its own layers."""

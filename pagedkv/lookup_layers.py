@@ -10,6 +10,7 @@ attends to when it reads other tokens instead is taken off.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from pagedkv.config import LOOKUP_PART
 from pagedkv.recording import CHUNK, Stream, measure
 
-LEAST_ECHO = 0.005
+LEAST_ECHO = 0.01
 """Sum of p² that a query head spends on the first reading, on average, in a layer that counts: the
 seventh layer of SmolLM2 has 0.011, the sixth of Qwen2.5-Coder-0.5B 0.06, most next to nothing."""
 
@@ -45,8 +46,15 @@ def lookup_layers(model: Any, candidates: Collection[int], fingerprint: str) -> 
     if found is None or found[0] != fingerprint:
         try:
             found = fingerprint, echoes(model)
-        except Exception:  # whatever an unknown model raises that takes other inputs
-            found = fingerprint, {}
+        except Exception as e:  # whatever an unknown model raises that takes other inputs
+            warnings.warn(
+                f"{type(model).__name__} did not read random tokens ({type(e).__name__}: {e}): all "
+                f"its layers have the same precision, as with layer_kv='same'",
+                stacklevel=4,
+            )
+            return ()
+        finally:
+            mx.clear_cache()
         object.__setattr__(model, _ECHOES, found)
     heard = {n: echo for n, echo in found[1].items() if n in candidates and echo >= LEAST_ECHO}
     return tuple(sorted(sorted(heard, key=lambda n: (-heard[n], n))[:count]))

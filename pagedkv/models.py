@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
-from pagedkv.config import ALIKE, TierConfig, names_file
+from pagedkv.config import TierConfig, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
@@ -58,8 +58,7 @@ class Wrapping:
     """What `wrap` knows of a model.
 
     Attributes:
-        asked: the user's settings.
-        config: the same, with the layers named that `TierConfig.layer_kv` leaves open.
+        config: the user's settings.
         pager: tiers that all caches of this model share.
         stock: makes the caches the model would have had.
         fingerprint: of the model.
@@ -68,7 +67,6 @@ class Wrapping:
         prefixes: what its caches remember.
     """
 
-    asked: TierConfig
     config: TierConfig
     pager: Pager
     stock: Callable[[], list[Any]]
@@ -147,7 +145,6 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     name = fingerprint(model)
     wrapping = Wrapping(
         config,
-        config,
         Pager(config.budget(), len(pageable)),
         stock,
         name,
@@ -181,7 +178,7 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     """
     from pagedkv.mlx_lm_cache import keeps_all
 
-    pager, name, config = wrapping.pager, wrapping.fingerprint, wrapping.asked
+    pager, name, config = wrapping.pager, wrapping.fingerprint, wrapping.config
     shapes = _plain_layers(kinds, wrapping.probes)
     spreads = Spreads(model, shapes)
 
@@ -192,17 +189,18 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
         pager.choosers = {**choosers}
         return name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
 
-    candidates = {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
+    # Those that see the whole context, and whose queries can be seen.
+    hooked = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
+    candidates = hooked & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
     open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
     pager.identity = config.store_identity(name, pager.layers, treat(), found=open_layers)
     if open_layers:
-        found = sequences.kept_layers(pager)
-        if found is None or not candidates.issuperset(found):
+        found = sequences.kept_layers(pager, candidates)
+        if found is None:
             found = lookup_layers(model, candidates, name)
         ladder = cast(Ladder, config.lookup_ladder)
         pager.set_ladders(LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder)))
         treat()
-    wrapping.config = replace(config, layer_kv=pager.budget.ladders.others_text or ALIKE)
     if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
         sequences.settle_treatments(pager, name, shapes)
 
@@ -220,7 +218,7 @@ def _wrapped_already(earlier: Wrapping, model: Any, config: TierConfig) -> Paged
         return None
     if not earlier.pager.users:  # its caches were dropped, not closed
         earlier.pager.close()
-    elif earlier.asked == config and not _calibrated_since(earlier, model):
+    elif earlier.config == config and not _calibrated_since(earlier, model):
         return earlier.make_cache()
     elif earlier.prefixes.alone(earlier.pager):
         earlier.prefixes.clear()  # the last of them closes the store
@@ -231,7 +229,8 @@ def _calibrated_since(earlier: Wrapping, model: Any) -> bool:
     """Whether the calibration file that the earlier wrapping read is another one now."""
     if not names_file(earlier.config.treatment):
         return False
-    now = choose_treatments(model, earlier.config, {}, earlier.fingerprint)
+    ladders = earlier.pager.budget.ladders
+    now = choose_treatments(model, earlier.config, {}, earlier.fingerprint, ladders=ladders)
     return now != earlier.pager.treatments
 
 

@@ -233,7 +233,8 @@ def _full_tokens(layer: PagedLayerCache) -> int:
 
 def _key(context: SequenceContext, unit: int) -> bytes:
     config = context.config
-    settings = (str(config.ladder), config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
+    ladders = str(context.pager.budget.ladders)
+    settings = (ladders, config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
     # What a step leaves out is missing in the pages of all later layers too.
     left_out = (config.skip_below, config.cold_pages)
     return prefix_key(context.fingerprint, context.prefixes.weights(), *settings, *left_out)

@@ -54,6 +54,7 @@ def measure(
 
     found = {} if found is None else found
     hook.install()
+    recorders: list[_Recorder] = []
     try:
         for text in texts:
             caches = make()
@@ -70,7 +71,11 @@ def measure(
                     recorder.let_go()
                 done += int(ids.size)
                 watch(done, total)
+            while recorders:
+                recorders.pop().leave()
     finally:
+        for recorder in recorders:
+            recorder.leave()
         hook.uninstall()
     found = {number: stream for number, stream in found.items() if stream.shape is not None}
     if not found:
@@ -98,7 +103,8 @@ class _Recorder:
     """Stands behind one stock cache and notes what passes; the cache does its work as ever."""
 
     def __init__(self, cache: Any, stream: Stream, at_once: int) -> None:
-        self._fetch, self._stream, self._at_once = cache.update_and_fetch, stream, at_once
+        self._cache, self._fetch = cache, cache.update_and_fetch
+        self._stream, self._at_once = stream, at_once
         cache.update_and_fetch = self._update_and_fetch  # of this one object, not of its class
         self._tokens = 0
         self._stored: tuple[mx.array, mx.array] | None = None
@@ -111,6 +117,11 @@ class _Recorder:
     def let_go(self) -> None:
         """A call of the model is computed."""
         self._stored = None
+
+    def leave(self) -> None:
+        """The cache is as it was: what refers to itself would stay until somebody looks."""
+        self.let_go()
+        del self._cache.update_and_fetch
 
     def _update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         fetched = self._fetch(keys, values)

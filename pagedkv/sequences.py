@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import KVShape
+from pagedkv.allocator import KVShape, Ladder
 from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import AUTO, require_durability
 from pagedkv.errors import (
@@ -24,6 +24,7 @@ from pagedkv.errors import (
     ClosedError,
     ColdStoreError,
     ConfigError,
+    CorruptStoreError,
     OutOfPagesError,
     StoreLockedError,
     StoreMismatchError,
@@ -156,30 +157,48 @@ def _treatment_of(layer: PagedLayerCache) -> str:
 # Layers that look things up, and treatments: a store keeps those of its pages
 
 
-def kept_layers(pager: Pager) -> tuple[int, ...] | None:
+def kept_layers(pager: Pager, layers: Collection[int]) -> tuple[int, ...] | None:
     """The layers that have another ladder than most in the store, which is opened for it.
 
     Args:
         pager: without pages.
+        layers: numbers of those that may have one.
 
     Returns:
-        Their numbers; None if no store says it.
+        Their numbers: as noted, or, if the note is lost, as the pages are. None without any.
 
     Raises:
         See `Pager.cold`.
     """
     store = pager.cold.sequences if pager.has_cold else None
-    return None if store is None else _layers_told(store.checkpoints.kept(LAYERS))
+    if store is None or store.checkpoints.empty:
+        return None
+    told = _layers_told(store.checkpoints.kept(LAYERS), layers)
+    return _layers_shown(store, pager.budget.ladders.common) if told is None else told
 
 
-def _layers_told(content: bytes | None) -> tuple[int, ...] | None:
+def _layers_shown(store: SequenceStore, common: Ladder) -> tuple[int, ...] | None:
+    """The layers with other pages than most in a store's sequences; None if it has no pages."""
+    pages, others = 0, set[int]()
+    for stored in store.checkpoints.stored():
+        with suppress(CorruptStoreError, ColdStoreError):
+            checkpoint = store.load(stored.sequence)
+            pages += len(checkpoint.entries)
+            for layer in checkpoint.state.layers:
+                mine = checkpoint.entries[checkpoint.entries["layer"] == layer.layer]
+                if not set(precisions(mine)) <= set(common.steps):
+                    others.add(layer.layer)
+    return tuple(sorted(others)) if pages else None
+
+
+def _layers_told(content: bytes | None, layers: Collection[int]) -> tuple[int, ...] | None:
     """What `_keep_layers` wrote; None if it is nothing of that kind."""
     try:
         told = json.loads(content or b"null")
     except (ValueError, RecursionError):
         return None
     numbers = told if isinstance(told, list) else [None]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n in layers for n in numbers):
         return None
     return tuple(numbers)
 
@@ -193,9 +212,8 @@ def _keep_layers(cache: PagedCache, store: SequenceStore, durable: bool) -> None
     if not store.checkpoints.identity.kv.endswith(f"@{AUTO}"):
         return  # its name says it
     mine = tuple(number for number, _ in cache.context.pager.budget.ladders.others)
-    theirs = _layers_told(store.checkpoints.kept(LAYERS))
-    if theirs is not None and not {layer.layer for layer in cache.paged_layers}.issuperset(theirs):
-        theirs = None  # damaged
+    layers = {layer.layer for layer in cache.paged_layers}
+    theirs = _layers_told(store.checkpoints.kept(LAYERS), layers)
     if theirs is not None and theirs != mine and not store.checkpoints.empty:
         raise StoreMismatchError(
             f"layers {list(theirs)} have more bits in {store.checkpoints.directory}, which has "

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.config import TierConfig
+from pagedkv.config import ALIKE, TierConfig
 from pagedkv.errors import CacheStateError, ConfigError, PagedKVError
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
@@ -85,7 +85,7 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
         "max_tokens": context.max_tokens,
         "sequence": context.sequence_id,
         "sink_tokens": cache.sink_tokens,
-        "config": {**context.config.to_dict(), "cold_dir": None},
+        "config": {**context.settled.to_dict(), "cold_dir": None},
     }
     if window := cache.window_state():
         meta["window"] = window
@@ -139,8 +139,8 @@ def parse_meta(value: Any) -> dict[str, Any]:
 
 
 def saved_config(meta: dict[str, Any]) -> TierConfig:
-    """The settings with which a cache was saved; before there were treatments, without one."""
-    return TierConfig(**{"treatment": "none", **meta["config"]})
+    """The settings with which a cache was saved; files from before have no such choices."""
+    return TierConfig(**{"treatment": "none", "layer_kv": ALIKE, **meta["config"]})
 
 
 def restore_into(cache: PagedLayerCache, value: Any) -> None:

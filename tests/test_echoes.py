@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,58 @@ def test_a_model_that_cannot_be_read_has_none(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "echoes", fails)
     model = tiny_llama(layers=8)
-    with pagedkv.wrap(model, pagedkv.TierConfig(cold=0, **SMALL)) as cache:
+    config = pagedkv.TierConfig(cold=0, **SMALL)
+    with (
+        pytest.warns(UserWarning, match="did not read random tokens .RuntimeError: takes pictures"),
+        pagedkv.wrap(model, config) as cache,
+    ):
         assert set(cache.stats().ladders) == {"K4V4"}
+    heard(monkeypatch, 3)  # it may have been short of memory
+    with pagedkv.wrap(model, config) as cache:
+        assert cache.stats().ladders[3] == "K8V8"
+    pagedkv.unwrap(model)
+
+
+def test_a_model_whose_queries_cannot_be_seen_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(module, "echoes", lambda model: pytest.fail("it was read"))
+    monkeypatch.setattr("pagedkv.models.lookup_count", lambda layers: layers)
+    other = build("deepseek_v3")  # latent attention
+    with pagedkv.wrap(other, pagedkv.TierConfig(cold=0, **SMALL)) as cache:
+        assert cache.context.settled.layer_kv == "same"
+    pagedkv.unwrap(other)
+    assert not recwarn.list
+
+
+def test_looking_leaves_nothing_in_memory() -> None:
+    model = tiny_llama(layers=8, dim=256)
+    gc.collect()
+    mx.clear_cache()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        echoes(model)
+        assert mx.get_active_memory() - before < 2**16
+    finally:
+        gc.enable()
+
+
+def test_what_a_cache_was_made_with_finds_its_store_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard(monkeypatch, 1, 6)
+    model, config = fresh(), stored(tmp_path)
+    with pagedkv.wrap(model, config) as cache:
+        assert cache.context.config == config
+        read(model, cache, 600)
+        cache.flush()
+        again = pagedkv.wrap(model, cache.context.config)
+        assert again.context.pager is cache.context.pager
+        again.close()
+    pagedkv.unwrap(model)
+    with pagedkv.resume(model, cache.context.config) as cache:
+        assert cache.offset == 600
     pagedkv.unwrap(model)
 
 
@@ -100,16 +151,16 @@ def test_numbers_that_are_not_finite_are_no_echo(monkeypatch: pytest.MonkeyPatch
 
 def test_wrapping_a_model_gives_them_twice_the_bits(sharp: Any) -> None:
     with pagedkv.wrap(sharp, pagedkv.TierConfig(cold=0, **SMALL)) as cache:
-        assert cache.context.config.layer_kv == "K8V8@2,5,8"
+        assert cache.context.settled.layer_kv == "K8V8@2,5,8"
         mx.eval(sharp(random_tokens(700), cache=cache))
         for number, layer in enumerate(cache.paged_layers):
             held = {str(page.precision) for page, _ in layer.located_pages()}
             assert held == {"K8V8" if number in (2, 5, 8) else "K4V4"}
     with pagedkv.wrap(sharp, pagedkv.TierConfig(kv="K2V2", cold=0, **SMALL)) as cache:
-        assert cache.context.config.layer_kv == "K4V4@2,5,8"
+        assert cache.context.settled.layer_kv == "K4V4@2,5,8"
     for same in ({"kv": "K8V8"}, {"kv": "fp16"}, {"layer_kv": "same"}):
         with pagedkv.wrap(sharp, pagedkv.TierConfig(cold=0, **SMALL, **same)) as cache:
-            assert cache.context.config.layer_kv == "same"
+            assert cache.context.settled.layer_kv == "same"
     pagedkv.unwrap(sharp)
 
 
@@ -174,7 +225,7 @@ def test_a_store_decides_for_the_sequences_in_it(
     heard(monkeypatch, 2, 3)  # another machine, whose sums fall otherwise
     model = fresh()
     with pagedkv.resume(model, config) as cache:
-        assert cache.context.config.layer_kv == "K8V8@1,6"
+        assert cache.context.settled.layer_kv == "K8V8@1,6"
         assert cache.offset == 900
         assert mx.array_equal(read(model, cache, 3, seed=2), want).item()
         cache.flush()
@@ -205,7 +256,29 @@ def test_a_damaged_note_is_found_out_again(
     assert json.loads(note.read_bytes()) == [1, 6]
 
 
-def test_other_layers_than_a_sequence_has_are_refused(
+def test_where_the_note_is_lost_pages_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = fresh(), stored(tmp_path)
+    heard(monkeypatch, 1, 6)
+    with pagedkv.wrap(model, config) as cache:
+        read(model, cache, 600)
+        cache.flush()
+    pagedkv.unwrap(model)
+    (note,) = tmp_path.glob("store-*/layers.json")
+    note.unlink()
+    heard(monkeypatch, 2, 3)
+    model = fresh()
+    with pagedkv.resume(model, config) as cache:
+        assert cache.offset == 600
+        assert cache.context.settled.layer_kv == "K8V8@1,6"
+        cache.flush()
+        assert json.loads(note.read_bytes()) == [1, 6]
+        cache.discard()
+    pagedkv.unwrap(model)
+    with pagedkv.wrap(fresh(), config) as cache:  # nobody needs those any more
+        assert cache.context.settled.layer_kv == "K8V8@2,3"
+
+
+def test_pages_of_other_layers_than_it_has_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = fresh(), stored(tmp_path)
@@ -215,14 +288,11 @@ def test_other_layers_than_a_sequence_has_are_refused(
         cache.flush()
     pagedkv.unwrap(model)
     (note,) = tmp_path.glob("store-*/layers.json")
-    content = note.read_bytes()
-    note.unlink()
-    heard(monkeypatch, 2, 3)
+    note.write_bytes(b"[2, 3]")
     model = fresh()
-    with pytest.raises(pagedkv.StoreMismatchError, match=r"layer 1 of .* K8V8 pages"):
+    with pytest.raises(pagedkv.StoreMismatchError, match=r"layer 1 of .* K8V8 pages, .*'K4V4'"):
         pagedkv.resume(model, config)
-    note.touch(0o600)
-    note.write_bytes(content)  # put back: nothing was lost
+    note.write_bytes(b"[1, 6]")  # nothing was lost
     with pagedkv.resume(model, config) as cache:
         assert cache.offset == 600
     pagedkv.unwrap(model)

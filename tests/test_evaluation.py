@@ -95,6 +95,14 @@ def test_variants_are_precisions_or_a_ladder_each() -> None:
     assert all(v.config.hot_tokens == 64 for v in found if v.config)
     assert found[0].precise_tokens == 68
     assert [v.kind for v in mlx_lm_variants([8])] == ["mlx-lm"]
+    layers = paged_variants(["K8V8,K4V4"], BASE, (), ["auto", "same", "K4V4@0-1"])
+    assert [v.label for v in layers] == [
+        "K8V8 K4V4@0-1",
+        "K4V4 auto",
+        "K4V4 same",
+        "K4V4 K4V4@0-1",
+    ]
+    assert [v.kind for v in layers] == ["layers", "layers", "uniform", "uniform"]
     for bad in (["K4V4,K4V4"], ["K4V4", "k4v4"], ["K5V4"], ["K4V4,"], ["K8V4:1024"]):
         with pytest.raises(ConfigError):
             paged_variants(bad, BASE)

@@ -37,7 +37,8 @@ def test_ladders_of_layers_as_text() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("K8V8", "write a ladder and the layers"),
+        ("K8V8", "layer_kv is 'auto', 'same', or a ladder and the layers"),
+        ("none", "layer_kv is 'auto', 'same'"),
         ("K8V8@", "is no layer number"),
         ("K8V8@x", "'x' is no layer number"),
         ("K8V8@3-1", "'3-1' is no layer number"),
@@ -53,7 +54,9 @@ def test_bad_text_says_what_would_do(text: str, says: str) -> None:
 
 
 def test_layer_kv_is_text() -> None:
-    with pytest.raises(pagedkv.ConfigError, match="layer_kv is 'auto', 'same', or text"):
+    with pytest.raises(
+        pagedkv.ConfigError, match="layer_kv is 'auto', 'same', or a ladder and the layers"
+    ):
         TierConfig(layer_kv=8)  # type: ignore[arg-type]
 
 
@@ -237,8 +240,38 @@ def test_a_saved_cache_knows_its_layers(tmp_path: Any) -> None:
         want = read(model, cache, 3, seed=4)
     pagedkv.unwrap(model)
     with pagedkv.load(path, model) as cache:
-        assert cache.context.config.layer_kv == "K8V8@1"
+        assert cache.context.settled.layer_kv == "K8V8@1"
         assert mx.array_equal(read(model, cache, 3, seed=4), want).item()
     pagedkv.unwrap(model)
     with pytest.raises(pagedkv.CacheStateError, match=r"layer 1.* is K8V8, which .*'K4V4'"):
         pagedkv.load(path, model, TierConfig(layer_kv="same", cold=0, **SMALL))
+
+
+def test_a_file_from_before_has_layers_alike(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagedkv.lookup_layers.echoes", lambda model: {1: 0.5})
+    model = lively(tiny_llama(layers=4))
+    path = str(tmp_path / "a.safetensors")
+    real = TierConfig.to_dict
+
+    def without(config: TierConfig) -> dict[str, Any]:
+        return {name: value for name, value in real(config).items() if name != "layer_kv"}
+
+    with pagedkv.wrap(model, TierConfig(layer_kv="same", cold=0, **SMALL)) as cache:
+        read(model, cache, 900)
+        with monkeypatch.context() as patch:
+            patch.setattr(TierConfig, "to_dict", without)
+            cache.save(path)
+        want = read(model, cache, 3, seed=4)
+    pagedkv.unwrap(model)
+    with pagedkv.load(path, model) as cache:
+        assert mx.array_equal(read(model, cache, 3, seed=4), want).item()
+    pagedkv.unwrap(model)
+
+
+def test_layers_that_a_cache_does_not_have_are_refused() -> None:
+    with pytest.raises(
+        pagedkv.ConfigError, match=r"names layers \[100, 101\], but this cache has 8"
+    ):
+        PagedCache.standalone(8, TierConfig(layer_kv="K2V2@100-101,7"))

@@ -99,13 +99,9 @@ def _check_model(args: argparse.Namespace, config: TierConfig) -> Iterator[Row]:
         yield Row(kind, *_verdict(kind, value))
     for ladder in dict.fromkeys(stats.ladders):
         which = [i for i, other in enumerate(stats.ladders) if other == ladder]
-        more = ladder not in ("none", str(config.ladder))
-        yield Row(
-            "precision",
-            OK,
-            f"{ladder}: layers {_ranges(which)}",
-            "they look things up" if more else "",
-        )
+        found = config.lookup_ladder is not None and ladder == str(config.lookup_ladder)
+        why = "they look things up" if found else ""
+        yield Row("precision", OK, f"{ladder}: layers {_ranges(which)}", why)
     for treatment in dict.fromkeys(text.partition(":")[0] for text in stats.treatments):
         which = [i for i, text in enumerate(stats.treatments) if text.startswith(treatment)]
         reasons = [stats.treatments[i].partition(": ")[2] for i in which]

@@ -252,7 +252,7 @@ def saved_config(path: str) -> TierConfig:
         CacheStateError: if it is not a saved paged cache.
     """
     states = state.load_states(path)
-    return TierConfig(**state.parse_meta(states[0] if states else {})["config"])
+    return state.saved_config(state.parse_meta(states[0] if states else {}))
 
 
 def _require_room(cache: PagedCache, prompt: int) -> None:

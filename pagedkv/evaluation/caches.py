@@ -136,7 +136,7 @@ class Footprint:
             fixed = sum(map(_nbytes, caches.context.others))
             pages: int | None = stats.warm.pages + stats.cold.pages
             layers = ", ".join(f"{n} {kind}" for kind, n in Counter(stats.layers).items())
-            layer_kv = caches.context.config.layer_kv
+            layer_kv = caches.context.settled.layer_kv
         else:
             held_in = stored_in(caches)
             keyed = [c for c in held_in if _elements(c)]

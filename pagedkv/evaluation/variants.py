@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from pagedkv.bench.contenders import QUANTIZED_GROUP
 from pagedkv.bench.settings import short_dtype
-from pagedkv.config import TierConfig, names_file
+from pagedkv.config import ALIKE, AUTO, TierConfig, names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts
 
@@ -85,7 +85,8 @@ def paged_variants(
             names); that of `base` if there are none. What is kept in 8 bits and more is never
             treated: one row.
         layer_kvs: values of `TierConfig.layer_kv`, a row each (``"K4V4 same"``); that of `base` if
-            there are none. Where layers that look things up would have no more bits: one row.
+            there are none. Where layers that look things up would have no more bits, ``"auto"``
+            and ``"same"`` are one row.
 
     Raises:
         ConfigError: if one is no precision and no ladder, no treatment or no layers, or comes
@@ -101,8 +102,10 @@ def paged_variants(
         if treatments and _treatable(config):
             names = zip(_names(treatments), treatments, strict=True)
             rows = [(f"{config.ladder} {n}", replace(config, treatment=t)) for n, t in names]
-        if layer_kvs and config.ladder.doubled != config.ladder:
-            rows = [(f"{n} {kv}", replace(c, layer_kv=kv)) for kv in layer_kvs for n, c in rows]
+        named = [kv for kv in layer_kvs if kv not in (AUTO, ALIKE)]
+        offered = layer_kvs if config.ladder.doubled != config.ladder else named
+        if offered:
+            rows = [(f"{n} {kv}", replace(c, layer_kv=kv)) for kv in offered for n, c in rows]
         found += [Variant(*row) for row in rows]
     require_different(found)
     return found
@@ -116,7 +119,8 @@ def _names(treatments: Sequence[str]) -> list[str]:
 
 def _treatable(config: TierConfig) -> bool:
     """Whether some keys or values are kept in so few bits that they are treated."""
-    return any(treated_parts(config.ladder.steps, ROTATIONS[0]))
+    ladders = config.ladder, *(ladder for _, ladder in config.ladders.others)
+    return any(any(treated_parts(ladder.steps, ROTATIONS[0])) for ladder in ladders)
 
 
 def _split(text: str) -> list[str]:
