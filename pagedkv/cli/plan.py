@@ -19,7 +19,7 @@ from pagedkv.cli.output import (
     rate,
 )
 from pagedkv.cli.shapes import KNOWN, ModelShape, shape_of
-from pagedkv.config import TierConfig
+from pagedkv.config import LOOKUP_PART, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.plan import Plan, plan
 from pagedkv.sizes import format_size
@@ -177,6 +177,13 @@ def _tables(result: Plan, shape: ModelShape, config: TierConfig, disk: float | N
     ]
 
 
+def _others(config: TierConfig) -> str:
+    """Which layers have another ladder."""
+    if config.lookup_ladder is not None:
+        return f"; {config.lookup_ladder} in one layer of {LOOKUP_PART}"
+    return f"; {config.layer_kv}" if config.ladders.others else ""
+
+
 def _facts(
     result: Plan, shape: ModelShape, config: TierConfig, disk: float | None
 ) -> list[tuple[str, str]]:
@@ -196,7 +203,7 @@ def _facts(
     )
     return [
         ("model", f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}"),
-        ("pages", f"{result.page_tokens} tokens, {config.kv}"),
+        ("pages", f"{result.page_tokens} tokens, {config.kv}{_others(config)}"),
         ("fits", "yes" if result.fits else f"NO: {result.context:,} tokens do not fit"),
         ("largest context that fits", f"{result.max_context:,} tokens"),
         ("memory", memory),
