@@ -16,6 +16,7 @@ import pagedkv
 from pagedkv import ConfigError, TierConfig
 from pagedkv.cli.main import main
 from pagedkv.cli.stress_progress import StressProgress
+from pagedkv.models import Wrapping
 from pagedkv.stress import (
     OPERATIONS,
     Check,
@@ -297,6 +298,26 @@ def test_every_operation_with_a_real_model() -> None:
     assert check(report, "placement").count > 8
     assert check(report, "crashed and resumed").count == 1
     assert {n: report.operations[n] for n in EVERYTHING} == EVERYTHING
+
+
+def test_layers_with_more_bits_are_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed and resumed, saved and loaded, forked: always with the same layers."""
+    ladders: list[str] = []
+    make_cache = Wrapping.make_cache
+
+    def noted(wrapping: Wrapping) -> pagedkv.PagedCache:
+        ladders.append(wrapping.pager.budget.ladders.others_text)
+        return make_cache(wrapping)
+
+    monkeypatch.setattr(Wrapping, "make_cache", noted)
+    monkeypatch.setattr("pagedkv.lookup_layers.echoes", lambda model: {0: 0.0, 2: 0.5})
+    config = tiers(warm="240KB")
+    stress = ModelStress("tiny", tiny_llama(layers=4), Letters(), options(tokens=1500), config)
+    report = stress.run()
+    assert report.ok, report.wrong
+    assert {n: report.operations[n] for n in EVERYTHING} == EVERYTHING
+    assert len(ladders) > 3
+    assert set(ladders) == {"K8V8@2"}
 
 
 def test_faults_with_a_real_model() -> None:
