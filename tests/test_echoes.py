@@ -212,6 +212,18 @@ def read(model: Any, cache: Any, n: int, seed: int = 0) -> mx.array:
     return out
 
 
+def flushed(monkeypatch: pytest.MonkeyPatch, config: pagedkv.TierConfig, *layers: int) -> Path:
+    """Flush a sequence of a model in which these layers look things up; the store's note of it."""
+    heard(monkeypatch, *layers)
+    model = fresh()
+    with pagedkv.wrap(model, config) as cache:
+        read(model, cache, 600)
+        cache.flush()
+    pagedkv.unwrap(model)
+    (note,) = Path(str(config.cold_dir)).glob("store-*/layers.json")
+    return note
+
+
 def test_a_store_decides_for_the_sequences_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,13 +251,8 @@ DAMAGED = (b"", b"{}", b"[1, null]", b"[true]", b"[-1]", b"[99]", b"[0.5]", b"\x
 def test_a_damaged_note_is_found_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
-    model, config = fresh(), stored(tmp_path)
-    heard(monkeypatch, 1, 6)
-    with pagedkv.wrap(model, config) as cache:
-        read(model, cache, 600)
-        cache.flush()
-    pagedkv.unwrap(model)
-    (note,) = tmp_path.glob("store-*/layers.json")
+    config = stored(tmp_path)
+    note = flushed(monkeypatch, config, 1, 6)
     assert json.loads(note.read_bytes()) == [1, 6]
     note.write_bytes(content)
     model = fresh()
@@ -257,13 +264,8 @@ def test_a_damaged_note_is_found_out_again(
 
 
 def test_where_the_note_is_lost_pages_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = fresh(), stored(tmp_path)
-    heard(monkeypatch, 1, 6)
-    with pagedkv.wrap(model, config) as cache:
-        read(model, cache, 600)
-        cache.flush()
-    pagedkv.unwrap(model)
-    (note,) = tmp_path.glob("store-*/layers.json")
+    config = stored(tmp_path)
+    note = flushed(monkeypatch, config, 1, 6)
     note.unlink()
     heard(monkeypatch, 2, 3)
     model = fresh()
@@ -281,13 +283,8 @@ def test_where_the_note_is_lost_pages_tell(tmp_path: Path, monkeypatch: pytest.M
 def test_pages_of_other_layers_than_it_has_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, config = fresh(), stored(tmp_path)
-    heard(monkeypatch, 1, 6)
-    with pagedkv.wrap(model, config) as cache:
-        read(model, cache, 600)
-        cache.flush()
-    pagedkv.unwrap(model)
-    (note,) = tmp_path.glob("store-*/layers.json")
+    config = stored(tmp_path)
+    note = flushed(monkeypatch, config, 1, 6)
     note.write_bytes(b"[2, 3]")
     model = fresh()
     with pytest.raises(pagedkv.StoreMismatchError, match=r"layer 1 of .* K8V8 pages, .*'K4V4'"):
@@ -305,12 +302,7 @@ def test_a_store_that_others_have_taken_meanwhile_is_left_alone(
     heard(monkeypatch, 1, 6)
     first = pagedkv.wrap(model, config)
     first.close()  # the store with it
-    heard(monkeypatch, 2, 3)
-    theirs = fresh()
-    with pagedkv.wrap(theirs, config) as cache:
-        read(theirs, cache, 600)
-        cache.flush()
-    pagedkv.unwrap(theirs)
+    flushed(monkeypatch, config, 2, 3)
     with model.make_cache() as cache:
         read(model, cache, 600)
         with pytest.raises(pagedkv.StoreMismatchError, match=r"layers \[2, 3\] have more bits"):
