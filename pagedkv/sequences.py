@@ -24,7 +24,6 @@ from pagedkv.errors import (
     ClosedError,
     ColdStoreError,
     ConfigError,
-    CorruptStoreError,
     OutOfPagesError,
     StoreLockedError,
     StoreMismatchError,
@@ -181,7 +180,7 @@ def _layers_shown(store: SequenceStore, common: Ladder) -> tuple[int, ...] | Non
     """The layers with other pages than most in a store's sequences; None if it has no pages."""
     pages, others = 0, set[int]()
     for stored in store.checkpoints.stored():
-        with suppress(CorruptStoreError, ColdStoreError):
+        with suppress(ColdStoreError):  # resuming it says what is wrong
             checkpoint = store.load(stored.sequence)
             pages += len(checkpoint.entries)
             for layer in checkpoint.state.layers:
@@ -212,6 +211,8 @@ def _keep_layers(cache: PagedCache, store: SequenceStore, durable: bool) -> None
     if not store.checkpoints.identity.kv.endswith(f"@{AUTO}"):
         return  # its name says it
     mine = tuple(number for number, _ in cache.context.pager.budget.ladders.others)
+    if store.checkpoints.wrote(LAYERS):
+        return
     layers = {layer.layer for layer in cache.paged_layers}
     theirs = _layers_told(store.checkpoints.kept(LAYERS), layers)
     if theirs is not None and theirs != mine and not store.checkpoints.empty:

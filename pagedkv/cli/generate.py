@@ -261,7 +261,7 @@ def _require_room(cache: PagedCache, prompt: int) -> None:
     shape = shapes.pop() if len(shapes) == 1 else None
     if shape is not None:  # else its layers differ, and the cache says so when it is full
         layers = cache.paged_layers
-        config, tokens = cache.context.config, cache.offset + prompt
+        config, tokens = cache.context.settled, cache.offset + prompt
         windows = [layer.reach for layer in layers if isinstance(layer, PartialLayerCache)]
         if config.max_kv_size is not None:
             windows = [n for n in windows if n != config.max_kv_size]  # known from the config
