@@ -376,7 +376,7 @@ def test_the_demo_models_own_steps_stay_within_the_bound(monkeypatch: pytest.Mon
     monkeypatch.setattr(layer_module, "attend", attend_twice)
     config = pagedkv.TierConfig(
         hot_tokens=64,
-        warm="2.4MB",
+        warm="2.5MB",
         cold="256MB",
         page_tokens=256,
         skip_below=1e-300,
