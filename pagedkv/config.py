@@ -222,6 +222,11 @@ class TierConfig:
         return asdict(self)
 
 
+def lookup_count(layers: int) -> int:
+    """How many of so many layers are taken for those that look things up, at most."""
+    return layers // LOOKUP_PART
+
+
 def names_file(treatment: object) -> bool:
     """Whether a treatment is a file of `pagedkv.calibrate`; it is not looked for."""
     return isinstance(treatment, str) and treatment.endswith(".json")

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pagedkv.config import LOOKUP_PART
+from pagedkv.config import lookup_count
 from pagedkv.recording import CHUNK, Stream, measure
 
 LEAST_ECHO = 0.01
@@ -28,7 +28,7 @@ _ECHOES = "_pagedkv_echoes"
 
 
 def lookup_layers(model: Any, candidates: Collection[int], fingerprint: str) -> tuple[int, ...]:
-    """The layers that look most up, one in `LOOKUP_PART`, none that does not.
+    """The layers that look most up, one in four (`lookup_count`), none that does not.
 
     The model reads 1,024 tokens the first time it is asked for.
 
@@ -58,11 +58,6 @@ def lookup_layers(model: Any, candidates: Collection[int], fingerprint: str) -> 
         object.__setattr__(model, _ECHOES, found)
     heard = {n: echo for n, echo in found[1].items() if n in candidates and echo >= LEAST_ECHO}
     return tuple(sorted(sorted(heard, key=lambda n: (-heard[n], n))[:count]))
-
-
-def lookup_count(layers: int) -> int:
-    """How many of so many layers are taken for those that look things up, at most."""
-    return layers // LOOKUP_PART
 
 
 def echoes(model: Any) -> dict[int, float]:

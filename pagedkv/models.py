@@ -14,12 +14,12 @@ from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
-from pagedkv.config import TierConfig, names_file
+from pagedkv.config import TierConfig, lookup_count, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.layer_weights import Spreads
-from pagedkv.lookup_layers import lookup_count, lookup_layers
+from pagedkv.lookup_layers import lookup_layers
 from pagedkv.model_facts import (
     context_limit,
     fingerprint,

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pagedkv.allocator import KVShape, Ladder, LayerLadders, PageGeometry, Precision
-from pagedkv.config import KEPT_TOKENS, TierConfig
+from pagedkv.config import KEPT_TOKENS, TierConfig, lookup_count
 from pagedkv.errors import ConfigError
-from pagedkv.lookup_layers import lookup_count
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.layer_pager import choose_page_tokens
 from pagedkv.tiers.treatment import ROTATIONS, treated_parts, treatment_bytes

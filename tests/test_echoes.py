@@ -15,7 +15,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 import pagedkv
 from pagedkv import lookup_layers as module
-from pagedkv.lookup_layers import LEAST_ECHO, echoes, lookup_count, lookup_layers
+from pagedkv.config import lookup_count
+from pagedkv.lookup_layers import LEAST_ECHO, echoes, lookup_layers
 from pagedkv.model_facts import fingerprint
 from pagedkv.models import wrapping_of
 from tests.model_zoo import build
