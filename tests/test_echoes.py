@@ -326,6 +326,22 @@ def test_layers_that_are_named_have_stores_of_their_own(
     assert len(list(tmp_path.glob("store-*/layers.json"))) == 1
 
 
+def test_a_store_of_layers_alike_says_how_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard(monkeypatch, 1, 6)
+    model = fresh()
+    with pagedkv.wrap(model, stored(tmp_path, layer_kv="same")) as cache:
+        read(model, cache, 600)
+        cache.flush()
+    pagedkv.unwrap(model)
+    with pytest.raises(pagedkv.StoreMismatchError, match="names no layers .* layer_kv='same'"):
+        pagedkv.resume(model, stored(tmp_path))
+    with pagedkv.resume(model, stored(tmp_path, layer_kv="same")) as cache:
+        assert cache.offset == 600
+    pagedkv.unwrap(model)
+
+
 def test_layers_that_a_model_does_not_have_are_refused() -> None:
     model = fresh()
     with pytest.raises(pagedkv.ConfigError, match=r"names layers \[8, 9\], but .* \[0, 1, 2"):

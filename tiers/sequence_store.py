@@ -79,10 +79,13 @@ class SequenceStore:
             others = [] if self.checkpoints.stored() else self.checkpoints.elsewhere()
             if not others:
                 raise
+            mine = self.checkpoints.identity
+            alike = "@" in mine.kv and any("@" not in other.kv for other in others)
+            hint = " (a kv that names no layers is that of layer_kv='same')" if alike else ""
             raise StoreMismatchError(
-                f"{self.checkpoints.directory.parent} holds no sequence of "
-                f"{self.checkpoints.identity}, but of: {'; of: '.join(map(str, others))}. Resume "
-                f"with the model and the settings that it was flushed with"
+                f"{self.checkpoints.directory.parent} holds no sequence of {mine}, but of: "
+                f"{'; of: '.join(map(str, others))}. Resume with the model and the settings that "
+                f"it was flushed with{hint}"
             ) from e
 
     def _settle(self, records: Sequence[ColdRecord]) -> None:
