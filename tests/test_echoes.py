@@ -234,6 +234,9 @@ def test_a_store_decides_for_the_sequences_in_it(
         read(model, cache, 900)
         cache.flush()
         want = read(model, cache, 3, seed=2)
+        disk = cache.context.pager.cold.budget
+        parts = [disk.layer_share(n) / disk.layer_share(0) for n in range(8)]
+        assert parts == pytest.approx([17 / 9 if n in (1, 6) else 1 for n in range(8)], rel=1e-3)
     pagedkv.unwrap(model)
     heard(monkeypatch, 2, 3)  # another machine, whose sums fall otherwise
     model = fresh()
