@@ -35,6 +35,7 @@ from pagedkv.cli.loading import MODELS_OWN, load_model
 from pagedkv.evaluation import built_in_text
 from pagedkv.evaluation.caches import own_caches
 from pagedkv.evaluation.prompts import Example, build
+from pagedkv.evaluation.retrieval import read_tokens
 from pagedkv.recording import measure
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.codec import codec_for
@@ -68,7 +69,7 @@ class Fact:
         prompt = example.tokens[: example.question_at]
         treatments = self._treatments(prompt[:FIRST_PAGES])
         caches = own_caches(model)
-        self._read(caches, prompt)
+        read_tokens(model, caches, prompt, CHUNK)
         self._exact = [
             (cache.keys[:, :, : len(prompt)], cache.values[:, :, : len(prompt)]) for cache in caches
         ]
@@ -82,14 +83,10 @@ class Fact:
         self._log = self._predictions(self._exact)
         self._margins = self._ahead(self._log)
 
-    def _read(self, caches: list[Any], tokens: Sequence[int]) -> None:
-        for start in range(0, len(tokens), CHUNK):
-            self._model(mx.array([list(tokens[start : start + CHUNK])]), cache=caches)
-            mx.eval([cache.state for cache in caches])
-
     def _treatments(self, tokens: Sequence[int]) -> list[Treatment | None]:
-        with wrap(self._model, TierConfig(kv="K4V4", hot_tokens=HOT, sink_tokens=SINKS)) as cache:
-            self._read(list(cache), tokens)
+        alike = TierConfig(kv="K4V4", layer_kv="same", hot_tokens=HOT, sink_tokens=SINKS)
+        with wrap(self._model, alike) as cache:
+            read_tokens(self._model, list(cache), tokens, CHUNK)
             found = [layer.treatment for layer in cache.paged_layers]
         unwrap(self._model)
         return found

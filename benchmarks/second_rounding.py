@@ -208,7 +208,13 @@ def originals(kept: Kept) -> Iterator[None]:
 def kl_rows(model: Any, tokens: list[int], ladder: str) -> list[Row]:
     """The ladder both ways, and the difference."""
     config = pagedkv.TierConfig(
-        kv=ladder, hot_tokens=HOT, sink_tokens=SINKS, page_tokens=PAGE, warm="2GB", cold=0
+        kv=ladder,
+        layer_kv="same",
+        hot_tokens=HOT,
+        sink_tokens=SINKS,
+        page_tokens=PAGE,
+        warm="2GB",
+        cold=0,
     )
     caches, found = {}, {"stored": [], "originals": []}  # type: ignore[var-annotated]
     kept: Kept = {}

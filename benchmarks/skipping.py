@@ -144,7 +144,12 @@ def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
     oracle = Oracle()
     with tempfile.TemporaryDirectory(dir=args.cold_dir) as folder:
         config = pagedkv.TierConfig(
-            warm=args.warm, cold="8GB", cold_dir=folder, bounds="1GB", page_tokens=256
+            layer_kv="same",
+            warm=args.warm,
+            cold="8GB",
+            cold_dir=folder,
+            bounds="1GB",
+            page_tokens=256,
         )
         with pagedkv.wrap(model, config) as cache:
             for start in range(0, len(prompt), 512):

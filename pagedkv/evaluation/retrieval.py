@@ -189,7 +189,7 @@ def _outcome(tokenizer: Any, caches: _Caches, cell: Cell, example: Example) -> O
     text, error, paged, score, margin = "", "", 0, None, None
     try:
         with caches.opened() as cache:
-            _read(model, cache, example.tokens[: example.question_at], caches.chunk)
+            read_tokens(model, cache, example.tokens[: example.question_at], caches.chunk)
             paged = _paged_tokens(cache)
             text, margin = _answer(model, tokenizer, cache, example)
             score = example.judge.score(text)
@@ -210,8 +210,15 @@ def _outcome(tokenizer: Any, caches: _Caches, cell: Cell, example: Example) -> O
     )
 
 
-def _read(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int) -> None:
-    """Put tokens into a cache, a chunk at a time, as mlx-lm does."""
+def read_tokens(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int) -> None:
+    """Put tokens into a cache, a chunk at a time, as mlx-lm does.
+
+    Args:
+        model: of mlx-lm.
+        cache: its layers' caches.
+        tokens: ids.
+        chunk: tokens per call of the model.
+    """
     for start in range(0, len(tokens), chunk):
         model(mx.array([tokens[start : start + chunk]]), cache=cache)
         mx.eval([layer.state for layer in cache])
