@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from pagedkv.allocator.errors import ConfigError
@@ -68,14 +69,17 @@ class LayerLadders:
         """The ladder of a layer, by its number among the model's."""
         return self._by_layer.get(layer, self.common)
 
-    def weights(self, layers: int) -> list[int]:
-        """`Ladder.weight` of so many layers, those of `others` included, in no order."""
-        own = [ladder.weight for _, ladder in self.others[:layers]]
-        return own + [self.common.weight] * (layers - len(own))
+    def part(self, layers: int, layer: int, held_back: Fraction | int = 0) -> Fraction:
+        """A layer's part of what layers share: in proportion to what a token takes in each.
 
-    def share(self, total: int, layers: int, layer: int) -> int:
-        """A layer's part of bytes that layers share, in proportion to what a token takes in it."""
-        return total * self.of(layer).weight // max(1, sum(self.weights(layers)))
+        Args:
+            layers: that share it, those of `others` included.
+            layer: number of the layer.
+            held_back: so much of the largest part is given to nobody.
+        """
+        own = [ladder.weight for _, ladder in self.others[:layers]]
+        weights = own + [self.common.weight] * (layers - len(own))
+        return self.of(layer).weight / (sum(weights) + Fraction(held_back) * max(weights))
 
     @property
     def others_text(self) -> str:

@@ -198,9 +198,7 @@ def measure(
     base = TierConfig(page_tokens=args.page_tokens)
     variants = paged_variants(plan.kv, base)
     variants += paged_variants(plan.same, base, layer_kvs=("same",)) if plan.same else []
-    calls = [each for each in plan.again if isinstance(each, int)]
-    types = [each for each in plan.again if isinstance(each, str)]
-    variants = again_variants(calls, types) + variants
+    variants = again_variants(plan.again) + variants
     if isinstance(plan, Cells):
         grid = plan.grid(plan.lengths_of(model), args.seed)
         head = record(name, model, None, variants, [], command(args), grid)

@@ -52,10 +52,7 @@ class PagedCache(list[Any]):
                 f"treatment={config.treatment!r}: a calibration belongs to a model that is "
                 f"wrapped, and this cache is for a hand-written one"
             )
-        if unknown := [n for n, _ in config.ladders.others if n >= layers]:
-            raise ConfigError(
-                f"layer_kv names layers {unknown}, but this cache has {layers}, from 0 on"
-            )
+        config.require_layers(range(layers))
         rotation = config.treatment if config.treatment in ROTATIONS else ""
         identity = config.store_identity(model, layers, rotation)
         pager = Pager(config.budget(), layers, identity=identity, rotation=rotation)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -170,6 +171,26 @@ class TierConfig:
         """With ``"auto"``, what layers have that look things up; None if no layer has another."""
         doubled = self.ladder.doubled
         return doubled if self.layer_kv == AUTO and doubled != self.ladder else None
+
+    def require_layers(self, layers: Collection[int]) -> None:
+        """Check that the layers that `layer_kv` names are there.
+
+        Args:
+            layers: numbers of those that can be paged.
+
+        Raises:
+            ConfigError: naming those that cannot.
+        """
+        if unknown := [n for n, _ in self.ladders.others if n not in layers]:
+            raise ConfigError(
+                f"layer_kv names layers {unknown}, but this cache has {len(layers)} that can be "
+                f"paged: {sorted(layers)}"
+            )
+
+    @property
+    def without_model(self) -> TierConfig:
+        """The same where nobody finds out which layers look things up: then all are alike."""
+        return replace(self, layer_kv=ALIKE) if self.layer_kv == AUTO else self
 
     @property
     def selective(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from pagedkv.model_facts import (
 from pagedkv.prefixes import Prefixes
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import HotTokens, Pager
-from pagedkv.treatments import choose_treatments, choosers_for, name_of
+from pagedkv.treatments import FirstTokens, choose_treatments, choosers_for, name_of
 
 _WRAPPED = "_pagedkv_wrapping"
 
@@ -137,11 +137,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
             f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
             f"a way that can be paged (they use {names}): there is nothing to page"
         )
-    if unknown := [n for n, _ in config.ladders.others if n not in pageable]:
-        raise ConfigError(
-            f"layer_kv names layers {unknown}, but what can be paged in this "
-            f"{type(model).__name__} are layers {sorted(pageable)}"
-        )
+    config.require_layers(pageable)
     name = fingerprint(model)
     wrapping = Wrapping(
         config,
@@ -182,25 +178,30 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     shapes = _plain_layers(kinds, wrapping.probes)
     spreads = Spreads(model, shapes)
 
-    def treat() -> str:
+    def treat(some: Mapping[int, KVShape]) -> dict[int, FirstTokens]:
         ladders = pager.budget.ladders
-        pager.treatments = choose_treatments(model, config, shapes, name, spreads, ladders)
-        choosers = choosers_for(model, config, shapes, pager.treatments, spreads, ladders)
-        pager.choosers = {**choosers}
-        return name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
+        chosen = choose_treatments(model, config, some, name, spreads, ladders)
+        choosers = choosers_for(model, config, some, chosen, spreads, ladders)
+        pager.treatments |= chosen
+        pager.choosers |= choosers
+        return choosers
 
+    choosers = treat(shapes)
+    told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
     # Those that see the whole context, and whose queries can be seen.
     hooked = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
     candidates = hooked & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
     open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
-    pager.identity = config.store_identity(name, pager.layers, treat(), found=open_layers)
+    pager.identity = config.store_identity(name, pager.layers, told, found=open_layers)
     if open_layers:
         found = sequences.kept_layers(pager, candidates)
         if found is None:
             found = lookup_layers(model, candidates, name)
         ladder = cast(Ladder, config.lookup_ladder)
         pager.set_ladders(LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder)))
-        treat()
+        for number in found:
+            pager.settle(number, None)
+        treat({number: shapes[number] for number in found if number in shapes})
     if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
         sequences.settle_treatments(pager, name, shapes)
 

@@ -71,6 +71,17 @@ def fill(cache: pagedkv.PagedCache, *counts: int) -> None:
         mx.eval(out)
 
 
+def filled_with_zeros(cache: pagedkv.PagedCache, tokens: int) -> pagedkv.CacheStats:
+    """Put so many tokens into every layer (2 heads of 64), and seal what is due."""
+    for done in range(0, tokens, 100):
+        zeros = mx.zeros((1, 2, min(100, tokens - done), 64))
+        for layer in cache:
+            layer.append(zeros, zeros)
+    for layer in cache:
+        layer._settle()
+    return cache.stats()
+
+
 def same(a: Sequence[mx.array], b: Sequence[mx.array]) -> bool:
     return len(a) == len(b) and all(mx.array_equal(x, y).item() for x, y in zip(a, b, strict=True))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import pagedkv
 from pagedkv.sizes import format_size, parse_size
+from tests.stores import filled_with_zeros
 
 
 @pytest.mark.parametrize(
@@ -127,21 +128,13 @@ def test_plan_adds_up() -> None:
 @pytest.mark.parametrize("tokens", [50, 700, 2300, 3000])
 def test_a_plan_is_what_happens(kv: str, tokens: int) -> None:
     """The plan's tiers are the tiers of a cache that was really filled."""
-    import mlx.core as mx
-
     shape, layers = pagedkv.KVShape(2, 64, 64), 2
     config = pagedkv.TierConfig(
         hot_tokens=64, sink_tokens=4, kv=kv, page_tokens=256, warm="700KB", cold="64MB"
     )
     plan = pagedkv.plan(shape, layers, tokens, config)
     with pagedkv.PagedCache.standalone(layers, config) as cache:
-        for done in range(0, tokens, 100):
-            n = min(100, tokens - done)
-            for layer in cache:
-                layer.append(mx.zeros((1, 2, n, 64)), mx.zeros((1, 2, n, 64)))
-        for layer in cache:
-            layer._settle()
-        stats = cache.stats()
+        stats = filled_with_zeros(cache, tokens)
         assert (stats.hot.tokens, stats.warm.tokens + stats.cold.tokens) == (
             plan.hot_tokens,
             plan.warm_tokens + plan.cold_tokens,

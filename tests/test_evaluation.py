@@ -113,10 +113,10 @@ def test_variants_are_precisions_or_a_ladder_each() -> None:
         ("mlx-lm in calls of 64", "again"),
         ("mlx-lm in calls of 128", "again"),
     ]
-    (halves,) = again_variants([], ["bfloat16"])
+    (halves,) = again_variants(["bfloat16"])
     assert (halves.label, halves.kind, halves.dtype) == ("mlx-lm bf16", "again", "bfloat16")
     with pytest.raises(ConfigError, match="unknown types .'int8'.: there are float32, float16"):
-        again_variants([], ["int8"])
+        again_variants(["int8"])
     with pytest.raises(ConfigError, match="1 token or more, got 0"):
         again_variants([0])
     with pytest.raises(ConfigError, match="is given twice"):
@@ -220,7 +220,7 @@ def test_the_reference_in_other_calls_is_what_chance_does() -> None:
 
 
 def test_the_reference_in_another_type_is_what_its_own_rounding_does() -> None:
-    found, _ = evaluated("K8V8", more=(*again_variants([], ["float16", "bfloat16"]),))
+    found, _ = evaluated("K8V8", more=(*again_variants(["float16", "bfloat16"]),))
     for leg in ("prefill", "decode"):
         fp16, bf16 = (of(found, leg, f"mlx-lm {name}") for name in ("fp16", "bf16"))
         assert fp16["status"] == bf16["status"] == "ok"
@@ -228,7 +228,7 @@ def test_the_reference_in_another_type_is_what_its_own_rounding_does() -> None:
         assert of(found, leg, "mlx-lm fp32")["bits"] == 32, "the model itself is as it was"
         assert 0 < 10 * fp16["kl_mean"] < bf16["kl_mean"], "three bits of mantissa less"
     with pytest.raises(ConfigError, match="mlx-lm fp32: the model computes in float32 anyway"):
-        evaluated("K8V8", more=(*again_variants([], ["float32"]),))
+        evaluated("K8V8", more=(*again_variants(["float32"]),))
 
 
 def test_losses_are_those_of_the_model_over_the_whole_text(rows: list[Row]) -> None:

@@ -15,6 +15,7 @@ from pagedkv.allocator import Ladder, LayerLadders, Precision
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.disk_budget import DiskBudget
 from tests.models import lively, random_tokens, tiny_llama
+from tests.stores import filled_with_zeros
 
 COMMON = Ladder.parse("K4V4")
 EIGHT = Ladder.parse("K8V8")
@@ -161,13 +162,7 @@ def test_a_plan_is_what_happens(tokens: int) -> None:
     config = TierConfig(layer_kv="K8V8@1", warm="1100KB", cold="64MB", **SMALL)
     plan = pagedkv.plan(shape, layers, tokens, config)
     with PagedCache.standalone(layers, config) as cache:
-        for done in range(0, tokens, 100):
-            n = min(100, tokens - done)
-            for layer in cache:
-                layer.append(mx.zeros((1, 2, n, 64)), mx.zeros((1, 2, n, 64)))
-        for layer in cache:
-            layer._settle()
-        stats = cache.stats()
+        stats = filled_with_zeros(cache, tokens)
     assert stats.warm.bytes == plan.warm_bytes
     assert stats.cold.bytes == plan.cold_bytes
     assert stats.ladders == ("K4V4", "K8V8", "K4V4")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pagedkv.allocator import ConfigError, LayerLadders, Precision
 
@@ -52,15 +54,14 @@ class TierBudget:
         Half a share is held back in all, so that even while the last slab doubles (old and new
         exist together for a moment) the budget is kept.
         """
-        return 2 * self.warm_bytes * self.ladders.of(layer).weight // self._warm_whole(layers)
+        return int(self.warm_bytes * self._warm_part(layers, layer))
 
-    def _warm_whole(self, layers: int) -> int:
-        weights = self.ladders.weights(layers)
-        return 2 * sum(weights) + max(weights)
+    def _warm_part(self, layers: int, layer: int) -> Fraction:
+        return self.ladders.part(layers, layer, held_back=Fraction(1, 2))
 
     def cold_share(self, layers: int, layer: int) -> int:
         """Disk of one layer, likewise, as long as nothing else takes any."""
-        return self.ladders.share(self.cold_bytes, layers, layer)
+        return int(self.cold_bytes * self.ladders.part(layers, layer))
 
     def warm_slots(
         self,
@@ -85,8 +86,7 @@ class TierBudget:
         """
         share, least = self.warm_share(layers, layer), sum(page_bytes.values())
         if share < least:
-            weight = self.ladders.of(layer).weight
-            enough = -(-least * self._warm_whole(layers) // (2 * weight))
+            enough = math.ceil(least / self._warm_part(layers, layer))
             raise ConfigError(
                 f"warm budget {self.warm_bytes:,} bytes is smaller than one page of each "
                 f"precision in each of {layers} layers: layer {layer} gets {share:,} bytes and "
@@ -112,13 +112,11 @@ class TierBudget:
                 no run of pages.
         """
         if (share := self.cold_share(layers, layer)) < page_bytes:
-            whole, weight = sum(self.ladders.weights(layers)), self.ladders.of(layer).weight
-            enough = -(-page_bytes * whole // weight)
+            enough = math.ceil(page_bytes / self.ladders.part(layers, layer))
             raise ConfigError(
                 f"cold budget {self.cold_bytes:,} bytes is smaller than one page in each of "
                 f"{layers} layers: layer {layer} gets {share:,} bytes and needs {page_bytes:,}; "
-                f"give at least {enough:,}, or 0 for no "
-                f"disk"
+                f"give at least {enough:,}, or 0 for no disk"
             )
         if self.staging_bytes < page_bytes * pages_per_run:
             raise ConfigError(

@@ -36,7 +36,7 @@ class DiskBudget:
         """Bytes that the page files of one layer may take."""
         if self.ladders is None:
             return self.for_pages // max(self.layers, 1)
-        return self.ladders.share(self.for_pages, self.layers, layer)
+        return int(self.for_pages * self.ladders.part(self.layers, layer))
 
     def told(self, layer: int) -> str:
         """A layer's share, and who has the rest, for error messages."""

@@ -140,8 +140,7 @@ class LayerPager:
         self.hot_dtype = hot_dtype
         self.treatment = treatment
         self.chooser = chooser
-        self.ladder = budget.ladders.of(layer)
-        self.precisions = self.ladder.beyond(budget.hot_tokens)
+        self.precisions = budget.ladders.of(layer).beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
             p: codec_for(shape, self.page_tokens, p, hot_dtype, treatment) for p in self.precisions

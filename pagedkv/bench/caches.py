@@ -13,7 +13,7 @@ import mlx.core as mx
 from pagedkv.allocator import KVShape
 from pagedkv.bench.result import Row, failed, first_words
 from pagedkv.bench.settings import BenchSettings
-from pagedkv.config import ALIKE, AUTO, TierConfig
+from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.plan import plan
@@ -44,8 +44,7 @@ def budgeted(
         except ConfigError:  # not even one page
             return False
 
-    if config.layer_kv == AUTO:
-        config = replace(config, layer_kv=ALIKE)  # as they are without a model
+    config = config.without_model
     wanted = tokens + SPARE_TOKENS
     low, high = 0, 2**20
     while not fits(high):

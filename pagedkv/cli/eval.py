@@ -252,9 +252,7 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
     treatments = [name.strip() for name in (args.treatment or "").split(",") if name.strip()]
     ours = paged_variants(args.kv or [",".join(PRECISIONS)], base, treatments, args.layer_kv or ())
     parts = [part.strip() for part in (args.again or "").split(",") if part.strip()]
-    types = [part for part in parts if part[0].isalpha()]
-    calls = [parse_tokens(part, "--again") for part in parts if part not in types]
-    again = again_variants(calls, types)
+    again = again_variants([p if p[0].isalpha() else parse_tokens(p, "--again") for p in parts])
     quantized = mlx_lm_variants(_bits(stock if args.mlx_lm is None else args.mlx_lm))
     return [*again, *ours, *quantized]
 

@@ -145,7 +145,7 @@ def mlx_lm_variants(bits: Sequence[int]) -> list[Variant]:
     return found
 
 
-def again_variants(calls: Sequence[int], dtypes: Sequence[str] = ()) -> list[Variant]:
+def again_variants(each: Sequence[int | str]) -> list[Variant]:
     """Rows of mlx-lm's own cache once more: how much is chance.
 
     In other calls nothing is rounded that is not rounded in the reference, too; sums are only
@@ -153,18 +153,18 @@ def again_variants(calls: Sequence[int], dtypes: Sequence[str] = ()) -> list[Var
     nothing: what the reference's own rounding does.
 
     Args:
-        calls: tokens per call in which prompts are read, a row each.
-        dtypes: of `TYPES`, a row each.
+        each: tokens per call in which prompts are read, or one of `TYPES`; a row each, calls first.
 
     Raises:
         ConfigError: if one is no number of tokens or no type, or comes twice.
     """
-    for each in calls:
-        if each < 1:
-            raise ConfigError(f"a call has 1 token or more, got {each}")
+    calls = [one for one in each if isinstance(one, int)]
+    dtypes = [one for one in each if isinstance(one, str)]
+    if few := [tokens for tokens in calls if tokens < 1]:
+        raise ConfigError(f"a call has 1 token or more, got {few[0]}")
     if unknown := [dtype for dtype in dtypes if dtype not in TYPES]:
         raise ConfigError(f"unknown types {unknown}: there are {', '.join(TYPES)}")
-    found = [Variant(f"mlx-lm in calls of {each}", calls=each) for each in calls]
+    found = [Variant(f"mlx-lm in calls of {n}", calls=n) for n in calls]
     found += [Variant(f"mlx-lm {short_dtype(getattr(mx, d))}", dtype=d) for d in dtypes]
     require_different(found)
     return found

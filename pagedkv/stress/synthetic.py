@@ -12,7 +12,7 @@ import numpy as np
 
 from pagedkv.allocator import KVShape
 from pagedkv.cache import PagedCache
-from pagedkv.config import ALIKE, AUTO, TierConfig
+from pagedkv.config import TierConfig
 from pagedkv.errors import ColdStoreError, ConfigError, OutOfPagesError, PagedKVError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.plan import plan, require_room
@@ -72,8 +72,7 @@ class SyntheticStress:
             ConfigError: if the budgets cannot hold that many tokens.
         """
         shape = KVShape(model.kv_heads, model.head_dim, model.head_dim)
-        if config.layer_kv == AUTO:
-            config = replace(config, layer_kv=ALIKE)  # as they are without a model
+        config = config.without_model
         require_room(shape, model.layers, options.tokens + options.needles, config)
         if options.ops.get("kill") and not config.budget().cold_bytes:
             raise ConfigError("a killed process can only be resumed from disk: leave out kill")
