@@ -25,6 +25,15 @@ from pagedkv.tiers.reader import Batch
 stock_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 """MLX's own attention, kept from before the dispatcher takes its place."""
 
+_hot_attention = stock_attention
+
+
+def set_hot_attention(attention: Callable[..., mx.array]) -> None:
+    """Say what attends while no token is in a page: what a model would call without us."""
+    global _hot_attention
+    _hot_attention = attention
+
+
 DECODE_TOKENS = 8
 """Up to this many query tokens pages are attended one run at a time, above it dequantized."""
 
@@ -216,7 +225,7 @@ def attend(
             return out
     check_view(view, q, mask, sinks)
     if not view.entries:
-        return stock_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
+        return _hot_attention(q, view.keys, view.values, scale=scale, mask=mask, sinks=sinks)
     backend = backend or choose_backend("auto")
     # MLX's 16-bit products are slow on the CPU, ours widen to float32: tiles win there.
     on_gpu = mx.default_device() == mx.gpu or isinstance(backend, KernelBackend)

@@ -23,11 +23,11 @@ from pagedkv.batch_layout import (
     Mark,
     RowPlace,
     batch_mask,
-    placeholders,
     row_masks,
 )
 from pagedkv.errors import OutOfPagesError, PagedKVError, ShapeError
 from pagedkv.layer import PagedLayerCache
+from pagedkv.stand_in import stand_ins
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,10 +166,20 @@ class BatchPagedLayerCache:
         """What the model gets: tagged, with numbers only where they may be looked at."""
         dtype = next((v.hot.keys.dtype for v in view.views if v is not None), dtype)
         if self.reaches_hook[view.layout.new == 1] and hook.installed():
-            arrays = placeholders(dtype, len(self.rows), view.layout.width, view.shape)
-            return hook.tag_pair(self, view, *arrays, placeholder=True)
+            return self._stand_ins(view, dtype)
         dense = view.dense(dtype)
-        return hook.tag_pair(self, view, *dense, placeholder=False) if hook.installed() else dense
+        return hook.tag_pair(self, view, *dense) if hook.installed() else dense
+
+    def _stand_ins(self, view: BatchView, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """What the model gets where it is known to do nothing but attend."""
+
+        def dense() -> tuple[mx.array, mx.array]:
+            with self._taken_back_to(view.before):
+                return view.dense(dtype)
+
+        shape, layer = view.shape, self.rows[0].layer
+        form = (shape.kv_heads, view.layout.width, (shape.key_dim, shape.value_dim), dtype)
+        return stand_ins(self, layer, view, len(self.rows), *form, dense)
 
     # Attending
 

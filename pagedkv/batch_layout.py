@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import mlx.core as mx
 
@@ -222,15 +221,3 @@ def _cut(mask: mx.array, view: BatchView, row: int, length: int) -> Mask:
         end = view.layout.end(row)
         mask = mask[..., end - kv.tokens : end]
     return mask
-
-
-@lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step
-def placeholders(
-    dtype: mx.Dtype, rows: int, width: int, shape: KVShape
-) -> tuple[mx.array, mx.array]:
-    """NaN arrays with the shape of a batch's keys and values, without their memory."""
-    nan = mx.array(float("nan"), dtype)
-    return (
-        mx.broadcast_to(nan, (rows, shape.kv_heads, width, shape.key_dim)),
-        mx.broadcast_to(nan, (rows, shape.kv_heads, width, shape.value_dim)),
-    )

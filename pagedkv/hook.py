@@ -1,22 +1,22 @@
 """How paged attention gets into a model that knows nothing of it.
 
 A cache hands the model its keys and values as *tagged* arrays: instances of a subclass of
-`mx.array` that remember the `KVView` they stand for. One dispatcher in place of
-`mx.fast.scaled_dot_product_attention` recognises a matching pair and runs paged attention.
+`mx.array` that remember the `KVView` they stand for; or, where the numbers are not wanted, as
+`pagedkv.stand_in.StandIn`. A dispatcher in place of `mx.fast.scaled_dot_product_attention`
+recognises a matching pair and runs paged attention.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from pagedkv.attention import KVView, stock_attention
+from pagedkv.attention import KVView, set_hot_attention
 from pagedkv.batch_layout import BatchView
-from pagedkv.errors import PagedKVError
-
-KEYS, VALUES = "keys", "values"
+from pagedkv.stand_in import KEYS, VALUES, StandIn
 
 
 class Attends(Protocol):
@@ -35,93 +35,94 @@ class Attends(Protocol):
 
 
 class TaggedArray(mx.array):
-    """Keys or values of a cached layer: an array that remembers where the real ones are.
+    """Keys or values of a cached layer, complete: an array that remembers what it holds.
 
     Attributes:
         owner: the cache.
         kv: what it stands for: a `KVView`, or a `BatchView` of several sequences.
         role: ``"keys"`` or ``"values"``.
-        placeholder: True if the array itself holds NaN and only its shape is real.
     """
 
     owner: Attends
     kv: KVView | BatchView
     role: str
-    placeholder: bool
 
 
 def tag_pair(
-    owner: Attends, view: KVView | BatchView, keys: mx.array, values: mx.array, placeholder: bool
+    owner: Attends, view: KVView | BatchView, keys: mx.array, values: mx.array
 ) -> tuple[TaggedArray, TaggedArray]:
-    """Tag keys and values as standing for `view`."""
+    """Tag keys and values as those of `view`."""
     first, second = TaggedArray(keys), TaggedArray(values)
-    first.owner, first.kv, first.role, first.placeholder = owner, view, KEYS, placeholder
-    second.owner, second.kv, second.role, second.placeholder = owner, view, VALUES, placeholder
+    first.owner, first.kv, first.role = owner, view, KEYS
+    second.owner, second.kv, second.role = owner, view, VALUES
     return first, second
 
 
-def placeholders(view: KVView) -> tuple[mx.array, mx.array]:
-    """NaN arrays with the shape of the view's keys and values, without their memory."""
-    pager = view.pager
-    assert pager is not None
-    shape = pager.shape
-    return _nothing(pager.hot_dtype, shape.kv_heads, view.tokens, shape.key_dim, shape.value_dim)
+_Attention = Callable[..., mx.array]
 
 
-@lru_cache(maxsize=4)  # the layers of a model ask for the same, step by step
-def _nothing(
-    dtype: mx.Dtype, heads: int, tokens: int, key_dim: int, value_dim: int
-) -> tuple[mx.array, mx.array]:
-    nan = mx.array(float("nan"), dtype)
-    return (
-        mx.broadcast_to(nan, (1, heads, tokens, key_dim)),
-        mx.broadcast_to(nan, (1, heads, tokens, value_dim)),
-    )
+def _dispatcher(beneath: _Attention) -> _Attention:
+    """`mx.fast.scaled_dot_product_attention`, paged where keys and values are tagged.
+
+    Args:
+        beneath: what was in its place: MLX's own, or what another library had put there.
+    """
+
+    def scaled_dot_product_attention(
+        q: mx.array,
+        k: Any,
+        v: Any,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+        **options: Any,
+    ) -> mx.array:
+        if (
+            isinstance(k, (StandIn, TaggedArray))
+            and isinstance(v, (StandIn, TaggedArray))
+            and k.kv is v.kv
+            and (k.role, v.role) == (KEYS, VALUES)
+        ):
+            return k.owner.attend_tagged(k.kv, q, scale, mask, sinks)
+        q, k, v = (x.numbers("attention") if isinstance(x, StandIn) else x for x in (q, k, v))
+        return beneath(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+
+    return scaled_dot_product_attention
 
 
-def _dispatch(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-    **options: Any,
-) -> mx.array:
-    """`mx.fast.scaled_dot_product_attention`, paged where keys and values are tagged."""
-    if (
-        isinstance(k, TaggedArray)
-        and isinstance(v, TaggedArray)
-        and k.kv is v.kv
-        and (k.role, v.role) == (KEYS, VALUES)
-    ):
-        return k.owner.attend_tagged(k.kv, q, scale, mask, sinks)
-    for array in (k, v):
-        if isinstance(array, TaggedArray) and array.placeholder:
-            raise PagedKVError(
-                f"attention got the cached {array.role} without their partner: this model uses "
-                f"its cache in a way that was not seen when it was wrapped; please report it"
-            )
-    return stock_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-
-
+_lock = threading.Lock()
 _installed = 0
+_mine: _Attention | None = None
+_beneath: _Attention = mx.fast.scaled_dot_product_attention
 
 
 def install() -> None:
-    """Put the dispatcher in place; counted, so that each `install` needs one `uninstall`."""
-    global _installed
-    _installed += 1
-    mx.fast.scaled_dot_product_attention = _dispatch
+    """Put a dispatcher in place; counted, so that each `install` needs one `uninstall`.
+
+    What was there is what it calls for attention that is not paged.
+    """
+    global _installed, _mine, _beneath
+    with _lock:
+        _installed += 1
+        if _installed > 1:
+            return
+        _beneath = mx.fast.scaled_dot_product_attention
+        _mine = mx.fast.scaled_dot_product_attention = _dispatcher(_beneath)
+        set_hot_attention(_beneath)
 
 
 def uninstall() -> None:
-    """Undo one `install`; the last one puts MLX's own function back."""
+    """Undo one `install`; the last one puts back what was there.
+
+    What somebody else has put on top since stays, and goes on calling the dispatcher, which passes
+    everything on.
+    """
     global _installed
-    _installed = max(0, _installed - 1)
-    if not _installed:
-        mx.fast.scaled_dot_product_attention = stock_attention
+    with _lock:
+        _installed = max(0, _installed - 1)
+        if not _installed and mx.fast.scaled_dot_product_attention is _mine:
+            mx.fast.scaled_dot_product_attention = _beneath
 
 
 def installed() -> bool:

@@ -23,6 +23,7 @@ from pagedkv.errors import (
 )
 from pagedkv.layer_pages import LayerPages
 from pagedkv.selection import ColdSelection, SkipCounters
+from pagedkv.stand_in import stand_ins
 from pagedkv.tiers import HotBuffer
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.rounding import to_16_bit
@@ -98,13 +99,22 @@ class PagedLayerCache(LayerPages):
             if known is not None and not self._overflowing() and not (known and self._asks()):
                 return view.keys, view.values
         elif known and hook.installed():
-            return hook.tag_pair(self, view, *hook.placeholders(view), placeholder=True)
+            return self._stand_ins(view)
+        dense = self._dense(view)
+        return hook.tag_pair(self, view, *dense) if hook.installed() else dense
+
+    def _dense(self, view: KVView) -> tuple[mx.array, mx.array]:
+        """All keys and values of a view: the hot arrays themselves if there are no pages."""
         with self._taken_back_to(self.offset - self._appended):
-            # The hot arrays themselves if there are no pages.
-            dense = view.dense(view.hot.keys.dtype)
-        if not hook.installed():
-            return dense
-        return hook.tag_pair(self, view, *dense, placeholder=False)
+            return view.dense(view.hot.keys.dtype)
+
+    def _stand_ins(self, view: KVView) -> tuple[mx.array, mx.array]:
+        """What the model gets where it is known to do nothing but attend."""
+        assert self._pager is not None
+        shape = self._pager.shape
+        dims = (shape.key_dim, shape.value_dim)
+        form = (1, shape.kv_heads, view.tokens, dims, self._dtype)
+        return stand_ins(self, self.layer, view, *form, lambda: self._dense(view))
 
     def _asks(self) -> bool:
         """Whether the queries of this call are to be seen, before there is a page."""

@@ -364,7 +364,7 @@ class _ProbeCache(PagedLayerCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         keys, values = self._fetched
         view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2]), int(keys.shape[2])), 0)
-        return hook.tag_pair(self, view, keys, values, placeholder=False)
+        return hook.tag_pair(self, view, keys, values)
 
     def attend_tagged(
         self,

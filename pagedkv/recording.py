@@ -133,7 +133,7 @@ class _Recorder:
         all_keys, all_values = self._stored = fetched
         held = int(all_keys.shape[2])
         view = KVView(None, (), HotTokens(all_keys, all_values, held, held), 0)
-        return hook.tag_pair(self, view, all_keys, all_values, placeholder=False)
+        return hook.tag_pair(self, view, all_keys, all_values)
 
     def attend_tagged(
         self,
