@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import mlx.core as mx
-
 from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
-from pagedkv.attention import KVView
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig, lookup_count, names_file
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
-from pagedkv.layer import PagedLayerCache
 from pagedkv.layer_weights import Spreads
 from pagedkv.lookup_layers import lookup_layers
 from pagedkv.model_facts import (
@@ -28,29 +24,15 @@ from pagedkv.model_facts import (
     weights_of,
 )
 from pagedkv.prefixes import Prefixes
+from pagedkv.probe import LayerProbe, left_as_it_was, probe
 from pagedkv.streams import inner_caches, replaced, streams
-from pagedkv.tiers import HotTokens, Pager
+from pagedkv.tiers import Pager
 from pagedkv.treatments import FirstTokens, choose_treatments, choosers_for, name_of
 
 _WRAPPED = "_pagedkv_wrapping"
 
-
-@dataclass(frozen=True)
-class LayerProbe:
-    """What a layer was seen to cache when the model's graph was built once, without running it.
-
-    Attributes:
-        shape: heads and channels per token.
-        dtype: of the keys.
-        reaches_hook: whether both tags arrived at attention, for one query token (True) and for
-            several (False).
-        readers: how many times they did per call; more than one where layers share keys.
-    """
-
-    shape: KVShape
-    dtype: mx.Dtype
-    reaches_hook: dict[bool, bool]
-    readers: int
+_SET = (_WRAPPED, "make_cache", "__reduce_ex__")
+"""What a wrapped model has that is not its own."""
 
 
 @dataclass
@@ -149,8 +131,9 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     )
     hook.install()
     try:
-        wrapping.probes = _probe(model, kinds, pageable)
-        _settle(wrapping, model, kinds)
+        with left_as_it_was(model):
+            wrapping.probes = probe(model, kinds, pageable)
+            _settle(wrapping, model, kinds)
         cache = wrapping.make_cache()
     except BaseException:
         wrapping.pager.close()
@@ -159,6 +142,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     unwrap(model)  # only now: a call that fails leaves an earlier wrapping as it was
     object.__setattr__(model, _WRAPPED, wrapping)
     object.__setattr__(model, "make_cache", wrapping.make_cache)
+    object.__setattr__(model, "__reduce_ex__", _plain_copy(model))
     return cache
 
 
@@ -245,9 +229,21 @@ def unwrap(model: Any) -> None:
         return
     wrapping.prefixes.lasting = False
     wrapping.prefixes.clear()
-    object.__delattr__(model, "make_cache")
-    object.__delattr__(model, _WRAPPED)
+    for name in _SET:
+        object.__delattr__(model, name)
     hook.uninstall()
+
+
+def _plain_copy(model: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """What `copy.deepcopy` and pickle take apart: the model as if it were not wrapped."""
+    reference = weakref.ref(model)  # as in `stock_maker`
+
+    def reduce(protocol: Any) -> tuple[Any, ...]:
+        mine: Any = reference()
+        function, args, state, *rest = cast(Any, type(mine)).__reduce_ex__(mine, protocol)
+        return function, args, {n: v for n, v in state.items() if n not in _SET}, *rest
+
+    return reduce
 
 
 def wrapping_of(model: Any) -> Wrapping | None:
@@ -325,87 +321,3 @@ def resume(
             unwrap(model)
         raise
     return cache
-
-
-# Looking at a model
-
-
-class _ProbeCache(PagedLayerCache):
-    """Stands in for a layer's cache while the graph is built; remembers what it is given."""
-
-    def __init__(self, inner: Any) -> None:  # no tiers: nothing is ever stored
-        self._inner = inner
-        self.offset = 0
-        self.seen: tuple[KVShape, mx.Dtype] | None = None
-        self.reached = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.seen = (
-            KVShape(int(keys.shape[1]), int(keys.shape[3]), max(1, int(values.shape[3]))),
-            keys.dtype,
-        )
-        self._fetched = keys, values
-        return self.keys_and_values()
-
-    @property
-    def keys(self) -> mx.array | None:
-        return self._fetched[0]
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None: ...
-
-    @property
-    def values(self) -> mx.array | None:
-        return self._fetched[1]
-
-    @values.setter
-    def values(self, array: mx.array) -> None: ...
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        keys, values = self._fetched
-        view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2]), int(keys.shape[2])), 0)
-        return hook.tag_pair(self, view, keys, values)
-
-    def attend_tagged(
-        self,
-        view: KVView,
-        q: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        self.reached += 1
-        return mx.zeros((*q.shape[:3], view.values.shape[3]), q.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-PROBE_TOKENS = (1, 2, 64)
-"""Prompt lengths at which a model's graph is looked at; models may treat short ones apart."""
-
-
-def _probe(model: Any, kinds: list[Any], pageable: set[int]) -> dict[int, LayerProbe]:
-    """Build the model's graph for a few prompt lengths and note what each layer does.
-
-    MLX is lazy: nothing is computed. A model that cannot be called this way is not an error; its
-    layers are learned when they are first used.
-    """
-    probes: dict[int, LayerProbe] = {}
-    for tokens in PROBE_TOKENS:
-        caches = replaced(copy.deepcopy(kinds), lambda i, c: _ProbeCache(c) if i in pageable else c)
-        try:
-            model(mx.zeros((1, tokens), mx.int32), cache=caches)
-        except Exception:
-            return {}
-        probed = list(streams(caches))
-        for i in pageable:
-            seen = probed[i].seen
-            if seen is None:
-                continue
-            shape, dtype = seen
-            known = probes.get(i) or LayerProbe(shape, dtype, {}, 1)
-            single, reached = tokens == 1, probed[i].reached
-            known.reaches_hook[single] = known.reaches_hook.get(single, True) and reached > 0
-            probes[i] = LayerProbe(shape, dtype, known.reaches_hook, max(known.readers, reached))
-    return probes

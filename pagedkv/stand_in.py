@@ -69,9 +69,6 @@ class StandIn:
         """Bytes that all of them would take as an array."""
         return self.size * self.itemsize
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.dtype} {self.shape}>"
 
@@ -131,13 +128,15 @@ def _passed_on(name: str) -> Callable[..., Any]:
 
 # Special methods are looked up in the class. Not the in-place ones: Python takes the plain operator
 # then, and the result is an array of the model's own. Nor those that MLX would prefer to
-# `__mlx_array__`.
+# `__mlx_array__`, nor what makes a sequence: some functions would take it for a list of arrays.
 _INPLACE = {n for n in dir(mx.array) if n.startswith("__i") and hasattr(mx.array, f"__{n[3:]}")}
 _COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _ELSEWHERE = {"__dlpack__", "__dlpack_device__", "__array_namespace__", *vars(StandIn)}
+_ELSEWHERE |= {"__len__", "__iter__"}
 _SPECIAL = {n for n in dir(mx.array) if n.startswith("__")} - set(dir(object)) | _COMPARISONS
 for _name in _SPECIAL - _INPLACE - _ELSEWHERE:
     setattr(StandIn, _name, _passed_on(_name))
+StandIn.__iter__ = None  # type: ignore[attr-defined]
 StandIn.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
