@@ -14,7 +14,7 @@ PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults fuzz kills machine clients models benchmark \
+.PHONY: demo test check lint unit wheel placement faults fuzz kills machine clients threads models benchmark \
 	format clean
 
 help:  ## this list
@@ -56,6 +56,9 @@ kills: $(VENV)/test  ## 1,000 processes killed while they use a store
 machine: $(VENV)/test openblas-hint  ## 1,000,000 random steps of the store and the cache
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.machine_campaign --steps 1000000 \
 		--seed $(SEED) --processes 2
+
+threads: $(VENV)/test openblas-hint  ## 8,000 requests from four threads, each answer checked
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.thread_campaign --requests 200 --runs 10
 
 models: $(VENV)/test openblas-hint  ## try every model type of mlx-lm and write docs/models.md
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table

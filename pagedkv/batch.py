@@ -28,6 +28,7 @@ from pagedkv.batch_layout import (
 from pagedkv.errors import OutOfPagesError, PagedKVError, ShapeError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.stand_in import stand_ins
+from pagedkv.tiers.turn import Turn, exclusive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,8 +73,13 @@ class BatchPagedLayerCache:
         }
         self._last = self._positions = None
 
+    @property
+    def _turn(self) -> Turn:
+        return self.rows[0]._turn if self.rows else Turn()
+
     # Appending
 
+    @exclusive
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append each row's own columns; see `PagedLayerCache.update_and_fetch`.
 
@@ -183,6 +189,7 @@ class BatchPagedLayerCache:
 
     # Attending
 
+    @exclusive
     def attend_tagged(
         self,
         view: BatchView,

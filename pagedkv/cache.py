@@ -18,6 +18,7 @@ from pagedkv.stats import CacheStats, collect, rows_of
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
 from pagedkv.tiers.treatment import ROTATIONS
+from pagedkv.tiers.turn import Turn, exclusive
 from pagedkv.window import WindowedLayerCache
 
 
@@ -77,6 +78,10 @@ class PagedCache(list[Any]):
         return cls(layers, some._context)
 
     @property
+    def _turn(self) -> Turn:
+        return self.context.pager.turn
+
+    @property
     def paged_layers(self) -> list[PagedLayerCache]:
         """The paged streams in order: one per paged layer, or several where layers nest them."""
         return [cache for cache in streams(self) if isinstance(cache, PagedLayerCache)]
@@ -91,6 +96,7 @@ class PagedCache(list[Any]):
         """Tokens held."""
         return max((cache.offset for cache in self.paged_layers), default=0)
 
+    @exclusive
     def trim(self, n: int) -> int:
         """Forget the last n tokens in every layer.
 
@@ -102,6 +108,7 @@ class PagedCache(list[Any]):
             return 0
         return max((cache.trim(n) for cache in self), default=0)
 
+    @exclusive
     def fork(self) -> PagedCache:
         """A second sequence with the same tokens, sharing every sealed page.
 
@@ -116,10 +123,12 @@ class PagedCache(list[Any]):
         context = memo.get(id(self.context)) or self.context.fork()
         return PagedCache(layers, context)
 
+    @exclusive
     def stats(self) -> CacheStats:
         """Tokens, pages and bytes per tier, traffic and waiting times, as of now."""
         return collect(self)
 
+    @exclusive
     def save(self, path: str) -> None:
         """Write the cache to a file that `pagedkv.load` and mlx-lm's loader read.
 
@@ -134,6 +143,7 @@ class PagedCache(list[Any]):
         """
         state.save(path, self)
 
+    @exclusive
     def flush(self, durability: str | None = None) -> StoredSequence:
         """Put everything as it is now on disk, so that `resume` finds it after a restart.
 
@@ -156,6 +166,7 @@ class PagedCache(list[Any]):
         """
         return sequences.flush(self, durability)
 
+    @exclusive
     def resume(self, sequence: str | None = None) -> None:
         """Fill this empty cache with what `flush` put on disk; `pagedkv.resume` for models.
 
@@ -171,6 +182,7 @@ class PagedCache(list[Any]):
         """
         sequences.resume(self, sequence)
 
+    @exclusive
     def remember(self, tokens: Sequence[int] | mx.array) -> int:
         """Keep what this cache holds for sequences that begin with the same tokens.
 
@@ -192,6 +204,7 @@ class PagedCache(list[Any]):
         """
         return prefixes.remember(self, tokens)
 
+    @exclusive
     def reuse(self, tokens: Sequence[int] | mx.array) -> int:
         """Fill this empty cache with the beginning of a prompt, if it is known.
 
@@ -213,6 +226,7 @@ class PagedCache(list[Any]):
         """
         return prefixes.reuse(self, tokens)
 
+    @exclusive
     def forget_prefixes(self) -> None:
         """Give up what was remembered in memory, of all caches of this model."""
         self.context.prefixes.clear()
@@ -221,6 +235,7 @@ class PagedCache(list[Any]):
         """What `resume` can find for this model and these settings, the newest first."""
         return sequences.store_of(self).checkpoints.stored()
 
+    @exclusive
     def discard(self, sequence: str | None = None) -> None:
         """Remove a flushed sequence from the disk.
 
@@ -235,6 +250,7 @@ class PagedCache(list[Any]):
         name = sequence or self.context.sequence_id
         sequences.store_of(self).checkpoints.discard(name, durable)
 
+    @exclusive
     def close(self) -> None:
         """Release pages and memory; threads and files too if no other cache shares them.
 

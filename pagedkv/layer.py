@@ -27,6 +27,7 @@ from pagedkv.stand_in import stand_ins
 from pagedkv.tiers import HotBuffer
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.rounding import to_16_bit
+from pagedkv.tiers.turn import exclusive
 
 
 class PagedLayerCache(LayerPages):
@@ -103,6 +104,7 @@ class PagedLayerCache(LayerPages):
         dense = self._dense(view)
         return hook.tag_pair(self, view, *dense) if hook.installed() else dense
 
+    @exclusive
     def _dense(self, view: KVView) -> tuple[mx.array, mx.array]:
         """All keys and values of a view: the hot arrays themselves if there are no pages."""
         with self._taken_back_to(self.offset - self._appended):
@@ -121,6 +123,7 @@ class PagedLayerCache(LayerPages):
         chooser = self._pager.chooser if self._pager else None
         return chooser is not None and chooser.wants(self._appended, self.offset - self._appended)
 
+    @exclusive
     def append(self, keys: mx.array, values: mx.array) -> KVView:
         """Append tokens and return what attention over everything needs.
 
@@ -180,6 +183,7 @@ class PagedLayerCache(LayerPages):
         self.reaches_hook[q.shape[2] == 1] = True
         return self.attend_view(view, q, scale, mask, sinks)
 
+    @exclusive
     def attend_view(
         self,
         view: KVView,
@@ -396,6 +400,7 @@ class PagedLayerCache(LayerPages):
         """Itself: pages have their own precision."""
         return self
 
+    @exclusive
     def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
         """A second cache with the same tokens: shares every page, copies page numbers only."""
         if self._closed:
@@ -418,6 +423,7 @@ class PagedLayerCache(LayerPages):
     def __copy__(self) -> PagedLayerCache:
         return self.fork()
 
+    @exclusive
     def close(self) -> None:
         """Release pages and memory. Closing twice is fine; using it afterwards raises.
 

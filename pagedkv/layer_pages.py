@@ -17,6 +17,7 @@ from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ColdStoreError, OutOfPagesError, ShapeError
 from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
+from pagedkv.tiers.turn import Turn, exclusive
 
 if TYPE_CHECKING:
     from pagedkv.layer import PagedLayerCache
@@ -50,6 +51,11 @@ class LayerPages:
         self._attended: tuple[mx.array, ...] = ()  # what may still be reading the slabs
         self._backend = choose_backend(context.config.backend)
 
+    @property
+    def _turn(self) -> Turn:
+        return self._context.pager.turn
+
+    @exclusive
     def bind(self, shape: KVShape, dtype: mx.Dtype) -> None:
         """Fix heads, channels and types; done by the first tokens, or when a model is wrapped.
 
@@ -310,6 +316,7 @@ class LayerPages:
             self._context.take_back_to(length)
             raise
 
+    @exclusive
     def trim(self, n: int) -> int:
         """Forget the last n tokens.
 
@@ -338,6 +345,7 @@ class LayerPages:
         self.offset = left
         return n
 
+    @exclusive
     def take_over(self, other: PagedLayerCache) -> None:
         """Hold the tokens of another cache of this layer, and none else; it keeps them too."""
         if other._pager is not None and other._table is not None:

@@ -27,6 +27,7 @@ from pagedkv.prefixes import Prefixes
 from pagedkv.probe import LayerProbe, left_as_it_was, probe
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import Pager
+from pagedkv.tiers.turn import Turn, exclusive
 from pagedkv.treatments import FirstTokens, choose_treatments, choosers_for, name_of
 
 _WRAPPED = "_pagedkv_wrapping"
@@ -57,6 +58,11 @@ class Wrapping:
     probes: dict[int, LayerProbe] = field(default_factory=dict)
     prefixes: Prefixes = field(default_factory=Prefixes)
 
+    @property
+    def _turn(self) -> Turn:
+        return self.pager.turn
+
+    @exclusive
     def make_cache(self) -> PagedCache:
         """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
         from pagedkv.mlx_lm_cache import paged_kind

@@ -22,6 +22,7 @@ from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.tiers import HotBuffer, Page
+from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import SLACK, WindowSizes
 
 
@@ -267,6 +268,7 @@ class PartialLayerCache(PagedLayerCache):
         """Whether what queries after `left` tokens see is there."""
         return self._all_there or left == self.offset or self.needed(left) >= self._held_from
 
+    @exclusive
     def trim(self, n: int) -> int:
         """Forget the last n tokens, if what a query sees then is still there.
 

@@ -281,6 +281,7 @@ class LayerPager:
             most = max(LEAST_SLOTS, slab.capacity) if self.pressed else slab.max_slots
             slots = self._take_slots(precision, min(len(positions) - done, most, slab.max_slots))
             slab.write(slots, records[done : done + len(slots)])
+            self._pager.turn.written.add(slab)
             for slot, position in zip(slots, positions[done:], strict=False):
                 page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
                 self.pages[page.number] = page
@@ -353,6 +354,7 @@ class LayerPager:
         self._make_room(precision)
         slot = slab.take()
         slab.write([slot], record)
+        self._pager.turn.written.add(slab)
         page = Page(self.allocator.allocate(), precision, position, lineage, slot=slot)
         self.pages[page.number] = page
         self._order[precision].add(page, slab.used)

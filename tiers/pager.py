@@ -20,6 +20,7 @@ from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
 from pagedkv.tiers.treatment import Chooser, Treatment, file_bytes, treated_parts
+from pagedkv.tiers.turn import Turn
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 
 
@@ -56,6 +57,7 @@ class Pager:
         treatments: of layers' keys and values, to be set before a layer's first page.
         choosers: of layers where the first tokens decide on another one.
         rotation: of layers that have none of those; empty for none.
+        turn: of the threads that use it.
     """
 
     budget: TierBudget
@@ -71,6 +73,7 @@ class Pager:
     treatments: dict[int, Treatment] = field(default_factory=dict)
     choosers: dict[int, Chooser] = field(default_factory=dict)
     rotation: str = ""
+    turn: Turn = field(default_factory=Turn)
 
     def __post_init__(self) -> None:
         self.pressure = Pressure(self.budget.keep_free)
@@ -226,6 +229,7 @@ class Pager:
     def close(self) -> None:
         """Release everything; the pager can be used again afterwards, from empty."""
         self.abandoned.clear()
+        self.turn.written.clear()
         for layer in self._layer_pagers.values():
             layer.release()  # closed caches still know theirs
         self._layer_pagers.clear()
