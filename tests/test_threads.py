@@ -17,7 +17,17 @@ from pagedkv.tiers.warm import WarmSlab
 @pytest.mark.slow
 @pytest.mark.parametrize("treatment", ["auto", "none"])
 def test_threads_with_caches_of_their_own_get_what_they_get_alone(treatment: str) -> None:
-    command = [sys.executable, "-m", "tests.thread_campaign", "--requests", "3", "--runs", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.thread_campaign",
+        "--requests",
+        "3",
+        "--runs",
+        "1",
+        "--prompts",
+        "6",
+    ]
     done = subprocess.run(
         [*command, "--treatment", treatment], capture_output=True, text=True, timeout=600
     )

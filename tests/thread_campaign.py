@@ -36,17 +36,15 @@ CONFIG = pagedkv.TierConfig(
     write_buffer="1MB",
 )
 
-PROMPTS = 24
-"""Different requests; each is asked for again and again."""
-
 
 class Asker:
     """One wrapped model and what it answers to each request alone."""
 
-    def __init__(self, treatment: str) -> None:
+    def __init__(self, treatment: str, prompts: int) -> None:
+        """Ask so many different requests, one after the other."""
         self.model = lively(tiny_llama(layers=2))
         rng = np.random.default_rng(0)
-        lengths = rng.integers(300, 1100, PROMPTS)
+        lengths = rng.integers(300, 1100, prompts)
         self.prompts = [mx.array(rng.integers(0, 100, n), mx.int32) for n in lengths]
         mx.eval(self.prompts)
         self.pages = Counter[str]()  # of the answers that are complete
@@ -71,7 +69,7 @@ class Asker:
 
     def work(self, seed: int, requests: int, seen: Counter[str]) -> None:
         """Ask so many times, in an order of this thread's own, and count what became of it."""
-        for i in np.random.default_rng(seed).integers(0, PROMPTS, requests):
+        for i in np.random.default_rng(seed).integers(0, len(self.prompts), requests):
             try:
                 same = self.answer(self.prompts[i]) == self.alone[i]
                 seen["right" if same else "another answer"] += 1
@@ -94,8 +92,9 @@ class Asker:
     def interleaved(self, at_once: int) -> Counter[str]:
         """Several answers step by step, in one thread."""
         seen = Counter[str]()
-        for start in range(0, PROMPTS, at_once):
-            running = {i: self.steps(self.prompts[i]) for i in range(start, start + at_once)}
+        for start in range(0, len(self.prompts), at_once):
+            some = range(start, min(start + at_once, len(self.prompts)))
+            running = {i: self.steps(self.prompts[i]) for i in some}
             got: dict[int, list[int]] = {i: [] for i in running}
             while running:
                 for i in list(running):
@@ -142,9 +141,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=24, help="different requests")
     parser.add_argument("--treatment", default="auto")
     args = parser.parse_args()
-    asker = Asker(args.treatment)
+    asker = Asker(args.treatment, args.prompts)
     seen = Counter[str]()
     for run in range(args.runs):
         now = asker.together(args.threads, args.requests, run)
