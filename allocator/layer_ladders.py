@@ -11,7 +11,7 @@ from functools import cached_property
 from pagedkv.allocator.errors import ConfigError
 from pagedkv.allocator.precision import Ladder
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 MOST_LAYERS = 10**6
 """Above every layer number that can be meant."""
 

@@ -13,7 +13,8 @@ QUANTIZED_BITS = (2, 3, 4, 8)
 GROUP_TOKENS = 64
 """Tokens that share one key scale and bias per channel; page sizes are multiples of it."""
 
-_PRECISION = re.compile(r"K(\d+)V(\d+)", re.IGNORECASE)
+_PRECISION = re.compile(r"K(\d{1,4})V(\d{1,4})", re.IGNORECASE)
+_DISTANCE = re.compile(r"\d{1,15}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Ladder:
                     f"ladder {text!r}: step {part.strip()!r} needs a distance, as in 'K8V4:8192'"
                 )
             if colon:
-                if not distance.strip().isdecimal():
+                if not _DISTANCE.fullmatch(distance.strip()):
                     raise ConfigError(f"ladder {text!r}: {distance!r} is not a distance in tokens")
                 reach.append(int(distance))
         if len(reach) == len(steps):

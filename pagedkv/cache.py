@@ -10,10 +10,11 @@ import mlx.core as mx
 
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
-from pagedkv.config import KEPT_TOKENS, TierConfig, names_file
+from pagedkv.config import KEPT_TOKENS, TierConfig, names_file, require_config
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
+from pagedkv.sizes import shown, whole_number
 from pagedkv.stats import CacheStats, collect, rows_of
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
@@ -47,7 +48,10 @@ class PagedCache(list[Any]):
             model: a name for the model and its weights, under which sequences are flushed to
                 ``cold_dir`` and found again; without one they cannot be.
         """
-        config = config or TierConfig()
+        config = require_config(config)
+        layers = whole_number(layers, "the number of layers")
+        if not isinstance(model, str):
+            raise ConfigError(f"model is a name as text, got {shown(model)}")
         if names_file(config.treatment):
             raise ConfigError(
                 f"treatment={config.treatment!r}: a calibration belongs to a model that is "
@@ -103,7 +107,11 @@ class PagedCache(list[Any]):
         Returns:
             How many that were: 0 if a layer cannot forget so many. A layer with a window can as
             long as it dropped nothing, or what queries see then is still there: 16 tokens always.
+
+        Raises:
+            ConfigError: if n is no number of tokens.
         """
+        n = whole_number(n, "the tokens to trim")
         if not all(_can_trim(cache, n) for cache in self):
             return 0
         return max((cache.trim(n) for cache in self), default=0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from pagedkv.allocator import Ladder, LayerLadders
 from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.errors import ConfigError
-from pagedkv.sizes import parse_size
+from pagedkv.sizes import MOST, parse_size, shown
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.sequence import StoreIdentity
 from pagedkv.tiers.treatment import ROTATIONS
@@ -18,6 +20,7 @@ from pagedkv.tiers.treatment import ROTATIONS
 BACKENDS = ("auto", "kernel", "quantized", "dequantize")
 TREATMENTS = ("auto", "none", *ROTATIONS)
 DURABILITIES = ("process", "power")
+HOT_DTYPES = ("model", "float16", "bfloat16")
 AUTO, ALIKE = "auto", "same"
 """Of `TierConfig.layer_kv`: layers that look things up have twice the bits, or all are alike."""
 LOOKUP_PART = 4
@@ -46,7 +49,8 @@ class TierConfig:
         warm: memory for pages, all layers together.
         cold: disk for pages, all layers together; 0 for none.
         cold_dir: where to keep the cold files, so that what `PagedCache.flush` wrote can be
-            resumed; a private temporary directory if None. Choose an internal NVMe disk.
+            resumed; a private temporary directory if None. Choose an internal NVMe disk. A
+            relative path is made absolute here, and ``~`` is the home directory.
         durability: what a flushed sequence survives: ``"process"``, that the process is killed;
             ``"power"``, that the machine stops.
         write_limit: bytes written to disk per day, at most; None for no limit. Kept over
@@ -80,7 +84,7 @@ class TierConfig:
             (nothing where neither is known, such as in a standalone cache), and rotates them;
             ``"hadamard"``, ``"fourier"`` and ``"householder"`` (which hardly mixes) rotate all
             without scaling, ``"none"`` leaves them; or the path of a file ``NAME.json`` that
-            `Calibration.save` wrote, which is read when a model is wrapped.
+            `Calibration.save` wrote, which is read when a model is wrapped (a path as `cold_dir`).
         backend: ``"auto"``, ``"kernel"``, ``"quantized"`` or ``"dequantize"``.
 
     Raises:
@@ -113,46 +117,51 @@ class TierConfig:
     def __post_init__(self) -> None:
         for name, least in (("hot_tokens", 1), ("sink_tokens", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is a number of tokens from {least} up, got {value!r}")
+            if not _whole(value) or not least <= value <= MOST:
+                raise ConfigError(
+                    f"{name} is a number of tokens from {least} up, got {shown(value)}"
+                )
         size = self.max_kv_size
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        if size is not None and (not whole or size < LEAST_KV_SIZE):
+        if size is not None and not (_whole(size) and LEAST_KV_SIZE <= size <= MOST):
             raise ConfigError(
                 f"max_kv_size is a number of tokens from {LEAST_KV_SIZE} up, or None for all of "
-                f"them; got {size!r}"
+                f"them; got {shown(size)}"
             )
         _require_selection(self.skip_below, self.cold_pages)
-        known = isinstance(self.page_tokens, int) and self.page_tokens in PAGE_TOKENS
-        if self.page_tokens is not None and not known:
+        size = self.page_tokens
+        if size is not None and not (_whole(size) and size in PAGE_TOKENS):
             raise ConfigError(
-                f"page_tokens is one of {PAGE_TOKENS} or None, got {self.page_tokens!r}"
+                f"page_tokens is one of {PAGE_TOKENS} or None, got {shown(self.page_tokens)}"
             )
-        if self.hot_dtype not in (None, "model", "float16", "bfloat16"):
+        if self.hot_dtype is not None and not _named(self.hot_dtype, HOT_DTYPES):
             raise ConfigError(
-                f"hot_dtype is None, 'model', 'float16' or 'bfloat16', got {self.hot_dtype!r}"
+                f"hot_dtype is None, 'model', 'float16' or 'bfloat16', got {shown(self.hot_dtype)}"
             )
-        if self.treatment not in TREATMENTS and not names_file(self.treatment):
+        if not (_named(self.treatment, TREATMENTS) or names_file(self.treatment)):
             raise ConfigError(
                 f"treatment is one of {', '.join(TREATMENTS)}, or a file NAME.json of `pagedkv "
-                f"calibrate`; got {self.treatment!r}"
+                f"calibrate`; got {shown(self.treatment)}"
             )
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if not _named(self.backend, BACKENDS):
+            raise ConfigError(f"backend is one of {', '.join(BACKENDS)}, got {shown(self.backend)}")
         require_durability(self.durability)
         if not isinstance(self.kv, str):
-            raise ConfigError(f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {self.kv!r}")
-        known = self.layer_kv in (AUTO, ALIKE)
+            raise ConfigError(
+                f"kv is text such as 'K4V4' or 'K8V4:8192,K4V4', got {shown(self.kv)}"
+            )
+        known = _named(self.layer_kv, (AUTO, ALIKE))
         if not known and not (isinstance(self.layer_kv, str) and "@" in self.layer_kv):
             raise ConfigError(
                 f"layer_kv is {AUTO!r}, {ALIKE!r}, or a ladder and the layers that have it, as in "
                 f"'K8V8@7,17-20', with ';' between several; got "
-                f"{self.layer_kv!r}"
+                f"{shown(self.layer_kv)}"
             )
         if not isinstance(self.prefix_salt, str):
-            raise ConfigError(f"prefix_salt is text, got {self.prefix_salt!r}")
-        if not isinstance(self.cold_dir, (str, type(None))):
-            raise ConfigError(f"cold_dir is a path as text, or None, got {self.cold_dir!r}")
+            raise ConfigError(f"prefix_salt is text, got {shown(self.prefix_salt)}")
+        if self.cold_dir is not None:
+            object.__setattr__(self, "cold_dir", absolute_path(self.cold_dir, "cold_dir"))
+        if names_file(self.treatment):
+            object.__setattr__(self, "treatment", absolute_path(self.treatment, "treatment"))
         self.budget()
 
     @cached_property
@@ -199,6 +208,7 @@ class TierConfig:
 
     def budget(self) -> TierBudget:
         """The same in bytes and tokens, as the tiers want it."""
+        bounds = parse_size(self.bounds, "bounds")
         return TierBudget(
             warm_bytes=parse_size(self.warm, "warm"),
             cold_bytes=parse_size(self.cold, "cold"),
@@ -213,7 +223,7 @@ class TierConfig:
             write_limit=(
                 None if self.write_limit is None else parse_size(self.write_limit, "write_limit")
             ),
-            bounds_bytes=parse_size(self.bounds, "bounds") if self.selective else 0,
+            bounds_bytes=bounds if self.selective else 0,
             kept_pages=self.cold_pages or 0,
             keep_free=parse_size(self.keep_free, "keep_free"),
         )
@@ -253,16 +263,76 @@ def names_file(treatment: object) -> bool:
     return isinstance(treatment, str) and treatment.endswith(".json")
 
 
+def absolute_path(path: object, name: str) -> str:
+    """A path as it is meant now, whatever directory the process changes to.
+
+    Args:
+        path: text; a leading ``~`` or ``~user`` is a home directory.
+        name: of the setting, for errors.
+
+    Raises:
+        ConfigError: if it is no text, empty, or cannot name a file.
+    """
+    if not isinstance(path, str):
+        raise ConfigError(f"{name} is a path as text, or None, got {shown(path)}")
+    try:
+        possible = bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ConfigError(
+            f"{name}={shown(path)} cannot name a file: write a path, or leave {name} out"
+        )
+    expanded = os.path.expanduser(path)  # noqa: PTH111  # Path's raises where there is no home
+    if path[0] == "~" and expanded == path:
+        raise ConfigError(
+            f"{name}={shown(path)}: there is no such home directory; write ./{path} for a "
+            f"directory of that name"
+        )
+    try:
+        return str(Path(expanded).absolute())
+    except OSError as e:
+        raise ConfigError(
+            f"{name}={shown(path)} is relative, and the working directory is gone ({e}): give an "
+            f"absolute path"
+        ) from e
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _named(value: object, names: Collection[str]) -> bool:
+    """Whether a value is one of these words; arrays and types do not compare with words."""
+    return isinstance(value, str) and value in names
+
+
+def require_config(config: object) -> TierConfig:
+    """The settings that a function was given; the defaults if None.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    if config is None:
+        return TierConfig()
+    if not isinstance(config, TierConfig):
+        raise ConfigError(
+            f"config is a TierConfig, such as TierConfig(warm='2GB'), or None; got {shown(config)}"
+        )
+    return config
+
+
 def _require_selection(skip_below: object, cold_pages: object) -> None:
     is_number = isinstance(skip_below, (int, float)) and not isinstance(skip_below, bool)
     if not is_number or not 0 <= skip_below < 1:  # type: ignore[operator]
         raise ConfigError(
             f"skip_below is the share of attention that may be missed, from 0 (none) to below 1, "
-            f"such as 1e-4; got {skip_below!r}"
+            f"such as 1e-4; got {shown(skip_below)}"
         )
-    whole = isinstance(cold_pages, int) and not isinstance(cold_pages, bool)
-    if cold_pages is not None and (not whole or cold_pages < 0):  # type: ignore[operator]
-        raise ConfigError(f"cold_pages is a number of pages from 0 up, or None; got {cold_pages!r}")
+    if cold_pages is not None and not (_whole(cold_pages) and 0 <= cold_pages <= MOST):
+        raise ConfigError(
+            f"cold_pages is a number of pages from 0 up, or None; got {shown(cold_pages)}"
+        )
 
 
 def require_durability(durability: object) -> None:
@@ -271,5 +341,7 @@ def require_durability(durability: object) -> None:
     Raises:
         ConfigError: if it is none.
     """
-    if durability not in DURABILITIES:
-        raise ConfigError(f"durability is one of {', '.join(DURABILITIES)}, got {durability!r}")
+    if not _named(durability, DURABILITIES):
+        raise ConfigError(
+            f"durability is one of {', '.join(DURABILITIES)}, got {shown(durability)}"
+        )

@@ -16,6 +16,7 @@ from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ColdStoreError, OutOfPagesError, ShapeError
+from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
 from pagedkv.tiers.turn import Turn, exclusive
 
@@ -326,7 +327,7 @@ class LayerPages:
         Returns:
             The tokens forgotten.
         """
-        n = min(max(int(n), 0), self.offset)
+        n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         if self._table is None or n == 0:
             return n
         self._context.admitted = 0

@@ -11,7 +11,7 @@ from typing import Any, cast
 from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.cache import PagedCache
-from pagedkv.config import TierConfig, lookup_count, names_file
+from pagedkv.config import TierConfig, lookup_count, names_file, require_config
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer_weights import Spreads
@@ -109,7 +109,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         ConfigError: if this is no such model, none of its layers can be paged, or a budget is
             smaller than one page.
     """
-    config = config or TierConfig()
+    config = require_config(config)
     require_model(model)
     if (earlier := wrapping_of(model)) and (cache := _wrapped_already(earlier, model, config)):
         return cache

@@ -21,6 +21,7 @@ from pagedkv.attention import KVView
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError
 from pagedkv.layer import PagedLayerCache
+from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, Page
 from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import SLACK, WindowSizes
@@ -261,7 +262,7 @@ class PartialLayerCache(PagedLayerCache):
 
     def can_trim(self, n: int) -> bool:
         """Whether what a query sees once the last n tokens are forgotten is still there."""
-        left = self.offset - min(max(int(n), 0), self.offset)
+        left = self.offset - min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         return self._holds(left) or (self._earlier is not None and self._earlier.offset == left)
 
     def _holds(self, left: int) -> bool:
@@ -281,7 +282,7 @@ class PartialLayerCache(PagedLayerCache):
         Returns:
             The tokens forgotten: 0, and nothing has changed, if that cannot be.
         """
-        n = min(max(int(n), 0), self.offset)
+        n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         left = self.offset - n
         if not self.can_trim(n):
             return 0

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pagedkv.allocator import KVShape, Ladder, LayerLadders, PageGeometry, Precision
-from pagedkv.config import KEPT_TOKENS, TierConfig, lookup_count
+from pagedkv.config import KEPT_TOKENS, TierConfig, lookup_count, require_config
 from pagedkv.errors import ConfigError
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.layer_pager import choose_page_tokens
@@ -87,7 +87,7 @@ def plan(
     Raises:
         ConfigError: if the context or the warm budget is too small to mean anything.
     """
-    config = config or TierConfig()
+    config = require_config(config)
     if context < 1 or layers < 1:
         raise ConfigError(f"a plan needs at least one token and one layer, got {context}, {layers}")
     if len(windows) > layers or any(window < 1 for window in windows):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pagedkv
 from pagedkv.sizes import format_size, parse_size
-from tests.stores import filled_with_zeros
+from tests.models import tiny_llama
+from tests.stores import empty_cache, fill, filled_with_zeros, settings
 
 
 @pytest.mark.parametrize(
@@ -144,3 +150,127 @@ def test_a_plan_is_what_happens(kv: str, tokens: int) -> None:
             assert stats.warm.bytes == plan.warm_bytes
             assert stats.cold.bytes == plan.cold_bytes
         assert stats.fp16_bytes == plan.fp16_bytes
+
+
+# Paths
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A home directory, the working directory, and another one."""
+    found = {name: tmp_path / name for name in ("home", "work", "other")}
+    for path in found.values():
+        path.mkdir()
+    monkeypatch.setenv("HOME", str(found["home"]))
+    monkeypatch.chdir(found["work"])
+    return found
+
+
+@pytest.mark.parametrize("setting", ["cold_dir", "treatment"])
+def test_paths_mean_what_they_did_when_the_settings_were_made(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    given = {"a.json": "work", "./a.json": "work", "~/a.json": "home", "../other/a.json": "other"}
+    for path, place in given.items():
+        config = pagedkv.TierConfig(**{setting: path})  # type: ignore[arg-type]
+        monkeypatch.chdir(places["other"])
+        again = pagedkv.TierConfig(**config.to_dict())
+        assert again == config
+        assert Path(getattr(again, setting)).resolve() == places[place] / "a.json"
+        monkeypatch.chdir(places["work"])
+
+
+def test_a_store_stays_where_it_was_when_the_process_changes_its_directory(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cold_dir, place in (("kv", "work"), ("~/kv", "home")):
+        monkeypatch.chdir(places["work"])
+        config = settings(cold_dir)
+        with empty_cache(config) as cache:
+            monkeypatch.chdir(places["other"])
+            fill(cache, 1500)
+            cache.flush()
+        with empty_cache(config) as cache:
+            cache.resume()
+            assert cache.offset == 1500
+        assert (places[place] / "kv").is_dir()
+    assert not list(places["other"].iterdir())
+    assert [p.name for p in places["work"].iterdir()] == ["kv"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("", "cannot name a file"),
+        ("a\0b", "cannot name a file"),
+        ("\ud800", "cannot name a file"),
+        ("~nobody-of-that-name/kv", "no such home directory; write ./~nobody"),
+        (b"kv", "is a path as text"),
+        (Path("kv"), "is a path as text"),
+    ],
+)
+def test_paths_that_cannot_be_meant(places: dict[str, Path], path: Any, says: str) -> None:
+    with pytest.raises(pagedkv.ConfigError, match=f"cold_dir.*{says}"):
+        pagedkv.TierConfig(cold_dir=path)
+
+
+def test_a_relative_path_without_a_working_directory(places: dict[str, Path]) -> None:
+    places["work"].rmdir()
+    with pytest.raises(pagedkv.ConfigError, match="the working directory is gone"):
+        pagedkv.TierConfig(cold_dir="kv")
+    pagedkv.TierConfig(cold_dir=str(places["other"]))
+
+
+# Values of any kind
+
+ODD = (
+    None, True, -1, 0, 2, 10**5000, -(10**5000), 0.5, math.nan, math.inf, -math.inf, 1j,
+    "", "nan", "inf", "1e9", "9" * 5000, "9" * 400 + ".0GB", "K4V4:" + "9" * 5000 + ",K4V4",
+    "K8V8@" + "9" * 5000, "K" + "9" * 5000 + "V4", "a\0b.json", "\ud800", b"2GB", (), [], {},
+    np.float32(math.nan), np.int64(512), np.zeros(3), mx.float16, mx.zeros(2), Path("x"),
+    object(), len,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", sorted(pagedkv.TierConfig().to_dict()))
+def test_settings_of_any_kind_are_taken_or_refused_in_words(setting: str) -> None:
+    for value in ODD:
+        try:
+            config = pagedkv.TierConfig(**{setting: value})  # type: ignore[arg-type]
+        except pagedkv.ConfigError:
+            continue
+        assert pagedkv.TierConfig(**config.to_dict()) == config
+        assert isinstance(value, (str, int, float, type(None))), value
+        assert isinstance(value, str) or value is None or -1 < value < 2**63, value
+
+
+@pytest.mark.parametrize("config", [{"warm": "1GB"}, "2GB", 7, pagedkv.TierConfig])
+def test_settings_that_are_none(config: Any) -> None:
+    model = tiny_llama()
+    for use in (
+        lambda: pagedkv.wrap(model, config),
+        lambda: pagedkv.resume(model, config),
+        lambda: pagedkv.PagedCache.standalone(2, config),
+    ):
+        with pytest.raises(pagedkv.ConfigError, match="config is a TierConfig, such as"):
+            use()
+    assert "make_cache" not in model.__dict__
+
+
+@pytest.mark.parametrize("n", ["a", "3", None, math.nan, math.inf, 2.5, [], b"3", mx.zeros(3)])
+def test_tokens_to_trim_that_are_no_number(n: Any) -> None:
+    for more in ({}, {"max_kv_size": 512, "sink_tokens": 4}):
+        with empty_cache(settings(None, **more)) as cache:
+            fill(cache, 300)
+            for trim in (cache.trim, cache[0].trim):
+                with pytest.raises(pagedkv.ConfigError, match="tokens to trim is a whole number"):
+                    trim(n)
+            assert {layer.offset for layer in cache} == {300}
+            assert cache.trim(np.int64(3)) == 3  # type: ignore[arg-type]
+
+
+def test_layers_and_names_that_are_none() -> None:
+    with pytest.raises(pagedkv.ConfigError, match="number of layers is a whole number"):
+        pagedkv.PagedCache.standalone("two")  # type: ignore[arg-type]
+    with pytest.raises(pagedkv.ConfigError, match="model is a name as text"):
+        pagedkv.PagedCache.standalone(2, model=7)  # type: ignore[arg-type]
