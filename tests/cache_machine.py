@@ -200,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(pick=NUMBER, kind=st.sampled_from(("flip", "zero", "swap", "checkpoint")))
     def corrupt(self, pick: int, kind: str) -> None:
         random = Random(pick)
-        pattern = "*.checkpoint" if kind == "checkpoint" else "*.pages"
+        pattern = "*.checkpoint" if kind == "checkpoint" else "*.kv"
         files = sorted(p for p in self.pager.cold.directory.glob(pattern) if p.stat().st_size)
         if not files:
             return
@@ -367,7 +367,7 @@ class CacheMachine(RuleBasedStateMachine):
             for layer in self.pager.layer_pagers:
                 for page in layer.pages.values():
                     if (r := page.record) is not None and str(r.identity) in str(error):
-                        name = f"layer-{layer.layer:04d}-{r.nbytes // 1024}k.pages"
+                        name = f"layer-{layer.layer:04d}-{r.nbytes // 1024}k.kv"
                         if (name, r.slot) in self.damaged:
                             self.seen["damaged page"] += 1
                             return

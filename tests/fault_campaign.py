@@ -151,7 +151,7 @@ class Round:
     def check_directory(self) -> None:
         for path in self.store.directory.iterdir():
             name = path.name.removeprefix("sequence-").removesuffix(".checkpoint")
-            if not (name == "LOCK" or path.suffix == ".pages" or name in self.committed):
+            if not (name == "LOCK" or path.suffix == ".kv" or name in self.committed):
                 raise Violation(f"{path.name} was left behind")
 
     # Faults and their fate

@@ -36,7 +36,7 @@ class Touched:
 
     def page(self, want: Want, offset: int) -> list[Injection]:
         """Faults that touched a page."""
-        name = f"layer-{want.layer:04d}-{want.nbytes // 1024}k.pages"
+        name = f"layer-{want.layer:04d}-{want.nbytes // 1024}k.kv"
         stop = offset + want.nbytes
         return [f for f in self._pages.get(name, ()) if f.start < stop and f.stop > offset]
 

@@ -104,12 +104,12 @@ def check_leaks(store: FileColdStore) -> None:
         raise Violation(f"{held_slots(store)} slots are held for {len(places)} pages")
     ends: dict[str, int] = {}
     for place in places:
-        name = f"layer-{place.layer:04d}-{place.page_bytes // 1024}k.pages"
+        name = f"layer-{place.layer:04d}-{place.page_bytes // 1024}k.kv"
         ends[name] = max(ends.get(name, 0), (place.slot + 1) * place.page_bytes)
     for path in store.directory.iterdir():
-        if path.suffix == ".pages" and path.stat().st_size > ends.get(path.name, -1):
+        if path.suffix == ".kv" and path.stat().st_size > ends.get(path.name, -1):
             raise Violation(f"{path.name} has {path.stat().st_size:,} bytes: {ends}")
-        if path.suffix not in (".pages", ".checkpoint") and path.name != "LOCK":
+        if path.suffix not in (".kv", ".checkpoint") and path.name != "LOCK":
             raise Violation(f"{path.name} was left behind")
     store.check()
 

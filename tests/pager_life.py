@@ -175,7 +175,7 @@ class PagerLife(RuleBasedStateMachine):
             row = checkpoint.entries[done]
             want = wants[done][1]
             nbytes, offset = int(row["page_bytes"]), int(row["slot"] * row["page_bytes"])
-            path = self.store.directory / f"layer-{want.layer:04d}-{nbytes // 1024}k.pages"
+            path = self.store.directory / f"layer-{want.layer:04d}-{nbytes // 1024}k.kv"
             held = path.read_bytes()[offset:] if path.exists() else b""
             if held.startswith(on_disk(want)):
                 raise Violation(f"a page of {name} is in its file, and still: {e}") from e
@@ -357,7 +357,7 @@ class PagerLife(RuleBasedStateMachine):
 
     def was_touched(self, nbytes: int, layer: int, offset: int) -> bool:
         """Whether a fault that nobody was told of changed some of these bytes of a layer's file."""
-        name = f"layer-{layer:04d}-{nbytes // 1024}k.pages"
+        name = f"layer-{layer:04d}-{nbytes // 1024}k.kv"
         return bool(self.touched & set(blocks(name, offset, offset + nbytes)))
 
     def read_again(self, record: ColdRecord, want: Want) -> None:

@@ -240,7 +240,7 @@ class PagerMachine(PagerLife):
     @rule(pick=NUMBER, kind=st.sampled_from(("flip", "swap", "copy", "stale", "zero", "cut")))
     def corrupt(self, pick: int, kind: str) -> None:
         """Somebody changes a page file."""
-        files = sorted(self.store.directory.glob("*.pages"))
+        files = sorted(self.store.directory.glob("*.kv"))
         if not files:
             return
         random = Random(pick)

@@ -169,7 +169,7 @@ def traffic(pager: Pager) -> dict[str, int]:
 
 def is_damaged(pager: Pager, record: ColdRecord, want: Want) -> bool:
     """Whether the file has something else than the page that was written there."""
-    name = f"layer-{want.layer:04d}-{record.nbytes // 1024}k.pages"
+    name = f"layer-{want.layer:04d}-{record.nbytes // 1024}k.kv"
     path = pager.cold.directory / name
     if not path.exists():
         return True

@@ -289,7 +289,7 @@ class ScheduledDisk(FaultyDisk):
 
     def _of_pages(self, fd: int) -> bool:
         path = self._paths.get(fd)
-        return path is not None and path.suffix == ".pages"
+        return path is not None and path.suffix == ".kv"
 
     @property
     def silent(self) -> bool:

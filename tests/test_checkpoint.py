@@ -108,7 +108,7 @@ def test_the_format_has_not_changed_unnoticed(path: Path) -> None:
         "stored_bytes": 44,
         "checksum": 48,
     }
-    assert IDENTITY.directory == "store-632508bd09ca6e8c6355869ddaead7a0"
+    assert IDENTITY.directory == "store-632508bd09ca6e8c6355869ddaead7a0.noindex"
 
 
 def test_a_flipped_bit_anywhere_is_found(path: Path) -> None:

@@ -43,7 +43,7 @@ def fetch(store: FileColdStore, *records: Any) -> np.ndarray:
 
 
 def damage(store: FileColdStore, at: int, data: bytes) -> None:
-    (file,) = store.directory.glob("*.pages")
+    (file,) = store.directory.glob("*.kv")
     with file.open("r+b") as f:
         f.seek(at)
         f.write(data)
@@ -53,7 +53,7 @@ def test_a_page_that_is_cut_off_is_named_and_not_its_neighbour(store: FileColdSt
     """They are read with one request."""
     records = [store.put(0, i, LAYOUT, random_page(i)) for i in range(4)]
     store.flush()
-    (file,) = store.directory.glob("*.pages")
+    (file,) = store.directory.glob("*.kv")
     with file.open("r+b") as f:
         f.truncate(2 * PAGE + 100)
     with pytest.raises(pagedkv.CorruptPageError, match="page 2 .* is missing"):
@@ -119,7 +119,7 @@ def test_a_stale_page_is_refused(store: FileColdStore) -> None:
 def test_a_truncated_file_is_a_missing_page(store: FileColdStore) -> None:
     record = store.put(1, 3, LAYOUT, random_page(1))
     store.flush()
-    (file,) = store.directory.glob("*.pages")
+    (file,) = store.directory.glob("*.kv")
     os.truncate(file, PAGE // 2)
     with pytest.raises(pagedkv.CorruptPageError, match="layer 1 page 3 .*is missing"):
         fetch(store, record)
@@ -395,7 +395,7 @@ def test_damage_reaches_the_caller_as_a_typed_error(tmp_path: Path) -> None:
         pager = cache.context.pager
         pager.cold.flush()
         pager.reader.close()  # what was read ahead is still good; forget it
-        (file,) = pager.cold.directory.glob("*.pages")
+        (file,) = pager.cold.directory.glob("*.kv")
         content = bytearray(file.read_bytes())
         content[100] ^= 4
         file.write_bytes(content)
@@ -422,7 +422,7 @@ def test_bad_directories_are_refused_when_the_model_is_wrapped(tmp_path: Path, k
 def test_files_are_private(store: FileColdStore) -> None:
     store.put(0, 0, LAYOUT, random_page(0))
     store.flush()
-    (file,) = store.directory.glob("*.pages")
+    (file,) = store.directory.glob("*.kv")
     assert oct(file.stat().st_mode & 0o777) == "0o600"
     assert oct(store.directory.stat().st_mode & 0o777) == "0o700"
 

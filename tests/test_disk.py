@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import plistlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pagedkv.tiers import disk as disk_module
 from pagedkv.tiers.disk import READ, RealDisk
 from pagedkv.tiers.files import (
     aligned_buffer,
@@ -125,3 +129,22 @@ def test_small_files_move_in_parts(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(out), np.concatenate(parts))
     with pytest.raises(OSError):
         write_exactly(disk, -1, parts, 0)
+
+
+def test_the_mark_that_keeps_macos_from_backing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    library = SimpleNamespace(setxattr=lambda *args: calls.append(args))
+    monkeypatch.setattr(disk_module, "_system", lambda: library)
+    RealDisk().exclude_from_backup(tmp_path)
+    assert not calls  # not on Linux
+    monkeypatch.setattr(sys, "platform", "darwin")
+    RealDisk().exclude_from_backup(tmp_path)
+    ((path, name, value, size, position, flags),) = calls
+    assert (path, name) == (
+        bytes(tmp_path),
+        b"com.apple.metadata:com_apple_backup_excludeItem",
+    )
+    assert plistlib.loads(value) == "com.apple.backupd"
+    assert (size.value, position.value, flags) == (len(value), 0, 0)

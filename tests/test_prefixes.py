@@ -309,7 +309,7 @@ def test_a_damaged_page_is_found_while_its_tokens_can_be_computed(
     model = tiny_llama()
     flushed(model, ids(1500), config(tmp_path))
     with pagedkv.wrap(model, config(tmp_path)) as cache:
-        files = sorted(tmp_path.glob("*/layer-0001-*.pages"))
+        files = sorted(tmp_path.glob("*/layer-0001-*.kv"))
         (size,) = {layer.least_page_bytes for layer in cache.context.pager.layer_pagers}
         with files[0].open("r+b") as file:
             file.seek(page * size + 1000)

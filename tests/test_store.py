@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import signal
@@ -441,7 +442,7 @@ def test_what_cannot_be_kept_says_why(tmp_path: Path) -> None:
 
 def test_a_damaged_page_and_a_missing_one_are_named(tmp_path: Path) -> None:
     store = flushed(tmp_path)
-    file = store / "layer-0001-32k.pages"
+    file = store / "layer-0001-32k.kv"
     good = file.read_bytes()
     file.write_bytes(good[:40000] + bytes([good[40000] ^ 1]) + good[40001:])
     with (
@@ -508,7 +509,7 @@ def test_links_modes_and_owners_are_refused(
     store = flushed(tmp_path)
     path = {
         "checkpoint": next(store.glob("*.checkpoint")),
-        "pages": store / "layer-0000-32k.pages",
+        "pages": store / "layer-0000-32k.kv",
         "LOCK": store / "LOCK",
         "store": store,
     }[name]
@@ -545,6 +546,51 @@ def test_a_directory_that_anybody_may_write_is_refused(tmp_path: Path) -> None:
     empty_cache(settings(place)).close()
 
 
+def test_a_store_under_the_names_of_earlier_versions_is_read_on(tmp_path: Path) -> None:
+    store = flushed(tmp_path)
+    size = sum(p.stat().st_size for p in store.glob("*.kv"))
+    for path in store.glob("*.kv"):
+        path.rename(path.with_suffix(".pages"))
+    (store / "holiday.pages").write_bytes(b"a letter")
+    (store / "layer-0000-32k.pages").chmod(0o600)
+    earlier = store.rename(store.with_suffix(""))
+    holder = os.open(earlier / "LOCK", os.O_RDWR)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(pagedkv.StoreLockedError):  # an earlier version has it open
+        empty_cache(settings(tmp_path))
+    os.close(holder)
+    for _ in range(2):  # the second time under the names of now
+        with empty_cache(settings(tmp_path)) as cache:
+            cache.resume()
+            assert cache.offset == 1500
+            extend(cache, 1)
+        assert [p.name for p in tmp_path.iterdir()] == [store.name]
+        assert [p.name for p in store.glob("*.pages")] == ["holiday.pages"]
+        assert sum(p.stat().st_size for p in store.glob("*.kv")) == size
+
+
+def test_names_are_those_that_macos_leaves_alone(tmp_path: Path) -> None:
+    for config in (settings(tmp_path), settings(None)):
+        with empty_cache(config) as cache:
+            fill(cache, 3000)
+            directory = cache.context.pager.cold.directory
+            assert directory.suffix == ".noindex"
+            names = {path.suffix for path in directory.iterdir()}
+            assert names == {"", ".kv"}
+
+
+def test_lasting_stores_are_left_out_of_backups_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excluded: list[Path] = []
+    monkeypatch.setattr(RealDisk, "exclude_from_backup", lambda _, path: excluded.append(path))
+    places = (tmp_path / "a", tmp_path / "a", tmp_path / "b")
+    first, second, third = (flushed(place) for place in places)
+    empty_cache(settings(None)).close()
+    assert first == second
+    assert excluded == [first, third]
+
+
 # Slots
 
 
@@ -554,7 +600,7 @@ def test_slots_of_a_checkpoint_are_not_given_away(tmp_path: Path) -> None:
         fill(cache, 2000)
         cache.flush()
         store = cache.context.pager.cold.directory
-        before = {p.name: p.read_bytes() for p in store.glob("*.pages")}
+        before = {p.name: p.read_bytes() for p in store.glob("*.kv")}
         cache.trim(1900)
         fill(cache, 3000)
         cache.context.pager.cold.flush()
@@ -572,7 +618,7 @@ def test_opening_clears_away_what_nobody_refers_to(tmp_path: Path) -> None:
     config = settings(tmp_path)
     store = flushed(tmp_path)
     sizes = {p.name: p.stat().st_size for p in store.iterdir()}
-    for name in ("layer-0000-32k.pages", "layer-0007-16k.pages"):
+    for name in ("layer-0000-32k.kv", "layer-0007-16k.kv"):
         with (store / name).open("ab") as f:
             f.write(bytes(100_000))
         (store / name).chmod(0o600)
@@ -591,7 +637,7 @@ def test_leftovers_of_killed_processes_are_removed(
     for path in (dead, empty, other):
         path.mkdir(mode=0o700)
     (dead / "LOCK").touch(0o600)
-    (dead / "layer-0000-16k.pages").touch(0o600)
+    (dead / "layer-0000-16k.kv").touch(0o600)
     (other / "somebody.txt").touch()  # no lock: not ours
     (tmp_path / "pagedkv-work").mkdir()
     config = settings(None)

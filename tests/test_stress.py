@@ -183,7 +183,7 @@ def test_a_damaged_cold_page_is_a_finding_and_not_a_crash() -> None:
     stress.feed()
     store = stress.main.cache.context.pager.cold
     store.flush()
-    for file in store.directory.glob("*.pages"):
+    for file in store.directory.glob("*.kv"):
         with file.open("r+b") as f:
             f.write(b"\xff" * 64)
     stress.feed = lambda: None  # type: ignore[method-assign]  # already done

@@ -7,8 +7,10 @@ called (`pagedkv.tiers.files`), so that a disk that fails on purpose can show wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import plistlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,14 @@ CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE
 CREATE_OR_OPEN = os.O_RDWR | os.O_CREAT | SAFE
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | SAFE
 """What `Disk.open` is asked for; `O_DIRECT` may come on top of the ones that write."""
+
+_EXCLUDED = b"com.apple.metadata:com_apple_backup_excludeItem"
+_BY = plistlib.dumps("com.apple.backupd", fmt=plistlib.FMT_BINARY)
+
+
+def _system() -> ctypes.CDLL:
+    """The C library, for the few calls that Python does not have."""
+    return ctypes.CDLL(None)
 
 
 class Disk(Protocol):
@@ -95,6 +105,13 @@ class Disk(Protocol):
 
     def free_space(self, path: Path) -> int:
         """Bytes that we may still write on the file system of `path`."""
+        ...
+
+    def exclude_from_backup(self, path: Path) -> None:
+        """Ask that a directory be left out of backups, where the system has such a mark.
+
+        Never fails: what is backed up all the same is right, and a waste.
+        """
         ...
 
     def lock(self, fd: int) -> None:
@@ -182,6 +199,12 @@ class RealDisk:
         """See `Disk.free_space`."""
         status = os.statvfs(path)
         return status.f_bavail * status.f_frsize
+
+    def exclude_from_backup(self, path: Path) -> None:
+        """See `Disk.exclude_from_backup`: the mark that `tmutil addexclusion` sets."""
+        if sys.platform == "darwin":
+            size, nothing = ctypes.c_size_t(len(_BY)), ctypes.c_uint32(0)
+            _system().setxattr(os.fsencode(path), _EXCLUDED, _BY, size, nothing, 0)
 
     def lock(self, fd: int) -> None:
         """See `Disk.lock`."""

@@ -344,6 +344,10 @@ class FaultyDisk:
         self._next("free_space")
         return self._disk.free_space(path)
 
+    def exclude_from_backup(self, path: Path) -> None:
+        """See `Disk.exclude_from_backup`."""
+        self._disk.exclude_from_backup(path)
+
     def lock(self, fd: int) -> None:
         """See `Disk.lock`."""
         self._next("lock")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,11 @@ from pagedkv.tiers.page_file import PageFile
 MAX_SLOTS = 2**22
 """Slots of one file, at most: a longer file was not written by us."""
 
-_NAME = re.compile(r"layer-(\d{4,9})-(\d{2,9})k\.pages")
+SUFFIX = ".kv"
+EARLIER_SUFFIX = ".pages"
+"""Of Apple's text documents: macOS would look into such files, and show them as texts."""
+
+_NAME = re.compile(r"layer-(\d{4,9})-(\d{2,9})k\.kv")
 
 
 class Place(NamedTuple):
@@ -192,7 +196,8 @@ class PageFiles:
         referred: dict[tuple[int, int], Counter[int]] = {}
         for place in held:
             referred.setdefault((place.layer, place.page_bytes), Counter())[place.slot] += 1
-        for name in again(self._disk.list, self.directory):
+        names = again(self._disk.list, self.directory)
+        for name in (self._renamed(name, names) for name in names):
             match = _NAME.fullmatch(name)
             if not match:
                 continue
@@ -204,6 +209,14 @@ class PageFiles:
                 remove_file(self._disk, self.directory / name)
             else:
                 self._take_over(self._open(*key, create=False), slots or Counter(), keep_all)
+
+    def _renamed(self, name: str, names: Collection[str]) -> str:
+        """The name of a file, after those of a version with another suffix got ours."""
+        ours = f"{name.removesuffix(EARLIER_SUFFIX)}{SUFFIX}"
+        if not name.endswith(EARLIER_SUFFIX) or not _NAME.fullmatch(ours) or ours in names:
+            return name
+        again(self._disk.rename, self.directory / name, self.directory / ours)
+        return ours
 
     def _take_over(self, extent: Extent, slots: Counter[int], keep_all: bool) -> None:
         size = extent.file.size
@@ -266,4 +279,4 @@ class PageFiles:
 
 
 def _name(layer: int, page_bytes: int) -> str:
-    return f"layer-{layer:04d}-{page_bytes // 1024}k.pages"
+    return f"layer-{layer:04d}-{page_bytes // 1024}k{SUFFIX}"

@@ -15,6 +15,9 @@ from pagedkv.allocator.geometry import PAGE_TOKENS
 SEQUENCE_ID = re.compile(r"[0-9a-f]{16}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+NOT_INDEXED = ".noindex"
+"""Ends the names of directories that macOS's search leaves alone."""
+
 LIMIT = 2**40
 """Above every number of tokens, heads or channels that can be meant."""
 
@@ -48,7 +51,7 @@ class StoreIdentity:
     @property
     def directory(self) -> str:
         """Name of the store's directory."""
-        return f"store-{self.digest.hex()}"
+        return f"store-{self.digest.hex()}{NOT_INDEXED}"
 
     def __str__(self) -> str:
         parts = [self.model or "a model without a name", f"{self.layers} layers", f"kv={self.kv}"]

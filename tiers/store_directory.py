@@ -28,6 +28,7 @@ from pagedkv.tiers.files import (
     told,
     write_exactly,
 )
+from pagedkv.tiers.sequence import NOT_INDEXED
 
 LOCK = "LOCK"
 PREFIX = "pagedkv-cold-"
@@ -61,7 +62,7 @@ class StoreDirectory:
         where = Path(tempfile.gettempdir()) if parent is None else require_parent(parent, disk)
         remove_abandoned(where, disk)
         for _ in range(TRIES):
-            path = where / f"{PREFIX}{secrets.token_hex(8)}"
+            path = where / f"{PREFIX}{secrets.token_hex(8)}{NOT_INDEXED}"
             try:
                 again(disk.mkdir, path)
                 fd = _lock(path, disk)
@@ -84,9 +85,12 @@ class StoreDirectory:
             ColdStoreError: if the disk fails.
         """
         path = require_parent(parent, disk) / name
+        with told(f"cannot open the store {path}"):
+            _take_earlier_name(path, disk)
         for _ in range(TRIES):
             try:
                 again(disk.mkdir, path)
+                disk.exclude_from_backup(path)
             except FileExistsError:
                 pass
             except OSError as e:
@@ -184,6 +188,30 @@ def bytes_below(path: Path, disk: Disk, leave_out: Path) -> int:
                 elif stat.S_ISREG(status.st_mode):
                     total += status.st_size
     return total
+
+
+def _take_earlier_name(path: Path, disk: Disk) -> None:
+    """Give a store that a version without `NOT_INDEXED` made the name that it has now.
+
+    Raises:
+        StoreLockedError: if such a version has it open.
+        UnsafeStoreError: if it is a link, somebody else's, or open to others.
+        OSError: from the disk.
+    """
+    earlier = path.with_name(path.name.removesuffix(NOT_INDEXED))
+    with suppress(FileNotFoundError):
+        again(disk.lstat, path)
+        return
+    try:
+        require_private(earlier, again(disk.lstat, earlier), directory=True)
+    except FileNotFoundError:
+        return
+    if (fd := _lock(earlier, disk)) is not None:
+        try:
+            again(disk.rename, earlier, path)
+        finally:
+            disk.close(fd)
+        disk.exclude_from_backup(path)
 
 
 def _not_writable(where: Path, e: OSError) -> ConfigError:

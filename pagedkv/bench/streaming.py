@@ -63,7 +63,7 @@ class _File:
             noise[i % 8, :8] = np.frombuffer(i.to_bytes(8, "little"), np.uint8)
             self.records.append(self.store.put(0, i, (4, 4, 256), noise[i % 8]))
         self.store.flush()
-        (path,) = self.store.directory.glob("*.pages")
+        (path,) = self.store.directory.glob("*.kv")
         self._plain = PageFile(path, create=False)
         self.uncached = self._plain.direct
         # Memory that was never written to would be counted with the reads: all of it is kept.

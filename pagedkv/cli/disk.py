@@ -57,7 +57,7 @@ def measure_disk(cold_dir: str | None, nbytes: int = TEST_BYTES) -> DiskRate:
     """
     directory = StoreDirectory.make_temporary(cold_dir, RealDisk())
     try:
-        file = PageFile(directory.path / "rate.pages")
+        file = PageFile(directory.path / "rate.kv")
         try:
             return _measure(file, nbytes)
         finally:

@@ -46,7 +46,7 @@ class _PageFaults(FaultyDisk):
     def pwrite(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         """See `Disk.pwrite`."""
         path = self._paths.get(fd)
-        if path is None or path.suffix != ".pages":
+        if path is None or path.suffix != ".kv":
             return self._disk.pwrite(fd, buffers, offset)
         return super().pwrite(fd, buffers, offset)
 
