@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import plistlib
 import sys
@@ -52,6 +53,38 @@ def pages(seed: int, nbytes: int = 65536) -> np.ndarray:
     buffer = aligned_buffer(nbytes)
     buffer[:] = np.frombuffer(np.random.default_rng(seed).bytes(nbytes), np.uint8)
     return buffer
+
+
+class CountingDisk(RealDisk):
+    """Refuses 2 GiB at once, as macOS does, and moves nothing."""
+
+    def __init__(self) -> None:
+        self.moved: list[tuple[int, int]] = []
+
+    def pread(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        total = sum(map(len, buffers))
+        if total > 2**31 - 1:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.moved.append((offset, total))
+        return total
+
+    pwrite = pread
+
+
+@pytest.mark.parametrize("move", [read_exactly, write_exactly])
+@pytest.mark.parametrize("parts", [1, 3, 7])
+@pytest.mark.parametrize("unit", [1, 4096])
+def test_no_request_is_larger_than_a_system_takes(move: Any, parts: int, unit: int) -> None:
+    disk, total, start = CountingDisk(), 5 * 2**30 + 4096, 7 * 4096
+    memory = np.empty(total, np.uint8)  # never touched: it takes addresses only
+    ends = [total * i // parts for i in range(parts + 1)]
+    buffers = [memory[a:b] for a, b in itertools.pairwise(ends)]
+    move(disk, 3, buffers, start, unit)
+    at = start
+    for offset, count in disk.moved:
+        assert offset == at
+        at += count
+    assert at == start + total
 
 
 @pytest.mark.parametrize("most", [4096, 16384, 20480])

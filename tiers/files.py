@@ -22,6 +22,9 @@ Bytes = npt.NDArray[np.uint8]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MOST_BYTES = 2**30
+"""In one request: macOS refuses 2 GiB and more."""
+
 STUCK = 3
 """Requests without progress after which a file has ended, or does not take what is written."""
 
@@ -83,7 +86,10 @@ def _transfer(
     offset: int,
     unit: int,
 ) -> tuple[int, int]:
-    """Repeat short requests, each from a multiple of `unit`: bytes moved, and bytes in all."""
+    """Repeat short requests, each from a multiple of `unit`: bytes moved, and bytes in all.
+
+    None is for more than `MOST_BYTES`.
+    """
     total, done, stuck = sum(len(b) for b in buffers), 0, 0
     while done < total and stuck < STUCK:
         moved = max(0, move(_after(buffers, done), offset + done))
@@ -95,11 +101,14 @@ def _transfer(
 
 
 def _after(buffers: Sequence[Bytes], done: int) -> list[Buffer]:
-    """What is left of the buffers after so many bytes."""
+    """What is left of the buffers after so many bytes, `MOST_BYTES` of it."""
     rest: list[Buffer] = []
+    room = MOST_BYTES
     for buffer in buffers:
-        if done < len(buffer):
-            rest.append(buffer[done:].data)
+        part = buffer[done : done + room]
+        if len(part):
+            rest.append(part.data)
+            room -= len(part)
         done = max(0, done - len(buffer))
     return rest
 
