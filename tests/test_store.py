@@ -277,6 +277,35 @@ def test_a_power_failure_leaves_the_last_flush(
     assert seen == set(expected)
 
 
+def test_directories_made_for_a_store_outlive_a_power_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, root, left = PowerDisk(NEVER, names_at_once=False), tmp_path / "root", tmp_path / "left"
+    monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: disk)
+    root.mkdir()
+    left.mkdir()
+    flushed = run_and_die(root / "some" / "where" / "cold", "power")
+    disk.after_the_failure(root, left)
+    monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", RealDisk)
+    with empty_cache(settings(left / "some" / "where" / "cold")) as cache:
+        cache.resume()
+        assert cache.offset == flushed
+
+
+@pytest.mark.parametrize("below", ["cold", "not/there/cold"])
+def test_a_store_below_a_link_is_made_durable(tmp_path: Path, below: str) -> None:
+    """As ``/tmp`` is on macOS."""
+    link = tmp_path / "link"
+    (tmp_path / "real").mkdir()
+    link.symlink_to(tmp_path / "real")
+    with empty_cache(settings(link / below, durability="power")) as cache:
+        fill(cache, 700)
+        cache.flush()
+    with empty_cache(settings(tmp_path / "real" / below)) as cache:
+        cache.resume()
+        assert cache.offset == 700
+
+
 KILLED = """
     import os, signal, sys
     from tests.stores import empty_cache, extend, fill, settings

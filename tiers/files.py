@@ -230,8 +230,11 @@ def replace_file(disk: Disk, path: Path, content: bytes, durable: bool) -> None:
 
 
 def sync_directory(disk: Disk, path: Path) -> None:
-    """Return when a power failure cannot undo the names in a directory."""
-    fd = again(disk.open, path, DIRECTORY)
+    """Return when a power failure cannot undo the names in a directory.
+
+    A link to one is followed (``/tmp`` is one on macOS): it is synced, and nothing in it trusted.
+    """
+    fd = again(disk.open, path.resolve(), DIRECTORY)
     try:
         again(disk.sync, fd)
     finally:

@@ -25,6 +25,7 @@ from pagedkv.tiers.files import (
     open_private,
     remove_file,
     require_private,
+    sync_directory,
     told,
     write_exactly,
 )
@@ -129,6 +130,7 @@ def require_parent(parent: str, disk: Disk) -> Path:
             for directory in reversed(missing):
                 with suppress(FileExistsError):
                     again(disk.mkdir, directory)
+                    _make_durable(directory.parent, disk)
             status = again(disk.lstat, path)
         except OSError as e:
             raise ConfigError(f"cold_dir {parent!r} cannot be created: {e.strerror}") from e
@@ -188,6 +190,19 @@ def bytes_below(path: Path, disk: Disk, leave_out: Path) -> int:
                 elif stat.S_ISREG(status.st_mode):
                     total += status.st_size
     return total
+
+
+def _make_durable(directory: Path, disk: Disk) -> None:
+    """See that a power failure does not undo a name that was just made in a directory.
+
+    It happens once, so nobody is asked for his `durability`. Where we may not read, or the system
+    cannot sync directories, it is not undone by us.
+    """
+    try:
+        sync_directory(disk, directory)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _take_earlier_name(path: Path, disk: Disk) -> None:
