@@ -620,6 +620,40 @@ def test_lasting_stores_are_left_out_of_backups_once(
     assert excluded == [first, third]
 
 
+class Exfat(RealDisk):
+    """Has no modes; macOS shows everybody's."""
+
+    def lstat(self, path: Path) -> os.stat_result:
+        return self._shown(super().lstat(path))
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return self._shown(super().fstat(fd))
+
+    def _shown(self, status: os.stat_result) -> os.stat_result:
+        return os.stat_result((status.st_mode | 0o777 & ~self.masked, *status[1:]))
+
+    masked = 0
+
+
+@pytest.mark.parametrize("masked", [0, 0o022])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_file_system_without_permissions_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: int, lasting: bool
+) -> None:
+    flushed(tmp_path)  # was copied there, say
+    monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", Exfat)
+    monkeypatch.setattr(Exfat, "masked", masked)
+    before = sorted(tmp_path.rglob("*"))
+    for name in (".", "new"):
+        for _ in range(2):  # chmod would be no help the second time
+            with pytest.raises(pagedkv.UnsafeStoreError, match="keeps no permissions.*as APFS"):
+                pagedkv.PagedCache.standalone(
+                    2, settings(tmp_path / name), model="synthetic" if lasting else ""
+                )
+    made = {path.name for path in set(tmp_path.rglob("*")) - set(before)}
+    assert not [name for name in made if name.startswith("pagedkv")]
+
+
 # Slots
 
 

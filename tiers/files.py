@@ -124,7 +124,9 @@ def told(what: str) -> Iterator[None]:
         raise ColdStoreError(e.errno or errno.EIO, f"{what}: {e.strerror or e}") from e
 
 
-def require_private(path: Path, status: os.stat_result, directory: bool = False) -> None:
+def require_private(
+    disk: Disk, path: Path, status: os.stat_result, directory: bool = False
+) -> None:
     """Check that a file or directory is what it seems, ours, and closed to everybody else.
 
     Raises:
@@ -142,8 +144,29 @@ def require_private(path: Path, status: os.stat_result, directory: bool = False)
     elif mode & 0o077:
         problem = f"has mode {mode:04o}: others may open it"
         remedy = f"if nobody did, chmod {'700' if directory else '600'} it"
+        if not keeps_permissions(disk, path.parent):
+            remedy = NO_PERMISSIONS
     if problem:
         raise UnsafeStoreError(errno.EPERM, f"{path} {problem}; {remedy}")
+
+
+NO_PERMISSIONS = (
+    "this file system keeps no permissions, so chmod does not help (exFAT and FAT have none): "
+    "format the disk as APFS or another file system that has them, or name another cold_dir"
+)
+
+
+def keeps_permissions(disk: Disk, directory: Path) -> bool:
+    """Whether what is made in a directory has the mode that it was made with; True if not known."""
+    made = directory / f"pagedkv-mode-{secrets.token_hex(8)}"
+    try:
+        again(disk.mkdir, made)
+        try:
+            return not stat.S_IMODE(again(disk.lstat, made).st_mode) & 0o077
+        finally:
+            again(disk.rmdir, made)
+    except OSError:
+        return True
 
 
 def open_private(disk: Disk, path: Path, flags: int) -> int:
@@ -162,7 +185,7 @@ def open_private(disk: Disk, path: Path, flags: int) -> int:
             errno.ELOOP, f"{path} is a symbolic link; remove it, or name another cold_dir"
         ) from e
     try:
-        require_private(path, again(disk.fstat, fd))
+        require_private(disk, path, again(disk.fstat, fd))
     except BaseException:
         disk.close(fd)
         raise

@@ -21,7 +21,9 @@ import numpy as np
 from pagedkv.allocator import ConfigError, StoreLockedError, UnsafeStoreError
 from pagedkv.tiers.disk import CREATE_OR_OPEN, READ_WRITE, Disk
 from pagedkv.tiers.files import (
+    NO_PERMISSIONS,
     again,
+    keeps_permissions,
     open_private,
     remove_file,
     require_private,
@@ -69,6 +71,10 @@ class StoreDirectory:
                 fd = _lock(path, disk)
             except StoreLockedError:
                 continue  # somebody who cleans up was quicker, and took it for abandoned
+            except UnsafeStoreError:  # our own file is: nobody would remove it later
+                with suppress(OSError):
+                    _delete(disk, path)
+                raise
             except OSError as e:
                 raise _not_writable(where, e) from e
             if fd is not None:
@@ -97,7 +103,7 @@ class StoreDirectory:
             except OSError as e:
                 raise _not_writable(path.parent, e) from e
             with told(f"cannot open the store {path}"):
-                require_private(path, again(disk.lstat, path), directory=True)
+                require_private(disk, path, again(disk.lstat, path), directory=True)
                 try:
                     fd = _lock(path, disk)
                 except StoreLockedError:
@@ -145,10 +151,13 @@ def require_parent(parent: str, disk: Disk) -> Path:
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"cold_dir {parent!r} is a file: name a directory")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        remedy = "chmod o-w it, or name another"
+        if not keeps_permissions(disk, path):
+            remedy = NO_PERMISSIONS
         raise UnsafeStoreError(
             errno.EPERM,
             f"cold_dir {parent!r} has mode {stat.S_IMODE(status.st_mode):04o}: anybody may put "
-            f"other files in the place of ours; chmod o-w it, or name another",
+            f"other files in the place of ours; {remedy}",
         )
     return path
 
@@ -218,7 +227,7 @@ def _take_earlier_name(path: Path, disk: Disk) -> None:
         again(disk.lstat, path)
         return
     try:
-        require_private(earlier, again(disk.lstat, earlier), directory=True)
+        require_private(disk, earlier, again(disk.lstat, earlier), directory=True)
     except FileNotFoundError:
         return
     if (fd := _lock(earlier, disk)) is not None:
@@ -289,7 +298,7 @@ def _signature(disk: Disk, fd: int) -> int | None:
 
 
 def _remove_if_abandoned(path: Path, disk: Disk) -> bool:
-    require_private(path, again(disk.lstat, path), directory=True)
+    require_private(disk, path, again(disk.lstat, path), directory=True)
     try:
         fd = open_private(disk, path / LOCK, READ_WRITE)
     except FileNotFoundError:
