@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +420,54 @@ def test_bad_directories_are_refused_when_the_model_is_wrapped(tmp_path: Path, k
             place = Path("/proc")  # not even root makes directories there
     with pytest.raises(pagedkv.ConfigError, match=expected):
         pagedkv.wrap(tiny_llama(), pagedkv.TierConfig(cold_dir=str(place)))
+
+
+def test_a_lock_in_use_does_not_grow_old(
+    store: FileColdStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cleans up temporary directories removes files that nobody used for days."""
+    record = store.put(0, 0, LAYOUT, random_page(0))
+    lock, hours = store.directory / "LOCK", iter((0.5, 1.5, 2.0, 2.6))
+    started = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: started + 3600 * next(hours))
+    for touched in (False, True, False, True):
+        os.utime(lock, (0, 0))
+        fetch(store, record)
+        assert (lock.stat().st_mtime > 0) == touched
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """A process that may have few files open, as one that a terminal of macOS starts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/dev/fd")) + 12  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    yield few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_may_open_more_files_than_a_terminal_gives(
+    few_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_many(directory: str) -> None:
+        with closing(FileColdStore(str(tmp_path / directory), 10**9, 40, 2**20)) as store:
+            for layer in range(40):
+                store.put(layer, 0, (4, 4, 256), np.zeros(16384, np.uint8))
+
+    open_many("granted")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert few_files < soft <= hard or hard == resource.RLIM_INFINITY
+
+    def refuse(*args: Any) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few_files, hard))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(
+        pagedkv.ColdStoreError, match=f"Too many open.*have {few_files}.: .*ulimit -n 4096"
+    ):
+        open_many("refused")
+    monkeypatch.undo()
 
 
 def test_files_are_private(store: FileColdStore) -> None:

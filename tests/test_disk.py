@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import plistlib
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_small_files_move_in_parts(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(out), np.concatenate(parts))
     with pytest.raises(OSError):
         write_exactly(disk, -1, parts, 0)
+
+
+def test_free_space_beyond_what_macos_counts_in_32_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = 5 * 2**32
+
+    def statfs(path: bytes, buffer: Any) -> int:
+        struct.pack_into("<IiQQQ", buffer, 0, 4096, 2**20, 9 * blocks, 2 * blocks, blocks)
+        return 0 if path == bytes(tmp_path) else -1
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(disk_module, "_system", lambda: SimpleNamespace(statfs=statfs))
+    assert RealDisk().free_space(tmp_path) == 80 * 2**40
+    assert 0 < RealDisk().free_space(tmp_path.parent) != 80 * 2**40
 
 
 def test_the_mark_that_keeps_macos_from_backing_up(

@@ -19,7 +19,7 @@ from pagedkv.allocator import ClosedError, ConfigError
 from pagedkv.tiers.checkpoints import Checkpoints
 from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.disk_budget import DiskBudget
-from pagedkv.tiers.files import told
+from pagedkv.tiers.files import raise_file_limit, told
 from pagedkv.tiers.page_files import PageFiles
 from pagedkv.tiers.page_reads import PageReads
 from pagedkv.tiers.records import ColdRecord, PageIdentity
@@ -124,6 +124,7 @@ class FileColdStore:
             StoreLockedError: if another process has the store open.
             UnsafeStoreError, ColdStoreError: if what is there cannot be trusted or read.
         """
+        raise_file_limit()
         self._disk = disk or RealDisk()
         self._directory = self._open_directory(parent, identity)
         self.directory = self._directory.path
@@ -269,6 +270,7 @@ class FileColdStore:
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError("the cold tier is closed")
+        self._directory.touch()
 
     def close(self) -> None:
         """Stop the threads, close the files, and delete what was not flushed; twice is fine."""

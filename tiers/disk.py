@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import plistlib
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | SAFE
 
 _EXCLUDED = b"com.apple.metadata:com_apple_backup_excludeItem"
 _BY = plistlib.dumps("com.apple.backupd", fmt=plistlib.FMT_BINARY)
+
+_STATFS = struct.Struct("<I20xQ")
+"""Of what statfs(2) of macOS fills in: bytes of a block; blocks that we may still write."""
+
+_STATFS_BYTES = 4096
+"""More than it fills in."""
 
 
 def _system() -> ctypes.CDLL:
@@ -81,6 +88,10 @@ class Disk(Protocol):
 
     def sync(self, fd: int) -> None:
         """Of a file or a directory: return when a power failure cannot undo what was done to it."""
+        ...
+
+    def touch(self, fd: int) -> None:
+        """Say that an open file is in use now, for those who remove what nobody uses."""
         ...
 
     def rename(self, old: Path, new: Path) -> None:
@@ -175,6 +186,10 @@ class RealDisk:
         else:
             os.fsync(fd)
 
+    def touch(self, fd: int) -> None:
+        """See `Disk.touch`."""
+        os.utime(fd)
+
     def rename(self, old: Path, new: Path) -> None:
         """See `Disk.rename`."""
         old.replace(new)
@@ -196,7 +211,12 @@ class RealDisk:
         return os.listdir(path)  # noqa: PTH208  # names are wanted, not paths
 
     def free_space(self, path: Path) -> int:
-        """See `Disk.free_space`."""
+        """See `Disk.free_space`. statvfs(3) of macOS counts in 32 bits: no more than 16 TiB."""
+        if sys.platform == "darwin":
+            found = ctypes.create_string_buffer(_STATFS_BYTES)
+            if _system().statfs(os.fsencode(path), found) == 0:
+                block, available = _STATFS.unpack_from(found)
+                return int(block * available)
         status = os.statvfs(path)
         return status.f_bavail * status.f_frsize
 

@@ -314,6 +314,11 @@ class FaultyDisk:
         self._next("sync")
         self._disk.sync(fd)
 
+    def touch(self, fd: int) -> None:
+        """See `Disk.touch`."""
+        self._next("touch")
+        self._disk.touch(fd)
+
     def rename(self, old: Path, new: Path) -> None:
         """See `Disk.rename`."""
         self._next("rename")

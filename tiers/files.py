@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 MOST_BYTES = 2**30
 """In one request: macOS refuses 2 GiB and more."""
+
+OPEN_FILES = 4096
+"""Wanted for a process with stores: one of 100 layers may take 300, a server's clients as many."""
 
 STUCK = 3
 """Requests without progress after which a file has ended, or does not take what is written."""
@@ -113,6 +117,19 @@ def _after(buffers: Sequence[Bytes], done: int) -> list[Buffer]:
     return rest
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as a store may need, one for each layer and page size.
+
+    macOS gives 256 to what a terminal starts, and does not take "unlimited" for an answer. Where
+    the system does not grant more, who opens too many is told (`told`).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 @contextmanager
 def told(what: str) -> Iterator[None]:
     """Turn the system's errors into ours, which say what could not be done."""
@@ -121,7 +138,14 @@ def told(what: str) -> Iterator[None]:
     except ColdStoreError:
         raise
     except OSError as e:
-        raise ColdStoreError(e.errno or errno.EIO, f"{what}: {e.strerror or e}") from e
+        raise ColdStoreError(e.errno or errno.EIO, f"{what}: {e.strerror or e}{_advice(e)}") from e
+
+
+def _advice(e: OSError) -> str:
+    if e.errno != errno.EMFILE:
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f" (this process may have {limit:,}): allow more, as with ulimit -n {OPEN_FILES}"
 
 
 def require_private(

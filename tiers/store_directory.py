@@ -12,6 +12,7 @@ import os
 import secrets
 import stat
 import tempfile
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,8 @@ LOCK = "LOCK"
 PREFIX = "pagedkv-cold-"
 """Begins the names of temporary directories."""
 
+TOUCH_SECONDS = 3600
+
 TRIES = 16
 """Directories that may vanish under our hands before we give up; each is another process's."""
 
@@ -47,6 +50,8 @@ class StoreDirectory:
     def __init__(self, path: Path, fd: int, disk: Disk, temporary: bool) -> None:
         self.path = path
         self.temporary = temporary
+        self._disk, self._fd = disk, fd
+        self._touched = time.monotonic()
         self._remove = [temporary]
         # Also when it is merely dropped, and at exit.
         self._close = weakref.finalize(self, _let_go, disk, path, fd, self._remove, os.getpid())
@@ -113,6 +118,17 @@ class StoreDirectory:
                 _sign(disk, fd)
                 return cls(path, fd, disk, temporary=False)
         raise StoreLockedError(errno.EAGAIN, f"the store {path} is removed again and again")
+
+    def touch(self) -> None:
+        """Say once an hour that the lock is in use: cleaners of temporary directories go by age.
+
+        Without its lock a directory is taken for abandoned.
+        """
+        now = time.monotonic()
+        if now - self._touched >= TOUCH_SECONDS:
+            self._touched = now
+            with suppress(OSError):
+                again(self._disk.touch, self._fd)
 
     def close(self, remove: bool = False) -> None:
         """Let go of it, and delete it if it is temporary or `remove` says so."""

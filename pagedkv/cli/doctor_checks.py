@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from pagedkv.config import BACKENDS, TierConfig
 from pagedkv.errors import PagedKVError
 from pagedkv.sizes import format_size
 from pagedkv.stress.tolerance import Tolerance
-from pagedkv.tiers import codec_for
+from pagedkv.tiers import RealDisk, codec_for
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -151,7 +150,7 @@ def check_disk(config: TierConfig) -> Iterator[Row]:
     where = config.cold_dir or tempfile.gettempdir()
     try:
         rate = measure_disk(config.cold_dir)
-        free = shutil.disk_usage(where).free
+        free = RealDisk().free_space(Path(where))
     except (PagedKVError, OSError) as e:
         yield Row("cold directory", FAIL, where, " ".join(str(e).split()))
         return
