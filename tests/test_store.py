@@ -352,6 +352,107 @@ def test_a_killed_process_is_gone_on_with_in_another(tmp_path: Path, moment: str
         assert not list(store_of(cold_dir).glob("*.tmp"))
 
 
+FORKED = """
+    import os, sys, time
+    import pagedkv
+    from tests.stores import empty_cache, extend, fill, same, settings
+
+    def forked(act):
+        child = os.fork()
+        if not child:
+            try:
+                act()
+            except SystemExit:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return child
+
+    def refused():
+        store = cache.context.pager.cold
+        uses = (
+            cache.flush, cache.stored_sequences, cache.resume, store.flush,
+            lambda: cache.discard("0" * 16), lambda: store.fetch([], None),
+            lambda: store.put(0, 0, (4, 4, 256), None), lambda: store.room(0, 32768),
+        )
+        for use in uses if lasting else uses[3:4] + uses[5:]:
+            try:
+                use()
+            except pagedkv.StoreLockedError as e:
+                assert f"belongs to process {os.getppid()}, and this one is a fork" in str(e), e
+            else:
+                raise AssertionError(use)
+
+    def leave():
+        with cache:
+            refused()
+            cache.trim(1400)  # down to where pages are given up
+            raise SystemExit
+
+    def close_and_live():
+        cache.close()
+        time.sleep(60)
+
+    lasting = sys.argv[2] == "lasting"
+    config = settings(sys.argv[1] if lasting else None, write_limit="16MB")
+    cache = empty_cache(config)
+    fill(cache, 3000)
+    assert cache.stats().cold.pages
+    if lasting:
+        cache.flush()
+        fill(cache, 1200)
+    fill(cache, 300)
+    cache.context.pager.cold.flush()
+    directory = cache.context.pager.cold.directory
+    before = {path.name: path.stat().st_size for path in directory.iterdir()}
+    for act in (leave, leave):
+        assert os.waitpid(forked(act), 0)[1] == 0, "the child ended badly"
+        assert before == {path.name: path.stat().st_size for path in directory.iterdir()}
+    child = forked(close_and_live)
+    expected = extend(cache, 1)
+    if lasting:
+        cache.flush()
+    cache.close()
+    try:
+        with empty_cache(config) as cache:  # though the child still lives
+            if lasting:
+                cache.resume()
+                cache.trim(1)
+                assert same(extend(cache, 1), expected)
+            else:
+                assert not directory.exists()
+    finally:
+        os.kill(child, 9)
+"""
+
+
+@pytest.mark.parametrize("kind", ["lasting", "temporary"])
+def test_a_forked_child_leaves_the_store_to_its_parent(tmp_path: Path, kind: str) -> None:
+    child = python(FORKED, str(tmp_path), kind)
+    try:
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+
+
+def test_a_lock_is_not_held_by_the_children_of_a_killed_process(tmp_path: Path) -> None:
+    code = """
+        import os, sys, time
+        from tests.stores import empty_cache, settings
+        cache = empty_cache(settings(sys.argv[1]))
+        if not os.fork():
+            os.setsid()
+            sys.stdin.read()
+            os._exit(0)
+        os._exit(0)
+    """
+    parent = python(code, str(tmp_path))
+    assert parent.wait(60) == 0
+    empty_cache(settings(tmp_path)).close()
+    assert parent.stdin is not None
+    parent.stdin.close()
+
+
 HOLDING = """
     import sys
     from tests.stores import empty_cache, settings

@@ -6,6 +6,8 @@ Workers see numpy memory and files only, never an mlx array.
 
 from __future__ import annotations
 
+import errno
+import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import ClosedError, ConfigError
+from pagedkv.allocator import ClosedError, ConfigError, StoreLockedError
 from pagedkv.tiers.checkpoints import Checkpoints
 from pagedkv.tiers.disk import Disk, RealDisk
 from pagedkv.tiers.disk_budget import DiskBudget
@@ -148,7 +150,7 @@ class FileColdStore:
             self._files, self._limit, write_buffer_bytes, self.counters, workers
         )
         self._reads = PageReads(self._files, self._writer.lock, self.counters)
-        self.sequences = (
+        self._sequences = (
             SequenceStore(checkpoints, self._files, self._writer, self._reads)
             if checkpoints
             else None
@@ -156,6 +158,7 @@ class FileColdStore:
         self.readers = readers
         self._readers = workers.executor("pagedkv-reader", readers)
         self._closed = False
+        self._process = os.getpid()
 
     def _open_directory(self, parent: str | None, identity: StoreIdentity | None) -> StoreDirectory:
         if identity is None:
@@ -173,6 +176,16 @@ class FileColdStore:
         self.budget.foreign += CONTROL_BYTES
         return Checkpoints(self.directory, identity, self._disk, self._files)
 
+    @property
+    def sequences(self) -> SequenceStore | None:
+        """Its flushed sequences, if it lasts.
+
+        Raises:
+            StoreLockedError: see `inherited`.
+        """
+        self._require_ours()
+        return self._sequences
+
     # Room
 
     @property
@@ -188,7 +201,7 @@ class FileColdStore:
     @property
     def last_error(self) -> Exception | None:
         """Why the disk does not take pages at present; None while it does."""
-        return self._writer.last_error
+        return None if self.inherited else self._writer.last_error
 
     def room(self, layer: int, page_bytes: int, growth: int | None = None) -> int:
         """Pages that can still be put: by the disk budget, or by memory while writes fail.
@@ -197,7 +210,11 @@ class FileColdStore:
             layer: layer number.
             page_bytes: size of the pages.
             growth: bytes by which the layer's files may still grow; all that is left if None.
+
+        Raises:
+            StoreLockedError: see `inherited`.
         """
+        self._require_ours()
         growth = self.growth(layer) if growth is None else growth
         room = self._files.room(layer, page_bytes, growth)
         if self.last_error is not None and not self._writer.retry():
@@ -223,6 +240,7 @@ class FileColdStore:
             OutOfPagesError: if the layer's disk share is full, or writes fail and no buffer is
                 left to hold the page in memory.
             ColdStoreError: if a file cannot be made.
+            StoreLockedError: see `inherited`.
             ClosedError: after `close`.
         """
         self._require_open()
@@ -241,6 +259,8 @@ class FileColdStore:
 
     def free(self, record: ColdRecord) -> None:
         """Forget a page. Its slot stays as it is while a checkpoint refers to it."""
+        if self.inherited:
+            return
         if self._writer.drop(record) and not self._closed:
             self._files.let_go([record.place])
 
@@ -262,29 +282,58 @@ class FileColdStore:
         self._reads.read(records, out)
 
     def flush(self) -> None:
-        """Wait until every queued write was tried."""
+        """Wait until every queued write was tried.
+
+        Raises:
+            StoreLockedError: see `inherited`.
+        """
+        self._require_ours()
         self._writer.wait()
 
     # Life
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: the store is its parent's, and so is all in it.
+
+        A child has neither the threads nor the lock; all that it may do is to `close`.
+        """
+        return os.getpid() != self._process
+
+    def _require_ours(self) -> None:
+        if self.inherited:
+            raise StoreLockedError(
+                errno.EBUSY,
+                f"the store {self.directory} belongs to process {self._process}, and this one is "
+                f"a fork of it: close this cache here, and make one after the fork, with another "
+                f"cold_dir",
+            )
+
     def _require_open(self) -> None:
+        self._require_ours()
         if self._closed:
             raise ClosedError("the cold tier is closed")
         self._directory.touch()
 
     def close(self) -> None:
-        """Stop the threads, close the files, and delete what was not flushed; twice is fine."""
+        """Stop the threads, close the files, and delete what was not flushed; twice is fine.
+
+        A forked child closes its copies of the descriptors and leaves all else to its parent.
+        """
         if self._closed:
             return
         self._closed = True
+        if self.inherited:
+            self._files.close()
+            return
         self._writer.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         with suppress(OSError):  # what cannot be cut off now is at the next opening
-            if self.sequences and not self.sequences.checkpoints.damaged:
-                self._files.trim(self.sequences.checkpoints.places())
+            if self._sequences and not self._sequences.checkpoints.damaged:
+                self._files.trim(self._sequences.checkpoints.places())
         self._files.close()
         self._limit.close()
-        nothing = self.sequences is not None and self.sequences.checkpoints.empty
+        nothing = self._sequences is not None and self._sequences.checkpoints.empty
         self._directory.close(remove=nothing and self._limit.per_day is None)
 
     def check(self) -> None:

@@ -233,7 +233,7 @@ class Pager:
         for layer in self._layer_pagers.values():
             layer.release()  # closed caches still know theirs
         self._layer_pagers.clear()
-        if self._reader:
+        if self._reader and not (self._cold and self._cold.inherited):  # nobody reads in a fork
             self._reader.close()
         if self._cold:
             self._cold.close()

@@ -52,6 +52,7 @@ class StoreDirectory:
         self.temporary = temporary
         self._disk, self._fd = disk, fd
         self._touched = time.monotonic()
+        _held.add(self)
         self._remove = [temporary]
         # Also when it is merely dropped, and at exit.
         self._close = weakref.finalize(self, _let_go, disk, path, fd, self._remove, os.getpid())
@@ -132,8 +133,23 @@ class StoreDirectory:
 
     def close(self, remove: bool = False) -> None:
         """Let go of it, and delete it if it is temporary or `remove` says so."""
+        _held.discard(self)
         self._remove[0] |= remove
         self._close()
+
+
+_held: weakref.WeakSet[StoreDirectory] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: hold no lock, or the parent could not let go of it while we live."""
+    for directory in list(_held):
+        with suppress(OSError):
+            directory._disk.close(directory._fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def require_parent(parent: str, disk: Disk) -> Path:
@@ -330,7 +346,7 @@ def _remove_if_abandoned(path: Path, disk: Disk) -> bool:
 
 def _let_go(disk: Disk, path: Path, fd: int, remove: list[bool], pid: int) -> None:
     if os.getpid() != pid:
-        return  # a forked child that ends: its parent still uses the directory
+        return  # a forked child that ends: its parent still uses the directory, and has the lock
     with suppress(OSError):
         if remove[0]:
             _delete(disk, path)
