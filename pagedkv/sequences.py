@@ -88,12 +88,14 @@ def store_of(cache: PagedCache) -> SequenceStore:
     Raises:
         ConfigError: if it has none, with the reason.
         ClosedError: if the cache is closed.
+        StoreLockedError: if it is not this process's any more.
     """
     if any(layer._closed for layer in cache.paged_layers):
         raise ClosedError("the cache is closed; make a new one")
     pager = cache.context.pager
     store: FileColdStore | None = pager.cold if pager.has_cold else None
     if store is not None and store.sequences is not None:
+        store.require_held()
         return store.sequences
     config = cache.context.config
     if not pager.has_cold:

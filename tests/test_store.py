@@ -6,6 +6,7 @@ import errno
 import fcntl
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -507,6 +508,60 @@ def test_one_process_does_not_open_a_store_twice(tmp_path: Path) -> None:
 
 
 # What is not as it should be
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "LOCK", "LOCK exchanged", "all"])
+def test_a_flush_into_files_that_are_gone_is_refused(tmp_path: Path, what: str) -> None:
+    """Cleaners of temporary directories go by age, file by file; descriptors stay good."""
+    with empty_cache(settings(tmp_path)) as cache:
+        fill(cache, 1500)
+        cache.flush()
+        store = store_of(tmp_path)
+        file, match = store / "layer-0001-32k.kv", "1 of 2 page files were removed .*layer-0001-32k"
+        if what == "removed":
+            file.unlink()
+        elif what == "replaced":
+            file.rename(tmp_path / "other")
+            file.touch(0o600)
+            file.write_bytes((tmp_path / "other").read_bytes())
+        else:
+            (store / "LOCK").unlink()
+            match = "LOCK of the store .* was removed or replaced"
+        if what == "LOCK exchanged":
+            (store / "LOCK").touch(0o600)
+        if what == "all":
+            shutil.rmtree(store)
+        fill(cache, 300)
+        with pytest.raises(pagedkv.ColdStoreError, match=f"{match}.* save.. "):
+            cache.flush()
+        assert cache.offset == 1800
+        extend(cache, 1)  # nothing is lost here
+    with empty_cache(settings(tmp_path)) as cache:
+        if what in ("LOCK", "LOCK exchanged", "replaced"):
+            cache.resume()
+            assert cache.offset == 1500
+            extend(cache, 1)
+        else:  # the last flush is gone with its files
+            with pytest.raises((pagedkv.CorruptPageError, pagedkv.SequenceNotFoundError)):
+                cache.resume()
+                extend(cache, 1)
+
+
+def test_what_a_flush_needs_beside_pages_is_written_again(tmp_path: Path) -> None:
+    config = settings(tmp_path, layer_kv="auto", treatment="hadamard", warm="500KB", cold="16MB")
+    model = tiny_llama(layers=4)
+    with pagedkv.wrap(model, config) as cache:
+        mx.eval(model(random_tokens(400), cache=cache))
+        cache.flush()
+        kept = {p.name: p.read_bytes() for p in store_of(tmp_path).glob("*.json")}
+        assert {"treatments.json", "layers.json"} <= set(kept)
+        for name in kept:
+            (store_of(tmp_path) / name).unlink()
+        before = cache.context.pager.cold.budget.checkpoints
+        cache.flush()
+        assert {p.name: p.read_bytes() for p in store_of(tmp_path).glob("*.json")} == kept
+        assert cache.context.pager.cold.budget.checkpoints == before
+    pagedkv.unwrap(model)
 
 
 def flushed(cold_dir: Path, **others: Any) -> Path:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,6 +83,14 @@ class _Committed:
     places: list[Place]
 
 
+class _Kept(NamedTuple):
+    """What `Checkpoints.keep` wrote: a mark of its content, whether it is durable, its bytes."""
+
+    mark: str
+    durable: bool
+    size: int
+
+
 class Checkpoints:
     """The checkpoints of one store, whose lock this process holds."""
 
@@ -101,7 +110,7 @@ class Checkpoints:
         self._committed: dict[str, _Committed] = {}
         self._doubtful: dict[str, list[Place]] = {}
         self._names_durable = False
-        self._kept: dict[str, tuple[str, bool]] = {}
+        self._kept: dict[str, _Kept] = {}
         self.damaged: dict[str, CorruptStoreError] = {}
         with told(f"cannot open the store {directory}"):
             self._read_all()
@@ -284,18 +293,19 @@ class Checkpoints:
             OutOfPagesError: if the disk budget does not hold it.
             ColdStoreError: if the disk fails.
         """
-        if self._kept.get(name) in ((mark, durable), (mark, True)):
+        kept = self._kept.get(name)
+        if kept and kept.mark == mark and kept.durable >= durable and self.wrote(name):
             return
         budget, path, made = self._files.budget, self.directory / name, content()
         with told(f"cannot write {path}"):
-            before = self._size(path)
+            before = kept.size if kept else self._size(path)
             self._require_room(len(made))
             self._kept.pop(name, None)
             try:
                 replace_file(self._disk, path, made, durable)
             finally:  # it may be in place though the disk failed
                 budget.checkpoints += self._size(path) - before
-        self._kept[name] = mark, durable
+        self._kept[name] = _Kept(mark, durable, len(made))
 
     def drop(self, name: str) -> None:
         """Remove a file that `keep` wrote, now or before; nothing may need it any more.
@@ -311,8 +321,14 @@ class Checkpoints:
         self._kept.pop(name, None)
 
     def wrote(self, name: str) -> bool:
-        """Whether `keep` put a file there since the store was opened."""
-        return name in self._kept
+        """Whether `keep` put a file there since the store was opened, and nobody took it away.
+
+        Raises:
+            ColdStoreError: if the disk fails.
+        """
+        path = self.directory / name
+        with told(f"cannot look at {path}"):
+            return name in self._kept and self._size(path) == self._kept[name].size
 
     def kept(self, name: str) -> bytes | None:
         """The content of a file that `keep` wrote; None if there is none.

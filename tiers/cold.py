@@ -186,6 +186,11 @@ class FileColdStore:
         self._require_ours()
         return self._sequences
 
+    def require_held(self) -> None:
+        """See that the store is still this process's alone; see `StoreDirectory.require_held`."""
+        self._require_ours()
+        self._directory.require_held()
+
     # Room
 
     @property

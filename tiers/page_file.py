@@ -70,6 +70,18 @@ class PageFile:
         """Bytes from the first to the last."""
         return again(self._disk.fstat, self._fd).st_size
 
+    def in_place(self) -> bool:
+        """Whether the file is still the one of its name.
+
+        Raises:
+            OSError: from the disk.
+        """
+        try:
+            named = again(self._disk.lstat, self.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(again(self._disk.fstat, self._fd), named)
+
     def write(self, data: Bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
         self.write_several([data], offset)

@@ -57,12 +57,14 @@ class SequenceStore:
 
         Raises:
             OutOfPagesError: if the budget does not hold the checkpoint.
-            ColdStoreError: if the disk fails, or does not take the pages.
+            ColdStoreError: if the disk fails, does not take the pages, or somebody took their files
+                away.
         """
         records = [record for record, _, _ in pages]
         self._settle(records)
         if durable:
             self._make_durable(records)
+        self._require_in_place(records)
         self._writer.charge(file_bytes(state))
         return self.checkpoints.commit(state, _entries(pages), hot, durable)
 
@@ -100,6 +102,25 @@ class SequenceStore:
                 f"{len(stuck)} of {len(records)} pages cannot be written to "
                 f"{self._files.directory} ({error}): the last checkpoint stays in place; free "
                 f"disk space and flush again",
+            )
+
+    def _require_in_place(self, records: Sequence[ColdRecord]) -> None:
+        """See that the next process would find these pages.
+
+        Somebody may have removed their files, or put others in their place: what is open goes on
+        as if nothing were.
+        """
+        places = {record.place[:2]: record.place for record in records}
+        files = [self._files.extent(place).file for place in places.values()]
+        with told(f"cannot look at the page files in {self._files.directory}"):
+            gone = [file.path.name for file in files if not file.in_place()]
+        if gone:
+            raise ColdStoreError(
+                errno.ENOENT,
+                f"{len(gone)} of {len(files)} page files were removed from {self._files.directory} "
+                f"or replaced by somebody else, such as {gone[0]}: nothing was flushed. "
+                f"This cache can read them until it is closed: save() it to a file, and keep other "
+                f"programs out of the cold_dir or name another",
             )
 
     def _make_durable(self, records: Sequence[ColdRecord]) -> None:

@@ -120,6 +120,27 @@ class StoreDirectory:
                 return cls(path, fd, disk, temporary=False)
         raise StoreLockedError(errno.EAGAIN, f"the store {path} is removed again and again")
 
+    def require_held(self) -> None:
+        """See that nobody else can have locked the directory meanwhile.
+
+        Raises:
+            StoreLockedError: if our lock is not the directory's any more.
+            ColdStoreError: if the disk fails.
+        """
+        with told(f"cannot look at the lock of {self.path}"):
+            try:
+                named = again(self._disk.lstat, self.path / LOCK)
+                held = os.path.samestat(again(self._disk.fstat, self._fd), named)
+            except FileNotFoundError:
+                held = False
+        if not held:
+            raise StoreLockedError(
+                errno.EBUSY,
+                f"the {LOCK} of the store {self.path} was removed or replaced while it was in use: "
+                f"another process may write there. save() this cache to a file, close() it, and "
+                f"keep other programs out of the cold_dir or name another",
+            )
+
     def touch(self) -> None:
         """Say once an hour that the lock is in use: cleaners of temporary directories go by age.
 
