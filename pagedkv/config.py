@@ -53,8 +53,8 @@ class TierConfig:
             relative path is made absolute here, and ``~`` is the home directory.
         durability: what a flushed sequence survives: ``"process"``, that the process is killed;
             ``"power"``, that the machine stops.
-        write_limit: bytes written to disk per day, at most; None for no limit. Kept over
-            restarts with `cold_dir`.
+        write_limit: bytes written to disk per day (UTC), at most; None for no limit. All caches
+            with the same `cold_dir` count together, over restarts; those without one in a process.
         max_kv_size: tokens that a layer without a window of its own holds and its queries see: the
             first 4 and the newest; None for all. The newest `hot_tokens` of them are in 16 bit, so
             pages need a size well above that. There are no `sink_tokens` then.

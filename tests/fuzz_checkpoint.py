@@ -220,8 +220,12 @@ def unpack_one(data: bytes) -> str:
 
 def note_one(data: bytes) -> str:
     disk = MemoryDisk(data)
-    assert read_written(disk, PATH, 20000) >= 0
     _signature(disk, -7)
+    try:
+        note = read_written(disk, -7, PATH)
+    except pagedkv.CorruptStoreError:
+        return "refused"
+    assert min(note.day, note.count) >= 0
     return "read"
 
 

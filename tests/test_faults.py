@@ -15,7 +15,7 @@ from pagedkv.tiers import RealDisk
 from pagedkv.tiers.disk import CREATE
 from pagedkv.tiers.faults import APPLIES, FaultyDisk
 from pagedkv.tiers.files import read_exactly, replace_file, write_exactly
-from pagedkv.tiers.write_limit import read_written
+from pagedkv.tiers.write_limit import Note, read_written
 from tests import fault_campaign, fuzz_checkpoint
 from tests.store_oracle import (
     NAMES,
@@ -103,9 +103,10 @@ def test_a_note_of_bytes_written_that_is_read_in_parts_is_read_whole(tmp_path: P
     disk = FaultyDisk(RealDisk(), 3)
     path = tmp_path / "WRITTEN"
     replace_file(disk, path, b"20000 123456789\n", durable=False)
-    for _ in range(8):
-        disk.arm("short_read")
-        assert read_written(disk, path, 20000) == 123456789
+    with path.open("rb") as file:
+        for _ in range(8):
+            disk.arm("short_read")
+            assert read_written(disk, file.fileno(), path) == Note(20000, 123456789)
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ class FileColdStore:
             readers: reading threads.
             disk: the file system; the real one if None.
             identity: of a store that lasts; None for one that is gone when it is closed.
-            write_limit: bytes written per day, at most.
+            write_limit: bytes written per day, at most, by all stores below `parent` that have one.
             workers: who moves the bytes in the background; threads if None.
 
         Raises:
@@ -137,7 +137,8 @@ class FileColdStore:
             if parent is not None:
                 self._count_others()
             checkpoints = self._open_lasting(identity) if identity else None
-            self._limit = WriteLimit(self._disk, self.directory if identity else None, write_limit)
+            counted = self.directory.parent if parent is not None else None
+            self._limit = WriteLimit(self._disk, counted, write_limit)
         except BaseException:
             self._files.close()
             self._directory.close()
@@ -339,7 +340,7 @@ class FileColdStore:
         self._files.close()
         self._limit.close()
         nothing = self._sequences is not None and self._sequences.checkpoints.empty
-        self._directory.close(remove=nothing and self._limit.per_day is None)
+        self._directory.close(remove=nothing)
 
     def check(self) -> None:
         """Every file's slots obey the conservation law."""
