@@ -959,6 +959,47 @@ def test_a_failed_flush_leaves_the_last_one(
         assert same(extend(cache, 1), expected)
 
 
+class ReasonDisk(Recorder):
+    """From the n-th call of a name on, it gives a reason, with a number or, oddly, without."""
+
+    def __init__(self, name: str, after: int, error: OSError) -> None:
+        super().__init__()
+        self.name, self.left, self.error = name, after, error
+
+    def before(self, name: str, args: tuple[Any, ...]) -> None:
+        super().before(name, args)
+        self.left -= name == self.name
+        if name == self.name and self.left < 0:
+            raise self.error
+
+
+REASON = "the quota of the laboratory is used up"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, REASON), OSError(REASON)])
+@pytest.mark.parametrize(
+    ("call", "after"),
+    [
+        *((call, 0) for call in ("lstat", "mkdir", "open", "sync", "fstat", "lock", "list")),
+        *(("lstat", 1), ("mkdir", 2), ("open", 3), ("sync", 3), ("fstat", 1), ("pwrite", 0)),
+        *(("pwrite", 8), ("pread", 1), ("rename", 2), ("open", 20), ("lstat", 20), ("lock", 3)),
+    ],
+)
+def test_what_the_system_says_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int, error: OSError
+) -> None:
+    disk = ReasonDisk(call, after, error)
+    monkeypatch.setattr("pagedkv.tiers.pager.RealDisk", lambda: disk)
+    config = settings(tmp_path / "a" / "b", write_limit="50MB", durability="power", warm="100KB")
+    with pytest.raises(pagedkv.PagedKVError, match=REASON):
+        for _ in range(2):
+            with empty_cache(config, layers=1) as cache:
+                if cache.stored_sequences():
+                    cache.resume()
+                fill(cache, 1100)
+                cache.flush()
+
+
 def test_after_a_failed_sync_pages_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,12 @@ def told(what: str) -> Iterator[None]:
     except ColdStoreError:
         raise
     except OSError as e:
-        raise ColdStoreError(e.errno or errno.EIO, f"{what}: {e.strerror or e}{_advice(e)}") from e
+        raise ColdStoreError(e.errno or errno.EIO, f"{what}: {reason(e)}{_advice(e)}") from e
+
+
+def reason(e: OSError) -> str:
+    """What the system said, for the text of another error."""
+    return e.strerror or str(e) or type(e).__name__
 
 
 def _advice(e: OSError) -> str:

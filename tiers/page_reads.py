@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import ColdStoreError, CorruptPageError
 from pagedkv.tiers.checksums import checksums
-from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.files import aligned_buffer, reason
 from pagedkv.tiers.page_file import PageFile
 from pagedkv.tiers.page_files import PageFiles
 from pagedkv.tiers.records import ColdRecord, unpack
@@ -112,7 +112,7 @@ class PageReads:
             ) from e
         except OSError as e:
             raise ColdStoreError(
-                e.errno or errno.EIO, f"cannot read cold {first.identity}: {e.strerror or e}"
+                e.errno or errno.EIO, f"cannot read cold {first.identity}: {reason(e)}"
             ) from e
 
     def _verify(self, records: Sequence[ColdRecord], pages: Bytes) -> None:

@@ -26,6 +26,7 @@ from pagedkv.tiers.files import (
     again,
     keeps_permissions,
     open_private,
+    reason,
     remove_file,
     require_private,
     sync_directory,
@@ -184,19 +185,18 @@ def require_parent(parent: str, disk: Disk) -> Path:
     try:
         status = again(disk.lstat, path)
     except FileNotFoundError:
-        missing = [p for p in (path, *path.parents) if not p.exists()]
         try:
-            for directory in reversed(missing):
+            for directory in _missing(path, disk):
                 with suppress(FileExistsError):
                     again(disk.mkdir, directory)
                     _make_durable(directory.parent, disk)
             status = again(disk.lstat, path)
         except OSError as e:
-            raise ConfigError(f"cold_dir {parent!r} cannot be created: {e.strerror}") from e
+            raise ConfigError(f"cold_dir {parent!r} cannot be created: {reason(e)}") from e
     except NotADirectoryError as e:
         raise ConfigError(f"cold_dir {parent!r} cannot be created: it lies below a file") from e
     except OSError as e:
-        raise ConfigError(f"cold_dir {parent!r} cannot be used: {e.strerror}") from e
+        raise ConfigError(f"cold_dir {parent!r} cannot be used: {reason(e)}") from e
     if stat.S_ISLNK(status.st_mode):
         raise ConfigError(
             f"cold_dir {parent!r} is a symbolic link: name the directory it points to"
@@ -213,6 +213,17 @@ def require_parent(parent: str, disk: Disk) -> Path:
             f"other files in the place of ours; {remedy}",
         )
     return path
+
+
+def _missing(path: Path, disk: Disk) -> list[Path]:
+    """The directories that are to be made for one that is not there, the outermost first."""
+    missing = [path]
+    for parent in path.parents:
+        with suppress(FileNotFoundError):
+            again(disk.lstat, parent)
+            break
+        missing.insert(0, parent)
+    return missing
 
 
 def remove_abandoned(parent: Path, disk: Disk) -> int:
@@ -293,7 +304,7 @@ def _take_earlier_name(path: Path, disk: Disk) -> None:
 
 def _not_writable(where: Path, e: OSError) -> ConfigError:
     return ConfigError(
-        f"cold_dir {str(where)!r} is not writable ({e.strerror}): choose another with cold_dir="
+        f"cold_dir {str(where)!r} is not writable ({reason(e)}): choose another with cold_dir="
     )
 
 
