@@ -7,7 +7,7 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -119,6 +119,18 @@ def stock_maker(model: Any) -> Callable[[], list[Any]]:
         return list(make_prompt_cache(SimpleNamespace(layers=mine.layers)))
 
     return plain
+
+
+def asked_kv_size(frame: FrameType) -> int | None:
+    """The ``max_kv_size`` that mlx-lm's `make_prompt_cache` was called with, if this is its call.
+
+    It keeps the option to itself where a model makes its own caches, as every wrapped one does. All
+    of mlx-lm and its users hold that function, under names of their own, so there is no place
+    where another one could be put; but what it was asked for is in its frame.
+    """
+    if frame.f_code.co_name != "make_prompt_cache":
+        return None
+    return frame.f_locals.get("max_kv_size")
 
 
 def context_limit(model: Any) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from pagedkv import hook, sequences, state
@@ -17,6 +18,7 @@ from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer_weights import Spreads
 from pagedkv.lookup_layers import lookup_layers
 from pagedkv.model_facts import (
+    asked_kv_size,
     context_limit,
     fingerprint,
     require_model,
@@ -46,6 +48,7 @@ class Wrapping:
         stock: makes the caches the model would have had.
         fingerprint: of the model.
         max_tokens: the model's context limit, if it states one.
+        own_caches: whether the model's class makes its caches, so that mlx-lm bounds none.
         probes: per stream's number, for the streams that were seen to cache keys and values.
         prefixes: what its caches remember.
     """
@@ -55,6 +58,7 @@ class Wrapping:
     stock: Callable[[], list[Any]]
     fingerprint: str
     max_tokens: int | None
+    own_caches: bool
     probes: dict[int, LayerProbe] = field(default_factory=dict)
     prefixes: Prefixes = field(default_factory=Prefixes)
 
@@ -62,13 +66,20 @@ class Wrapping:
     def _turn(self) -> Turn:
         return self.pager.turn
 
-    @exclusive
     def make_cache(self) -> PagedCache:
-        """A new, empty cache; what `model.make_cache` returns while the model is wrapped."""
+        """A new, empty cache; what `model.make_cache` returns while the model is wrapped.
+
+        Raises:
+            ConfigError: if mlx-lm was asked for a bounded one, which the store cannot hold.
+        """
+        return self._make_cache(self._bounded(asked_kv_size(sys._getframe(1))))
+
+    @exclusive
+    def _make_cache(self, config: TierConfig) -> PagedCache:
         from pagedkv.mlx_lm_cache import paged_kind
 
         context = SequenceContext(
-            self.config,
+            config,
             self.pager,
             fingerprint=self.fingerprint,
             max_tokens=self.max_tokens,
@@ -87,6 +98,18 @@ class Wrapping:
             return cache
 
         return PagedCache(replaced(self.stock(), paged), context)
+
+    def _bounded(self, size: int | None) -> TierConfig:
+        """The settings of a cache that the caller wants bounded, as mlx-lm's own would be."""
+        if size in (None, self.config.max_kv_size) or self.own_caches:
+            return self.config
+        if self.pager.identity is not None:
+            raise ConfigError(
+                f"max_kv_size={size} was asked of mlx-lm, and what cold_dir keeps has "
+                f"max_kv_size={self.config.max_kv_size}: wrap the model with "
+                f"TierConfig(max_kv_size={size})"
+            )
+        return replace(self.config, max_kv_size=size)
 
 
 def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
@@ -133,6 +156,7 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         stock,
         name,
         context_limit(model),
+        hasattr(type(model), "make_cache"),
         prefixes=Prefixes(weights_of(model), lasting=True),
     )
     hook.install()

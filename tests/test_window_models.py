@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from tests.models import random_tokens, tiny_llama
+from tests.models import lively, random_tokens, tiny_llama
 from tests.test_mlx_lm import sizes
 
 HOT = pagedkv.TierConfig(hot_tokens=4096, hot_dtype="model", cold=0)  # everything stays as it is
@@ -153,6 +155,82 @@ def test_max_kv_size_bounds_layers_that_have_no_window(size: int) -> None:
             cache.stats().layers
             == ((("paged" if size == 600 else "16-bit") + f" window {size}"),) * 2
         )
+    pagedkv.unwrap(model)
+
+
+def no_caches_of_its_own() -> Any:
+    """A model that leaves it to mlx-lm to make caches; what it says depends on all that it read."""
+    mx.random.seed(0)
+    model = lively(sizes("qwen2"))
+    assert not hasattr(model, "make_cache")
+    return model
+
+
+def one_by_one(model: Any, **options: Any) -> list[list[int]]:
+    """What two prompts are answered, of which one is shorter than most windows."""
+    found = []
+    for n in (600, 150):
+        prompt = random_tokens(600)[0, :n]
+        steps = generate_step(prompt, model, max_tokens=20, prefill_step_size=100, **options)
+        found.append([int(token) for token, _ in steps])
+    return found
+
+
+def as_rows(model: Any, **options: Any) -> list[list[int]]:
+    """The same, in a batch."""
+    batch = BatchGenerator(model, max_tokens=20, prefill_step_size=100, **options)
+    prompt = random_tokens(600)[0].tolist()
+    out: dict[int, list[int]] = {uid: [] for uid in batch.insert([prompt, prompt[:150]])}
+    while responses := batch.next_generated():
+        for response in responses:
+            out[response.uid].append(response.token)
+    batch.close()
+    return list(out.values())
+
+
+@pytest.mark.parametrize("run", [one_by_one, as_rows])
+@pytest.mark.parametrize("config", [HOT, PAGES], ids=["hot", "pages"])
+def test_max_kv_size_asked_of_mlx_lm(run: Callable[..., Any], config: pagedkv.TierConfig) -> None:
+    model, sizes = no_caches_of_its_own(), (None, 400, 64)
+    # Rows of mlx-lm's own do not keep the first four tokens; each of ours is as it is alone.
+    expected = [one_by_one(model, max_kv_size=size) for size in sizes]
+    assert len({str(tokens) for tokens in expected}) == 3
+    with pagedkv.wrap(model, config):
+        found = [run(model, max_kv_size=size) for size in sizes]
+        bounded = stock.make_prompt_cache(model, 400)
+        assert {(c.max_size, c.keep) for c in bounded} == {(400, 4)}
+        bounded.close()
+        assert run(model) == found[0]  # the option is for one cache
+    if config is HOT:  # pages and hot tokens of 16 bit are not what mlx-lm has
+        assert found == expected
+    with pagedkv.wrap(model, replace(config, max_kv_size=400)):
+        assert run(model) == found[1]
+        assert run(model, max_kv_size=64) == found[2]
+    pagedkv.unwrap(model)
+
+
+def test_max_kv_size_asked_of_mlx_lm_where_it_cannot_be(tmp_path: Path) -> None:
+    model = no_caches_of_its_own()
+    with pagedkv.wrap(model, HOT), pytest.raises(pagedkv.ConfigError, match="from 8 up"):
+        stock.make_prompt_cache(model, max_kv_size=3)
+    lasting = replace(HOT, cold="1MB", cold_dir=str(tmp_path), max_kv_size=600)
+    with pagedkv.wrap(model, lasting):
+        with pytest.raises(pagedkv.ConfigError, match=r"TierConfig\(max_kv_size=64\)"):
+            stock.make_prompt_cache(model, 64)
+        same = stock.make_prompt_cache(model, 600)
+        assert same[0].max_size == 600
+        same.close()
+    pagedkv.unwrap(model)
+    # A model that makes its caches by itself is not bounded by mlx-lm either.
+    model = windowed("gemma3_text", 64)
+    assert {c.max_size for c in stock.make_prompt_cache(model, 32) if hasattr(c, "max_size")} == {
+        64
+    }
+    with pagedkv.wrap(model, HOT) as cache:
+        asked = stock.make_prompt_cache(model, 32)
+        assert [type(c) for c in asked] == [type(c) for c in cache]
+        assert asked[0].max_size == 64
+        asked.close()
     pagedkv.unwrap(model)
 
 
