@@ -419,6 +419,19 @@ class BatchPagedLayerCache:
         self._hold([*self.rows, *(_twin(row) for row in other.rows)])
 
     @property
+    def keys(self) -> mx.array | None:
+        """The array behind the first row's hot keys, to be made to depend on other arrays.
+
+        Models that are spread over processes hang what they send on it; see
+        `PagedLayerCache.keys`.
+        """
+        return self.rows[0].keys
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self.rows[0].keys = array
+
+    @property
     def _midway(self) -> bool:
         return self._stop is not None or self._padding is not None
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.config import lookup_count
+from pagedkv.model_facts import sharing_group
 from pagedkv.recording import CHUNK, Stream, measure
 
 LEAST_ECHO = 0.01
@@ -60,6 +61,20 @@ def lookup_layers(model: Any, candidates: Collection[int], fingerprint: str) -> 
     return tuple(sorted(sorted(heard, key=lambda n: (-heard[n], n))[:count]))
 
 
+def must_look(model: Any, unknown: bool) -> bool:
+    """Whether the model has to read tokens for `lookup_layers`.
+
+    Processes that share its layers can only read together, so all do if one has to.
+
+    Args:
+        model: of mlx-lm.
+        unknown: whether this process does not know the layers yet.
+    """
+    if (group := sharing_group(model)) is None:
+        return unknown
+    return bool(mx.distributed.all_sum(mx.array(int(unknown)), group=group).item())
+
+
 def echoes(model: Any) -> dict[int, float]:
     """What layers look up in tokens that they read before, beyond what they do in other tokens.
 
@@ -78,7 +93,11 @@ def echoes(model: Any) -> dict[int, float]:
     random = np.random.default_rng(0)
     ids, others = random.integers(0, vocabulary, (2, CHUNK)).tolist()
     same, other = (_second_half(model, ids + second) for second in (ids, others))
-    return {number: same[number] - other[number] for number in same}
+    found = {number: same[number] - other[number] for number in same}
+    if (group := sharing_group(model)) is not None:  # each has seen its own heads
+        total: Any = mx.distributed.all_sum(mx.array(list(found.values())), group=group).tolist()
+        found = {n: echo / group.size() for n, echo in zip(found, total, strict=True)}
+    return found
 
 
 def _second_half(model: Any, ids: list[int]) -> dict[int, float]:

@@ -96,6 +96,17 @@ def require_model(model: Any) -> None:
         )
 
 
+def pipeline_size(model: Any) -> int:
+    """How many processes a model's layers are in (mlx-lm's ``PipelineMixin``); 1 if in this one."""
+    return max(int(getattr(part, "pipeline_size", 1)) for part in model.modules())
+
+
+def sharing_group(model: Any) -> mx.distributed.Group | None:
+    """The processes that have parts of each of a model's layers; None if this one has them all."""
+    groups = (getattr(part, "group", None) for part in model.modules())
+    return next((g for g in groups if isinstance(g, mx.distributed.Group) and g.size() > 1), None)
+
+
 def stock_maker(model: Any) -> Callable[[], list[Any]]:
     """What makes the caches that the model would have if it were not wrapped.
 

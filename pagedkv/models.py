@@ -16,7 +16,7 @@ from pagedkv.config import TierConfig, lookup_count, names_file, require_config
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.layer_weights import Spreads
-from pagedkv.lookup_layers import lookup_layers
+from pagedkv.lookup_layers import lookup_layers, must_look
 from pagedkv.model_facts import (
     asked_kv_size,
     context_limit,
@@ -209,8 +209,10 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     pager.identity = config.store_identity(name, pager.layers, told, found=open_layers)
     if open_layers:
         found = sequences.kept_layers(pager, candidates)
-        if found is None:
-            found = lookup_layers(model, candidates, name)
+        if must_look(model, found is None):
+            seen = lookup_layers(model, candidates, name)
+            found = seen if found is None else found
+        assert found is not None
         ladder = cast(Ladder, config.lookup_ladder)
         pager.set_ladders(LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder)))
         for number in found:

@@ -18,7 +18,7 @@ from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView, stock_attention
 from pagedkv.covariances import Covariances
 from pagedkv.errors import ConfigError
-from pagedkv.model_facts import require_model, stock_maker
+from pagedkv.model_facts import pipeline_size, require_model, stock_maker
 from pagedkv.streams import streams
 from pagedkv.tiers import HotTokens
 
@@ -46,9 +46,15 @@ def measure(
         at_once: queries of a call, at most, whose attention is looked at.
 
     Raises:
-        ConfigError: if this is no such model, or no layer's queries were seen.
+        ConfigError: if this is no such model, no layer's queries were seen, or other processes
+            have some of its layers: they would have to read along.
     """
     require_model(model)
+    if (parts := pipeline_size(model)) > 1:
+        raise ConfigError(
+            f"the layers of {type(model).__name__} are in {parts} processes, and cannot be "
+            f"measured there: calibrate the model in one process"
+        )
     make, done, total = stock_maker(model), 0, sum(len(text) for text in texts)
     from pagedkv.mlx_lm_cache import paged_kind  # there is mlx-lm
 
