@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlx_lm.models.cache import LRUPromptCache
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from pagedkv import prefixes, sequences
 from pagedkv.cache import PagedCache
@@ -44,9 +45,26 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """A cache with the longest known beginning of a prompt, and the tokens it lacks.
 
+        At least one is left to be computed, for its logits. Processes that share a model use what
+        all of them have, or nothing: what one gave up for room another may still keep.
+
         See `LRUPromptCache.fetch_nearest_cache`.
         """
+        cache, rest = self._nearest(model, tokens)
+        group = mx.distributed.init()
+        if group.size() > 1:
+            lacking: Any = mx.distributed.all_gather(mx.array([len(rest)])).tolist()
+            if min(lacking) != max(lacking):
+                return None, tokens
+        return cache, rest
+
+    def _nearest(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
+        if not rest and cache is not None:  # this very sequence was kept
+            if not can_trim_prompt_cache(cache):
+                return None, tokens
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
         wrapping = wrapping_of(self.model())
         if wrapping is None or wrapping.pager.identity is None:
             return cache, rest

@@ -11,15 +11,22 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from mlx_lm import server
+import mlx.core as mx
+from mlx_lm import server, utils
 
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, OutOfPagesError, PagedKVError
 from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import unwrap, wrap, wrapping_of
-from pagedkv.serving_requests import PagedResponseGenerator, in_place
+from pagedkv.serving_requests import PagedResponseGenerator, Refusal, RequestError, in_place
+
+
+class UnknownModelError(PagedKVError):
+    """A request that names a model or an adapter that is nowhere to be found."""
 
 
 class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
@@ -57,6 +64,37 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
         """Have requests that ask for `name` get the model at `path`."""
         self._model_map[name] = path
 
+    def load_default(self) -> None:
+        """Load the model of the command line, if there is none."""
+        if self.model is None:
+            super().load_default()
+
+    def require_known(self, asked: server.ModelDescription) -> None:
+        """Check that there is what a request names; nothing is loaded or given up for it.
+
+        Args:
+            asked: the names of a model, of a draft model and of an adapter.
+
+        Raises:
+            RequestError: if it names something by what is no text.
+            UnknownModelError: if it is nowhere to be found.
+        """
+        loaded = self.model_key or ()  # also where it is no longer found
+        wanted: tuple[tuple[str, Any, Any, str], ...] = (
+            ("model", asked.model, self._model_map, "config.json"),
+            ("draft_model", asked.draft, self._draft_model_map, "config.json"),
+            ("adapters", asked.adapter, {}, "adapter_config.json"),
+        )
+        for what, given, names, file in wanted:
+            if not isinstance(given, (str, NoneType)):
+                raise RequestError(f"{what} is a name, got {type(given).__name__}")
+            name = names.get(given, given)
+            if name is not None and name not in loaded and not _found(name, file):
+                raise UnknownModelError(
+                    f"{what}: there is no {name!r}; name a folder or a hub id (owner/name), or "
+                    f"leave it out for what this server has loaded"
+                )
+
     def give_one_up(self) -> bool:
         """Drop the prompt cache that is longest unused; see `Pager.relief`."""
         if not self.kept:
@@ -78,29 +116,51 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
         super().reset()
 
 
+def _found(name: str, file: str) -> bool:
+    """Whether there is a folder with a file, here or at the hub."""
+    try:
+        if Path(name).exists() or name.count("/") != 1:
+            return Path(name, file).is_file()
+        return Path(utils.snapshot_download(name, allow_patterns=[file]), file).is_file()
+    except Exception as e:  # no name at all, none of the hub's, no network, no right to it
+        logging.info(f"There is no {name!r}: {e}")
+        return False
+
+
 class PagedAPIHandler(server.APIHandler):  # type: ignore[misc]
-    """mlx-lm's handler, which tells the client about errors in the middle of an answer."""
+    """mlx-lm's handler, which tells the client about every error, also in mid-answer."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
         """Answer; see `APIHandler.handle_completion`."""
         try:
             super().handle_completion(request, stop_words)
-        except PagedKVError as e:
-            self._tell(e)
+        except Refusal as e:
+            self._tell(e.error, begun=False)
+        except (PagedKVError, RuntimeError) as e:
+            self._tell(e, begun=self.stream)
 
-    def _tell(self, error: PagedKVError) -> None:
+    def _tell(self, error: Exception, begun: bool) -> None:
         """As an event where a stream has begun, else as a status of its own."""
         told = {"error": {"message": str(error), "type": type(error).__name__}}
-        if self.stream:
+        if begun:
             self.wfile.write(f"data: {json.dumps(told)}\n\n".encode())
             self.wfile.flush()
             return
         body = json.dumps(told).encode()
         self._headers_buffer: list[bytes] = []  # those of the answer that does not come
-        self._set_completion_headers(503 if isinstance(error, OutOfPagesError) else 500)
+        self._set_completion_headers(
+            next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+_STATUS: dict[type[Exception], int] = {
+    RequestError: 400,
+    UnknownModelError: 404,
+    OutOfPagesError: 503,
+}
 
 
 def serve(
@@ -110,6 +170,9 @@ def serve(
 ) -> None:
     """Serve until the process is interrupted.
 
+    Of several processes that share a model the first one listens. The others take part in what it
+    generates, until it ends.
+
     Args:
         provider: with mlx_lm.server's options.
         ready: called when the model is loaded and requests can come.
@@ -118,6 +181,7 @@ def serve(
     Raises:
         ConfigError: if the model cannot be loaded, or not with these tiers.
         OSError: if the port cannot be had.
+        PagedKVError: if a process of a group cannot go on.
     """
     args = provider.cli_args
     generator = PagedResponseGenerator(provider, KeptPrompts(args.prompt_cache_size))
@@ -128,8 +192,13 @@ def serve(
             raise
         except Exception as e:  # whatever a damaged folder makes of mlx-lm
             raise ConfigError(f"cannot load the model {args.model!r}: {explain(e)}") from e
-        ready()
-        server._run_http_server(args.host, args.port, generator, handler_class=PagedAPIHandler)
+        if mx.distributed.init().rank():
+            generator.join()
+        else:
+            ready()
+            server._run_http_server(args.host, args.port, generator, handler_class=PagedAPIHandler)
+        if generator.model_provider.is_distributed:
+            generator.require_well()
     finally:
         generator.stop_and_join()
 

@@ -1,19 +1,24 @@
 """Requests to mlx_lm.server whose caches are paged: what waits, what goes on, and what must end.
 
 A new request waits until its whole prompt fits beside what is under way; prompts kept for reuse are
-given up for it. One that cannot go on is answered with an error; the others do not notice.
+given up for it. One that cannot go on, or that cannot be understood, is answered with an error; the
+others do not notice. Where a model is spread over several processes, all of them decide alike.
 """
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from queue import Queue
 from typing import Any
+from weakref import WeakSet
 
+import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import CacheList
@@ -26,6 +31,32 @@ from pagedkv.models import wrapping_of
 from pagedkv.sizes import format_size
 from pagedkv.stats import rows_of
 
+_PATIENCE = 10.0
+"""Seconds that another process of a group waits for the first one to end it."""
+
+
+class RequestError(PagedKVError):
+    """A request that cannot be answered as it is: says what is wrong with it."""
+
+
+class GenerationError(PagedKVError):
+    """Something else than pagedkv failed while a request was answered."""
+
+
+class Refusal(BaseException):
+    """An error that comes before an answer has begun.
+
+    Not an `Exception`: mlx-lm's handler gives each of those that it sees then status 404.
+
+    Attributes:
+        error: what happened.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        """Wrap the error."""
+        super().__init__(str(error))
+        self.error = error
+
 
 class _Answers:
     """The queue on which one request is answered.
@@ -34,10 +65,11 @@ class _Answers:
         failed: whether it was answered with an error; what comes later is left out.
     """
 
-    def __init__(self, queue: Queue[Any]) -> None:
-        self._queue = queue
+    def __init__(self, queue: Queue[Any], unanswered: WeakSet[_Answers]) -> None:
+        self._queue, self._unanswered = queue, unanswered
         self._context: Any = None
         self.failed = False
+        unanswered.add(self)
 
     def put(self, item: Any) -> None:
         """As `Queue.put`."""
@@ -48,6 +80,8 @@ class _Answers:
         if isinstance(item, BaseException):
             # Its frames hold caches, and the thread that gets it must not be who lets go of them.
             item.__traceback__ = item.__context__ = item.__cause__ = None
+        if item is None or isinstance(item, BaseException):  # the last one
+            self._unanswered.discard(self)
         self._queue.put(item)
 
     def fail(self, error: BaseException) -> None:
@@ -76,6 +110,8 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         provider.kept = kept
         kept.model = lambda: provider.model
         self.answers: _Answers | None = None
+        self._unanswered: WeakSet[_Answers] = WeakSet()  # the loop forgets those that were left
+        self._ending = False
         self.given: list[list[Any]] = []
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
@@ -88,8 +124,25 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
             Exception: whatever loading it raised.
         """
         self._loaded.wait()
+        self.require_well()
+
+    def require_well(self) -> None:
+        """Check that the thread did not fail.
+
+        Raises:
+            Exception: with which it ended.
+        """
         if self._failure is not None:
             raise self._failure
+
+    def stop_and_join(self) -> None:
+        """End the thread, and those of the other processes of a group with that of the first."""
+        if not self._is_distributed:
+            super().stop_and_join()
+            return
+        self._ending = True
+        # The others are told where all of them listen; it is not for them to end by themselves.
+        self._generation_thread.join(None if self._rank == 0 else _PATIENCE)
 
     def _generate(self) -> None:
         try:
@@ -101,7 +154,70 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         finally:
             self._loaded.set()
         with in_place(server, BatchGenerator=partial(PagedBatchGenerator, self)):
-            super()._generate()
+            while True:
+                try:
+                    super()._generate()
+                    return
+                except Exception as e:
+                    self._go_on_after(e)
+
+    def _go_on_after(self, error: Exception) -> None:
+        """Answer all requests with an error that escaped mlx-lm's loop, which then begins anew.
+
+        Raises:
+            Exception: the error, if it was no request's, or the other processes of a group would
+                wait for this one where it is no more.
+        """
+        if self._is_distributed or not self._unanswered:
+            self._failure = _as_ours(error)
+            if self._is_distributed and self._rank == 0:
+                _thread.interrupt_main()  # it listens
+            raise error
+        # As text: who keeps the traceback keeps the caches in its frames.
+        logging.error(f"Requests under way end with an error:\n{traceback.format_exc()}")
+        for answers in list(self._unanswered):
+            answers.fail(_as_ours(error))
+        self.answers = None
+        self.let_go()
+
+    def generate(self, request: Any, generation_args: Any, *args: Any, **options: Any) -> Any:
+        """Hand a request to the thread; see `ResponseGenerator.generate`.
+
+        Raises:
+            Refusal: if it is answered with an error.
+        """
+        try:
+            self.model_provider.require_known(generation_args.model)
+            return super().generate(request, generation_args, *args, **options)
+        except Exception as e:
+            raise Refusal(e) from None
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """Tokenize a prompt, and try what else mlx-lm makes of the request.
+
+        mlx-lm does the rest where an error would end the thread, and this where it would not.
+
+        Raises:
+            RequestError: if the request cannot be understood.
+        """
+        if request.request_type == "text" and not isinstance(request.prompt, str):
+            raise RequestError(
+                f"prompt is a text, got {type(request.prompt).__name__}: send one request for each "
+                f"prompt of a list, and text in place of token ids"
+            )
+        try:
+            found = super()._tokenize(tokenizer, request, args)
+            tokens = list(found[0])
+            self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
+            server._make_sampler(args, tokenizer)
+            server._make_logits_processors(args)
+        except Exception as e:
+            raise RequestError(f"the request is not understood: {type(e).__name__}: {e}") from e
+        if not tokens:
+            raise RequestError("the prompt has no tokens: there is nothing to answer")
+        if not all(isinstance(token, int) for token in tokens):
+            raise RequestError("the prompt was not made into a list of tokens")
+        return found
 
     def let_go(self) -> None:
         """Take back what the last step gave: mlx-lm's loop holds it until there is another.
@@ -118,8 +234,15 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         if request is None:
             return None
         queue, *rest = request
-        self.answers = _Answers(queue)
+        self.answers = _Answers(queue, self._unanswered)
         return (self.answers, *rest)
+
+    def _share_request(self, request: Any) -> Any:
+        """Have all processes of a group take the same request, or end together."""
+        if self._is_distributed and self._share_object(self._ending or None):
+            self._stop = True
+            return None
+        return super()._share_request(request)
 
     def _log_cache_stats(self) -> None:
         super()._log_cache_stats()
@@ -151,10 +274,23 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         super().__init__(*args, **options)
 
     def insert_segments(self, *args: Any, **options: Any) -> list[int]:
-        """Add requests; see `BatchGenerator.insert_segments`."""
-        uids: list[int] = super().insert_segments(*args, **options)
-        if self._owner.answers is not None:
-            self._answers.update(dict.fromkeys(uids, self._owner.answers))
+        """Add requests; see `BatchGenerator.insert_segments`.
+
+        One that cannot be added is answered with the error, and dropped by the next step.
+        """
+        answers = self._owner.answers
+        if answers is None:
+            return list(super().insert_segments(*args, **options))
+        for name in ("samplers", "logits_processors"):
+            if name in options:
+                options[name] = [_guarded(answers, given) for given in options[name]]
+        try:
+            uids: list[int] = super().insert_segments(*args, **options)
+        except Exception as e:
+            answers.fail(_as_ours(e))
+            uids = [self._uid_count]
+            self._uid_count += 1
+        self._answers.update(dict.fromkeys(uids, answers))
         return uids
 
     def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
@@ -192,13 +328,16 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         try:
             prompts, answers = super().next()
             return list(prompts), list(answers)
-        except PagedKVError as e:
+        except Exception as e:
+            if self._owner._is_distributed:
+                raise  # the other processes wait in the middle of this step
+            error = _as_ours(e)
             answering = self._generation_batch.uids
-            if waiting and steps == self._counters.generation_steps and e.rows:
+            if waiting and steps == self._counters.generation_steps and error.rows:
                 # Nothing else has begun in this step: it can be made again without these.
-                self._fail({answering[row]: e for row in e.rows})
+                self._fail({answering[row]: error for row in error.rows})
             else:
-                self._fail_all(e)
+                self._fail_all(error)
             return [], []
 
     # Room
@@ -258,16 +397,30 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         yield from zip(batch.uids, rows, strict=False)  # no rows if no layer is paged
 
     def _no_room(self, wanted: list[tuple[int, Any, int]]) -> dict[int, PagedKVError]:
-        wanted = [wish for wish in wanted if wish[1] is not None]  # none of its layers is paged
-        problems = refused(Wish(row, tokens) for _, row, tokens in wanted)
-        return {
-            wanted[i][0]: OutOfPagesError(
-                f"out of pages at {wanted[i][1].offset:,} tokens (+{wanted[i][2]:,}) with "
-                f"{len(wanted) - 1} other requests: {problem}; raise the warm or cold budget, "
+        here = [wish for wish in wanted if wish[1] is not None]  # else none of its layers is paged
+        problems = refused(Wish(row, tokens) for _, row, tokens in here)
+        found: dict[int, PagedKVError] = {
+            here[i][0]: OutOfPagesError(
+                f"out of pages at {here[i][1].offset:,} tokens (+{here[i][2]:,}) with "
+                f"{len(here) - 1} other requests: {problem}; raise the warm or cold budget, "
                 f"lower the precision, or send fewer requests at once"
             )
             for i, problem in problems.items()
         }
+        if self._owner._is_distributed and wanted:
+            for uid in self._short_elsewhere([uid for uid, *_ in wanted], found):
+                found[uid] = OutOfPagesError(
+                    "out of pages in another process of the group: raise its warm or cold budget, "
+                    "lower the precision, or send fewer requests at once"
+                )
+        return found
+
+    def _short_elsewhere(self, uids: list[int], here: Iterable[int]) -> list[int]:
+        """Requests that have no room in some other process only: all must refuse alike."""
+        known = set(here)
+        flags = mx.array([uid in known for uid in uids], mx.int32)
+        short: Any = mx.distributed.all_max(flags).tolist()
+        return [uid for uid, there in zip(uids, short, strict=True) if there and uid not in known]
 
     @contextmanager
     def _held_back(self, begin: int) -> Iterator[None]:
@@ -292,8 +445,9 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
                 self._answers[uid].fail(error)
 
     def _fail_all(self, error: PagedKVError) -> None:
-        """The disk failed in the middle of a step: nobody's tokens are where they should be."""
-        while self._owner.model_provider.give_one_up():
+        """A step failed in its middle: nobody's tokens are where they should be."""
+        ours = not isinstance(error, GenerationError)
+        while ours and self._owner.model_provider.give_one_up():
             pass  # they may hold the pages that cannot be read
         waiting = {sequence[0] for sequence in (*self._unprocessed_sequences, *self._held)}
         self._prompt_batch = PromptProcessingBatch.empty(
@@ -302,6 +456,40 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self._generation_batch = GenerationBatch.empty(self.model, self.sampler)
         self._currently_processing: list[Any] = []
         self._fail({uid: error for uid in self._answers if uid not in waiting})
+
+
+def _as_ours(error: Exception) -> PagedKVError:
+    """An error to answer with; pagedkv's own are as they are."""
+    if isinstance(error, PagedKVError):
+        return error
+    return GenerationError(f"generating failed with {type(error).__name__}: {error}")
+
+
+def _guarded(answers: _Answers, given: Any) -> Any:
+    """A request's sampler, or its logits processors, whose errors end this request alone.
+
+    From the first one on the request is dropped: what is taken in their place is never seen.
+    """
+    if given is None:
+        return None
+    if isinstance(given, (list, tuple)):
+        return [_guard(answers, processor, lambda tokens, logits: logits) for processor in given]
+    return _guard(answers, given, lambda logprobs: mx.argmax(logprobs, axis=-1))
+
+
+def _guard(
+    answers: _Answers, function: Callable[..., mx.array], otherwise: Callable[..., mx.array]
+) -> Callable[..., mx.array]:
+    def call(*args: Any) -> mx.array:
+        if not answers.failed:
+            try:
+                return function(*args)
+            except Exception as e:
+                reason = f"its options cannot be followed: {type(e).__name__}: {e}"
+                answers.fail(RequestError(reason))
+        return otherwise(*args)
+
+    return call
 
 
 def _flat(caches: Iterable[Any]) -> Iterator[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import pagedkv
 from pagedkv.lookup_layers import echoes, must_look
 from pagedkv.model_facts import pipeline_size, sharing_group
 from pagedkv.models import wrapping_of
-from tests.models import lively, random_tokens
+from tests.models import byte_model, lively, random_tokens
 
 ROOT = Path(__file__).parent.parent
 CONFIG = pagedkv.TierConfig(
@@ -148,3 +150,40 @@ def test_a_model_of_this_process_alone_asks_nobody() -> None:
     model.model.pipeline_size = 2
     with pytest.raises(pagedkv.ConfigError, match="are in 2 processes"):
         pagedkv.calibrate(model, [list(range(90)) * 9])
+
+
+def test_of_two_processes_that_serve_a_model_one_listens(tmp_path: Path) -> None:
+    folder = byte_model(tmp_path, larger=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = ["-m", "pagedkv", "serve", "--model", folder, "--port", str(port), "--cold", "0"]
+    command += ["--hot-tokens", "64", "--page-tokens", "256", "--log-level", "ERROR"]
+
+    def ask(prompt: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(
+            "POST", "/v1/completions", json.dumps({"prompt": prompt, "max_tokens": 4})
+        )
+        response = connection.getresponse()
+        found = response.status, json.loads(response.read())
+        connection.close()
+        return found
+
+    with ranks(tmp_path, *command) as (first, second):
+        assert first.stderr is not None
+        said = next(line for line in first.stderr if "serving" in line or "error" in line)
+        assert f"127.0.0.1:{port}" in said
+        for _ in range(100):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            signal.sigtimedwait([], 0.1)
+        once, bad, again = ask("abcdefg" * 100), ask(""), ask("abcdefg" * 100)
+        assert (once[0], bad[0], again[0]) == (200, 400, 200)
+        assert once[1]["choices"] == again[1]["choices"]
+        assert again[1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 699
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 128 + signal.SIGTERM
+        assert second.wait(60) == 0  # told by the first
+        assert second.stderr is not None and "serving" not in second.stderr.read()

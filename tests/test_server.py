@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models.cache
+import mlx_lm.server
+import mlx_lm.utils
 import pytest
+from mlx_lm.generate import BatchGenerator, GenerationBatch
 
 import pagedkv
 from pagedkv import PagedLayerCache
 from pagedkv.cli import main
+from pagedkv.kept_prompts import KeptPrompts
+from pagedkv.serving_requests import PagedBatchGenerator
 from tests.models import byte_model
 from tests.server_campaign import CONFIG, Answer, Request, Running, campaign, running
 
@@ -232,6 +238,173 @@ def test_another_model_takes_the_place_of_the_first(folder: str, tmp_path: Path)
         assert len(server.kept) == 1
         server.wait_idle()
         server.check()
+
+
+def post(server: Running, body: dict[str, Any], path: str = "/v1/completions") -> tuple[int, Any]:
+    """Status and JSON of one request, whatever is in it."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        connection.request("POST", path, json.dumps(body))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "no text": {"prompt": ""},
+    "two texts": {"prompt": ["one", "two"]},
+    "token ids": {"prompt": [5, 6, 7]},
+    "no text, alone": {"prompt": "", "seed": 1},
+    "ids, alone": {"prompt": [5, 6, 7], "seed": 1},
+    "a number to stop at": {"stop": 3},
+    "nothing to stop at": {"stop": [None]},
+    "more than there are": {"temperature": 1.0, "top_k": 100_000},
+    "no float": {"temperature": 10**400},
+    "no index": {"logit_bias": {str(2**80): 1.0}},
+    "too far back": {"repetition_penalty": 1.5, "repetition_context_size": 10**30},
+    "no name": {"draft_model": ["a"]},
+}
+
+
+def test_a_request_that_cannot_be_answered_ends_alone(folder: str) -> None:
+    with running(folder) as server:
+        usual = Request(text(150), 6)
+        alone = server.ask(usual).text
+        for name, bad in BAD.items():
+            status, answer = post(server, {"prompt": "hello", "max_tokens": 3, **bad})
+            assert (status, answer["error"]["type"]) == (400, "RequestError"), (name, answer)
+            assert len(answer["error"]["message"]) > 20
+        # One beside it, in the same batch, gets its answer.
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(server.ask(Request(text(150), 60))))
+        thread.start()
+        until(lambda: bool(len(server.pager.users) > server.kept_layers()))
+        status, answer = post(server, {"prompt": "", "stream": True})
+        assert (status, answer["error"]["type"]) == (400, "RequestError")  # no stream has begun
+        assert post(server, {"prompt": "x", **BAD["more than there are"]})[0] == 400
+        thread.join()
+        assert answers[0].status == 200 and answers[0].text.startswith(alone)
+        chat = {"messages": [{"content": "no role"}], "max_tokens": 2}
+        assert post(server, chat, "/v1/chat/completions")[0] == 400
+        assert server.ask(usual).text == alone
+        server.wait_idle()
+        server.check()
+        assert server.generator.is_healthy
+
+
+@pytest.mark.parametrize("where", ["insert", "step", "loop"])
+def test_an_error_that_is_not_ours_ends_requests_and_not_the_server(
+    folder: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = threading.Event()
+
+    def fail(*args: Any, **options: Any) -> Any:
+        if failing.is_set():
+            raise ValueError("broken on purpose")
+        return before(*args, **options)
+
+    owner, name = {
+        "insert": (BatchGenerator, "insert_segments"),
+        "step": (GenerationBatch, "next"),
+        "loop": (mlx_lm.server, "_format_top_logprobs"),
+    }[where]
+    before = getattr(owner, name)
+    with running(folder) as server:
+        usual = Request(text(700), 4)
+        alone = server.ask(usual).text
+        monkeypatch.setattr(owner, name, fail)
+        failing.set()
+        answers = at_once(server, usual, Request(text(100, 1), 4))
+        for answer in answers:
+            assert answer.status == 500 and answer.error is not None
+            assert answer.error["type"] == "GenerationError"
+            assert "ValueError: broken on purpose" in answer.error["message"]
+        failing.clear()
+        again = server.ask(usual)
+        assert again == Answer(200, alone, 699)  # what was kept is there
+        server.wait_idle()
+        server.check()
+
+
+def test_a_prompt_that_is_all_of_a_sequence_that_was_kept(folder: str) -> None:
+    with running(folder) as server:
+        whole = text(300)
+        assert post(server, {"prompt": whole, "max_tokens": 3})[0] == 200
+        server.wait_idle()
+        tokens = next(server.kept._latest_first())[0]
+        cache, rest = server.kept.fetch_nearest_cache(
+            server.generator.model_provider.model_key, tokens
+        )
+        assert rest == tokens[-1:] and cache[0].offset == len(tokens) - 1
+        for layer in cache:
+            layer.close()
+
+
+def test_a_request_for_what_is_not_there_disturbs_nobody(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def hub(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name != "some/model":
+            raise FileNotFoundError(name)
+        return folder
+
+    monkeypatch.setattr(mlx_lm.utils, "snapshot_download", hub)
+    (tmp_path / "empty").mkdir()
+    with running(folder) as server:
+        server.ask(Request(text(700), 2))
+        server.wait_idle()
+        model = server.generator.model_provider.model
+        names: list[dict[str, Any]] = [
+            {"model": "gpt-4"},
+            {"model": "owner/none"},
+            {"model": str(tmp_path / "empty")},
+            {"model": "\0"},
+            {"draft_model": "none"},
+            {"adapters": str(tmp_path)},
+        ]
+        for body in names:
+            status, answer = post(server, {"prompt": "x", "max_tokens": 1, **body})
+            assert (status, answer["error"]["type"]) == (404, "UnknownModelError"), answer
+            assert answer["error"]["message"].startswith(f"{next(iter(body))}: there is no ")
+        assert asked == [("owner/none", ["config.json"])]
+        assert server.generator.model_provider.model is model
+        assert server.ask(Request(text(700), 2)).cached == 699
+        server.generator.model_provider.require_known(
+            mlx_lm.server.ModelDescription("some/model", "default_model", None)
+        )
+
+
+def test_processes_reuse_what_all_of_them_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, others = KeptPrompts(), []
+    kept.insert_cache("m", [1, 2, 3], [mlx_lm.models.cache.KVCache()])
+
+    class Group:
+        def size(self) -> int:
+            return 2
+
+    monkeypatch.setattr(mx.distributed, "init", Group)
+    monkeypatch.setattr(
+        mx.distributed, "all_gather", lambda mine: mx.concatenate([mine, mx.array(others)])
+    )
+    for there, found in ((1, True), (4, False)):
+        others[:] = [there]
+        cache, rest = kept.fetch_nearest_cache("m", [1, 2, 3, 4])
+        assert (cache is not None, rest) == (found, [4] if found else [1, 2, 3, 4])
+
+
+def test_processes_refuse_what_one_of_them_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_the_other(mine: mx.array) -> mx.array:
+        return mx.maximum(mine, mx.array([1, 1, 0]))
+
+    monkeypatch.setattr(mx.distributed, "all_max", with_the_other)
+    batch = PagedBatchGenerator.__new__(PagedBatchGenerator)
+    batch._old_wired_limit = None
+    assert batch._short_elsewhere([7, 8, 9], [7]) == [8]
+    assert batch._short_elsewhere([7, 8, 9], [7, 8]) == []
 
 
 # The command

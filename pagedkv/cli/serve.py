@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pagedkv.cli.loading import add_model_options, cast_model, explain, locate
 from pagedkv.cli.options import add_mlx_lm_options, add_tier_options, tier_config
 from pagedkv.cli.output import Notes
-from pagedkv.errors import ConfigError
+from pagedkv.errors import ConfigError, PagedKVError
 
 _EPILOG = """\
 examples:
@@ -23,7 +23,7 @@ The server is mlx_lm.server. All of its options are taken and passed on, such as
 --max-tokens, --decode-concurrency, --prompt-concurrency, --prompt-cache-size and --log-level:
 `mlx_lm.server --help` shows them. Requests are batched, and prompts that begin alike share pages.
 When pages run out, prompts kept for reuse go first, new requests wait, and a request that cannot
-go on gets status 503. Once it listens:
+go on gets status 503. Under mlx.launch the first process listens. Once it does:
   curl localhost:8080/v1/completions -H 'Content-Type: application/json' \\
     -d '{"prompt": "What is a page table?", "max_tokens": 64}'
 """
@@ -77,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
         serve(provider, lambda: say(f"serving {args.model} at {where} (stop with Ctrl-C)"), explain)
     except SystemExit as e:  # told to stop
         code = int(e.code or 0)
+    except (KeyboardInterrupt, PagedKVError, OSError) as e:
+        if not provider.is_distributed:
+            raise
+        # The thread may wait for another process for ever, and Python would wait for the thread.
+        stopped = isinstance(e, KeyboardInterrupt)
+        print(f"pagedkv: {'interrupted' if stopped else f'error: {e}'}", file=sys.stderr)
+        code = 130 if stopped else 1
     return _leave(code)
 
 
