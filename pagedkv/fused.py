@@ -635,7 +635,7 @@ def _scratch(present: mx.array | None, words: int) -> mx.array:
 
 @lru_cache(maxsize=1)
 def _zeros() -> mx.array:
-    zeros = mx.zeros(8)
+    zeros = mx.zeros(8, mx.uint32)
     mx.eval(zeros)
     return zeros
 

@@ -13,8 +13,10 @@ import pagedkv
 from pagedkv import kernel_check
 from pagedkv.attention import attend
 from pagedkv.backends import KernelBackend
+from pagedkv.fused import _slabs
 from pagedkv.kernels.source import KernelText
 from pagedkv.state import page_records
+from pagedkv.tiers.warm import WarmSlab
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.test_attention import ROUNDING, config, error, queries
@@ -216,3 +218,15 @@ def test_a_kernel_that_fails_its_check_is_not_used(
             check(cache, queries(4, length, 64, mx.float16))
     bad = [name for name, reason in kernel_check.results.items() if reason]
     assert bad and all(name.split("_")[1] in (kernel, "attend") for name in bad)
+
+
+def test_what_stands_in_for_a_slab_without_slots_has_its_type() -> None:
+    """Another type would be another kernel under the same name."""
+    cache = filled(config(kv="K4V4", cold="64MB"), 1200, mx.float16)
+    pager = cache[0]._pager
+    assert pager is not None
+    for precision, slab in list(pager._slabs.items()):
+        pager._slabs[precision] = WarmSlab(slab.page_bytes, slab.max_slots)
+    pager._sized = False
+    assert [slab.dtype for slab in _slabs(pager)] == [mx.uint32]
+    assert all(slab.size >= 8 for slab in _slabs(pager))

@@ -23,9 +23,7 @@ from tests.emulator import HostLauncher
 from tests.kernel_cases import Case, codecs, with_feedback
 from tests.test_attention import ROUNDING, config, error, queries
 from tests.test_fused import LADDER, Untrusted, output
-from tests.test_kernels import LINUX, plant
-
-pytestmark = LINUX
+from tests.test_kernels import plant
 
 SHAPE = KVShape(2, 64, 64)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from pagedkv.kernels.decode import SplitPlan, attend_splits, table_words
 from tests import kernel_cases
 from tests.emulator import EmulatorError, HostLauncher
 from tests.kernel_cases import KINDS, TOLERANCE, Case, Run, error, outputs, treatment_of
-
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux and g++")
-pytestmark = LINUX
 
 AHEAD, WHERE_IT_IS = True, False
 

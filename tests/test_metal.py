@@ -17,7 +17,6 @@ from tests.kernel_cases import Case, Run, codecs
 from tests.test_kernels import (
     EIGHT,
     LADDER,
-    LINUX,
     RUNS,
     SMALL,
     SMALL_RUNS,
@@ -27,7 +26,6 @@ from tests.test_kernels import (
     plant,
 )
 
-pytestmark = LINUX
 BF16 = {"dtype": mx.bfloat16, "hot_dtype": mx.bfloat16}
 
 # C++ for OpenCL has Metal's address spaces and keywords, and clang knows it: that language, without

@@ -94,9 +94,14 @@ class KernelText:
         kinds = {name: "OUTPUT" if name in self.written else "BUFFER" for name in self.inputs}
         arguments = [f"({kind}){name}" for name, kind in kinds.items()]
         arguments += [f"(OUTPUT){name}" for name in self.outputs]
-        declared = shared.format(words=self.shared_words)
+        declared = shared.format(vectors=-(-self.shared_words // 4))
         return f"{declared}\npagedkv::{self.call}({position}, shared, {', '.join(arguments)});"
 
+
+METAL_MEMORY = (
+    "threadgroup uint4 memory[{vectors}];\nthreadgroup u32* shared = (threadgroup u32*)memory;"
+)
+"""Threadgroup memory on Metal: up to 16 bytes are stored at once, so it is aligned to that."""
 
 _TARGETS = {
     "cuda": (
@@ -107,7 +112,7 @@ _TARGETS = {
         "thread_index_in_simdgroup, simdgroup_index_in_threadgroup, "
         "threadgroup_position_in_grid.x, threadgroup_position_in_grid.y, "
         "threadgroup_position_in_grid.z",
-        "using namespace pagedkv;\nthreadgroup u32 shared[{words}];",
+        f"using namespace pagedkv;\n{METAL_MEMORY}",
     ),
 }
 
