@@ -41,6 +41,7 @@ class SequenceContext:
         torn: whether some of those have taken tokens of a call that failed, and cannot give
             them back.
         forks: those that still lack layers, see `fork_for`.
+        loaded: what a saved cache says of this sequence, until all its layers are there.
     """
 
     config: TierConfig
@@ -58,6 +59,7 @@ class SequenceContext:
     others: tuple[Any, ...] = ()
     torn: bool = False
     forks: list[_PartialFork] = field(default_factory=list)
+    loaded: dict[str, Any] | None = None
 
     @property
     def settled(self) -> TierConfig:

@@ -264,6 +264,7 @@ class PagedLayerCache(LayerPages):
         """Check the arrays; the first ones decide the layer's shape."""
         if self._closed:
             raise ClosedError(f"layer {self.layer}: the cache is closed; make a new one")
+        state.require_all_loaded(self._context)
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise ShapeError(
                 f"layer {self.layer}: keys {keys.shape} and values {values.shape} are not "

@@ -11,6 +11,7 @@ from mlx_lm.models import cache as stock
 from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.config import KEPT_TOKENS
 from pagedkv.context import SequenceContext
+from pagedkv.errors import CacheStateError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
@@ -65,8 +66,16 @@ class BatchPagedKVCache(BatchPagedLayerCache, stock._BaseCache):  # type: ignore
 
     @classmethod
     def from_state(cls, state: Any) -> BatchPagedKVCache:
-        """A batch from its rows' saved states, each row with its own tiers."""
-        return cls(_ROWS[kind].from_state(row) for row, kind in state)
+        """A batch from its rows' saved states, each row with its own tiers.
+
+        Raises:
+            CacheStateError: if a state is damaged or not ours.
+        """
+        try:
+            rows = [(_ROWS[kind], row) for row, kind in state]
+        except (KeyError, TypeError, ValueError) as e:
+            raise CacheStateError("this is not the state of a batch of paged caches") from e
+        return cls(kind.from_state(row) for kind, row in rows)
 
 
 _ROWS: dict[str, type[PagedLayerCache]] = {

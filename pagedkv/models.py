@@ -289,21 +289,22 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     Args:
         path: of the file.
         model: the model that it was made with; wrapped here if it is not yet.
-        config: tiers to use if the model is not wrapped; the saved ones if None.
+        config: tiers to use if the model is not wrapped; if None the saved ones, but with
+            budgets that are not above the defaults, and no path.
 
     Returns:
         The cache, ready to be passed as ``prompt_cache=``.
 
     Raises:
         CacheStateError: if the file is damaged, or was made with another model.
+        ConfigError: if the settings do not fit the model.
         OutOfPagesError: if the budgets do not hold it.
     """
     states = state.load_states(path)
     metas = [state.parse_meta(s) for s in states]
     require_model(model)
     mine = fingerprint(model)
-    if not metas or metas[0]["fingerprint"] != mine:
-        theirs = metas[0]["fingerprint"] if metas else "nothing"
+    if (theirs := metas[0]["fingerprint"]) != mine:
         raise CacheStateError(
             f"{str(path)!r} was made with another model: it belongs to {theirs}, this one is {mine}"
         )
@@ -313,6 +314,12 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     else:
         cache = wrapping.make_cache()
     try:
+        layers, saved_layers = [[c.layer for c in cache.paged_layers], [m["layer"] for m in metas]]
+        if layers != saved_layers or not cache.is_fully_paged:
+            raise CacheStateError(
+                f"{str(path)!r} has layers {saved_layers}, and the model's that are paged are "
+                f"{layers}"
+            )
         for layer, meta, saved in zip(cache.paged_layers, metas, states, strict=True):
             state.restore(layer, meta, saved)
     except BaseException:

@@ -1,8 +1,11 @@
 """A cache as a tree of arrays and strings: what mlx-lm saves, and what `save` streams to a file.
 
 Per layer: ``meta`` (JSON text), ``hot_keys``, ``hot_values``, ``treatment`` with the matrices if
-there are any (uint32), and ``pages`` with one uint32 array per sealed page. The file is the
-safetensors file that mlx-lm's `save_prompt_cache` would write.
+there are any (uint32), and ``pages`` with one uint32 array per sealed page. The file is a
+safetensors file with the arrays and names that mlx-lm's `save_prompt_cache` would write.
+
+Nothing of a file is taken on trust: each layer's text has the digests of its arrays and one of
+itself, and a file that `save` wrote has one over all of it (docs/format.md).
 """
 
 from __future__ import annotations
@@ -11,36 +14,42 @@ import json
 import os
 import re
 import secrets
-import struct
-import tempfile
+import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.config import ALIKE, TierConfig
-from pagedkv.errors import CacheStateError, ConfigError, PagedKVError
+from pagedkv.allocator.geometry import PAGE_TOKENS
+from pagedkv.config import ALIKE, TierConfig, names_file
+from pagedkv.errors import CacheStateError, ClosedError, ConfigError, PagedKVError
+from pagedkv.sizes import parse_size
+from pagedkv.snapshot_file import (
+    NO_DIGEST,
+    Entry,
+    StoredArray,
+    array_digest,
+    bytes_of,
+    is_whole,
+    read_arrays,
+    text_digest,
+    write_arrays,
+)
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
+    from pagedkv.context import SequenceContext
     from pagedkv.layer import PagedLayerCache
 
-FORMAT = "pagedkv-2"
-_SCALAR = re.compile(r"2\.\d+\.0")  # in mlx-lm's metadata: the name of a leaf that is no array
+FORMAT = "pagedkv-3"
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_SAFETENSORS = {
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.float32: "F32",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-}
 
 
 class CacheState(dict[str, Any]):
@@ -61,31 +70,66 @@ class CacheState(dict[str, Any]):
 
 
 def full_state(cache: PagedLayerCache) -> dict[str, Any]:
-    """Everything a layer holds, with its pages in memory."""
-    full: dict[str, Any] = {"meta": json.dumps(describe(cache))}
-    if not cache.empty():
-        full["hot_keys"], full["hot_values"] = cache._hot.view()
-        if cache._pager and cache._pager.treatment:
-            full["treatment"] = cache._pager.treatment.all_words
-        pages = {f"p{i}": record for i, record in enumerate(page_records(cache))}
-        if pages:
-            full["pages"] = pages
-    return full
+    """Everything a layer holds, with its pages in memory.
+
+    Raises:
+        ClosedError: if it is closed.
+        CacheStateError: if its sequence is in the middle of a call, or such a call has failed.
+    """
+    _require_whole(cache)
+    full: dict[str, Any] = dict(_unpaged_arrays(cache))
+    pages = {f"p{i}": record for i, record in enumerate(page_records(cache))}
+    digests = {name: array_digest(name, array) for name, array in {**full, **pages}.items()}
+    if pages:
+        full["pages"] = pages
+    return {**full, "meta": _signed({**describe(cache), "digests": digests})}
+
+
+def _unpaged_arrays(cache: PagedLayerCache) -> Iterator[tuple[str, mx.array]]:
+    """All arrays of a layer but its pages, with their names."""
+    if cache.empty():
+        return
+    yield from zip(("hot_keys", "hot_values"), cache._hot.view(), strict=True)
+    if cache._pager and cache._pager.treatment:
+        yield "treatment", cache._pager.treatment.all_words
+
+
+def _require_whole(cache: PagedLayerCache) -> None:
+    """See that a layer has something to save, and that it goes with the sequence's others."""
+    if cache._closed:
+        raise ClosedError(f"layer {cache.layer}: the cache is closed, nothing is left to save")
+    if cache._context.torn:
+        raise CacheStateError(
+            "a call of the model failed, and its layers that are not paged are ahead of those "
+            "that are: save a copy that was made before"
+        )
+    lengths = sorted({c.offset for c in cache.siblings() if c.offset})
+    if len(lengths) > 1:
+        raise CacheStateError(
+            f"the layers hold from {lengths[0]:,} to {lengths[-1]:,} tokens: save between the "
+            f"model's calls, not within one"
+        )
 
 
 def describe(cache: PagedLayerCache) -> dict[str, Any]:
     """What a layer's state means: settings, shape, and what each page is."""
     context = cache._context
+    config = context.settled.to_dict()
+    # Paths are for nobody else, and no file may choose any.
+    config |= {"cold_dir": None}
+    config |= {"treatment": "auto"} if names_file(config["treatment"]) else {}
     meta: dict[str, Any] = {
         "format": FORMAT,
         "layer": cache.layer,
         "layers": context.pager.layers,
+        "siblings": sum(1 for _ in cache.siblings()),
+        "readers": cache.readers,
         "offset": cache.offset,
         "fingerprint": context.fingerprint,
         "max_tokens": context.max_tokens,
         "sequence": context.sequence_id,
         "sink_tokens": cache.sink_tokens,
-        "config": {**context.settled.to_dict(), "cold_dir": None},
+        "config": config,
     }
     if window := cache.window_state():
         meta["window"] = window
@@ -103,6 +147,11 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
     return meta
 
 
+def _signed(meta: dict[str, Any]) -> str:
+    """A layer's description as text, with its own digest."""
+    return json.dumps({**meta, "digest": text_digest(meta)})
+
+
 def page_records(cache: PagedLayerCache) -> Iterator[mx.array]:
     """Each page's record, uint32 ``[page_bytes / 4]``, in order, one at a time."""
     if cache._pager is None or cache._table is None:
@@ -116,73 +165,219 @@ def page_records(cache: PagedLayerCache) -> Iterator[mx.array]:
 
 # Restoring
 
-_loading: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-"""Contexts of caches being loaded by mlx-lm, which builds one layer at a time."""
+_loading: weakref.WeakValueDictionary[tuple[int, str], SequenceContext] = (
+    weakref.WeakValueDictionary()
+)
+"""Contexts of caches being loaded by mlx-lm, which builds one layer at a time; by thread and
+sequence."""
+
+_MOST_LAYERS = 2**16
+
+
+def _is_page(value: Any) -> bool:
+    """Whether it is precision, position and valid tokens of a page."""
+    kinds = [type(x) for x in value] if isinstance(value, list) else []
+    return kinds == [str, int, int] and value[1] >= 0 and 1 <= value[2] <= PAGE_TOKENS[-1]
+
+
+_POSSIBLE: dict[str, Callable[[Any], bool]] = {
+    "layer": lambda n: is_whole(n, 0, _MOST_LAYERS),
+    "layers": lambda n: is_whole(n, 1, _MOST_LAYERS),
+    "siblings": lambda n: is_whole(n, 1, _MOST_LAYERS),
+    "readers": lambda n: is_whole(n, 1),
+    "offset": lambda n: is_whole(n, 0, 2**40),
+    "sink_tokens": is_whole,
+    "max_tokens": lambda n: n is None or is_whole(n, 0, 2**63),
+    "sequence": lambda text: isinstance(text, str),
+    "fingerprint": lambda text: isinstance(text, str),
+    "config": lambda told: isinstance(told, dict),
+    "digests": lambda told: isinstance(told, dict),
+    "window": lambda told: told is None or all(map(is_whole, dict(told).values())),
+}
+_POSSIBLE_OF_TOKENS: dict[str, Callable[[Any], bool]] = {
+    "shape": lambda n: len(n) == 3 and all(is_whole(x, 1) for x in n),
+    "dtype": lambda text: text in _DTYPES,
+    "page_tokens": lambda n: is_whole(n) and n in PAGE_TOKENS,
+    "pages": lambda told: isinstance(told, list) and all(map(_is_page, told)),
+}
+"""What a description must say, and of a layer that holds tokens: which values can be."""
+
+_ALIKE = ("sequence", "layers", "siblings", "fingerprint", "max_tokens", "config")
+"""What all layers of a saved cache say alike."""
 
 
 def parse_meta(value: Any) -> dict[str, Any]:
     """The description in a saved layer state.
 
     Raises:
-        CacheStateError: if it is not one of ours.
+        CacheStateError: if it is not one of ours, or damaged.
     """
     try:
         meta = json.loads(value["meta"])
-        known = meta["format"] == FORMAT
-    except (TypeError, KeyError, ValueError) as e:
+        known, digest = meta["format"] == FORMAT, meta.pop("digest", None)
+        sound = digest == text_digest(meta)
+    except (TypeError, LookupError, ValueError, AttributeError, RecursionError) as e:
         raise CacheStateError("this is not the state of a paged cache") from e
     if not known:
         raise CacheStateError(
-            f"saved cache has format {meta['format']!r}, this version reads {FORMAT!r}"
+            f"saved cache has format {str(meta['format'])[:40]!r}, this version reads {FORMAT!r}: "
+            f"let the model read the prompt again, and save that"
         )
-    return dict(meta)
+    if not sound:
+        raise CacheStateError(
+            "the description of a layer is damaged, its digest is another than when it was saved: "
+            "use another copy of the file, or let the model read the prompt again"
+        )
+    _require_possible(meta)
+    return {**meta, "digest": digest}
+
+
+def _require_possible(meta: dict[str, Any]) -> None:
+    """See that a description says all that it must, in values that can be.
+
+    Raises:
+        CacheStateError: naming what it does not.
+    """
+    for name, possible in (_POSSIBLE | (_POSSIBLE_OF_TOKENS if meta.get("offset") else {})).items():
+        try:
+            good = possible(meta.get(name))
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise CacheStateError(
+                f"the saved state of a layer is damaged: its {name} is "
+                f"{str(meta.get(name, 'missing'))[:80]}"
+            )
+
+
+def _require_alike(first: dict[str, Any], meta: dict[str, Any]) -> None:
+    """See that two layers are of one sequence.
+
+    Raises:
+        CacheStateError: naming what tells them apart.
+    """
+    unlike = [name for name in _ALIKE if first[name] != meta[name]]
+    if first["offset"] and meta["offset"] and first["offset"] != meta["offset"]:
+        unlike.append("offset")
+    if unlike:
+        name = unlike[0]
+        raise CacheStateError(
+            f"layers {first['layer']} and {meta['layer']} were not saved together: their {name} is "
+            f"{str(first[name])[:80]} and {str(meta[name])[:80]}"
+        )
 
 
 def saved_config(meta: dict[str, Any]) -> TierConfig:
-    """The settings with which a cache was saved; files from before have no such choices."""
-    return TierConfig(**{"treatment": "none", "layer_kv": ALIKE, **meta["config"]})
+    """The settings with which a cache was saved, as far as a file may choose them.
+
+    That is what tokens and pages are like. Files come from other machines and other people: their
+    budgets count where they are smaller than the defaults, and no path of theirs does, so that a
+    file takes neither more memory and disk than a cache without settings nor chooses a place.
+
+    Raises:
+        CacheStateError: if there are no such settings.
+    """
+    # Files from before have no such choices.
+    told = {"treatment": "none", "layer_kv": ALIKE, **meta["config"]}
+    mine = TierConfig()
+    told |= {"cold_dir": None, "keep_free": mine.keep_free}
+    if names_file(told["treatment"]):
+        told["treatment"] = "auto"
+    try:
+        if re.search(r"\d{6}", str(told["layer_kv"])):  # ranges are written out
+            raise ConfigError("layer_kv names layers that no model has")
+        for name in ("warm", "cold", "staging", "write_buffer", "scratch", "bounds"):
+            both = told.get(name, getattr(mine, name)), getattr(mine, name)
+            told[name] = min(both, key=parse_size)
+        return TierConfig(**told)
+    except (ConfigError, TypeError, ValueError, OverflowError) as e:
+        raise CacheStateError(f"the settings of the saved cache are none: {e}") from e
 
 
 def restore_into(cache: PagedLayerCache, value: Any) -> None:
     """Fill a blank layer cache from a state, with tiers of its own (shared by its file's layers).
 
     Raises:
-        CacheStateError: if the state is damaged or not ours.
+        CacheStateError: if the state is damaged, not ours, or not of the same sequence as the
+            layers before.
     """
+    if isinstance(value, CacheState):
+        value = value.items()
+    value = dict(value) if isinstance(value, dict) else value
+    meta = parse_meta(value)
+    context = _loading_context(meta)
+    try:
+        if meta["offset"] and (treatment := _treatment(meta, value)):
+            context.pager.treatments[meta["layer"]] = treatment
+        cache.start_from(context, meta)
+    except (KeyError, TypeError, ConfigError) as e:
+        raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
+    cache.readers = meta["readers"]
+    restore(cache, meta, value)
+
+
+def _loading_context(meta: dict[str, Any]) -> SequenceContext:
+    """What a layer that is loaded shares with those that were loaded before it."""
     from pagedkv.context import SequenceContext
 
-    if isinstance(value, CacheState):
-        value = dict(value.items())
-    meta = parse_meta(value)
-    key = meta["sequence"]
+    key = threading.get_ident(), meta["sequence"]
     context = _loading.get(key)
-    if context is None or any(c.layer == meta["layer"] for c in context.alive()):
+    before = [cache.layer for cache in context.alive()] if context else []
+    if context is None or meta["layer"] in before:
         config = saved_config(meta)
         context = SequenceContext(config, Pager(config.budget(), meta["layers"]))
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
+        context.loaded = meta
         _loading[key] = context
-    try:
-        if meta.get("offset") and (treatment := _treatment(meta, value)):
-            context.pager.treatments[meta["layer"]] = treatment
-        cache.start_from(context, meta)
-    except (KeyError, TypeError) as e:
-        raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
-    restore(cache, meta, value)
+    else:
+        assert context.loaded is not None
+        _require_alike(context.loaded, meta)
+        if before and meta["layer"] < before[-1]:
+            raise CacheStateError(
+                f"layer {meta['layer']} of the saved cache comes after layer {before[-1]}: they "
+                f"were exchanged"
+            )
+        if meta["offset"]:
+            context.loaded = meta
+    return context
+
+
+def require_all_loaded(context: SequenceContext) -> None:
+    """See that a sequence that mlx-lm loaded has all layers that were saved together.
+
+    Raises:
+        CacheStateError: if it has not.
+    """
+    if context.loaded is None:
+        return
+    there, saved = sum(1 for _ in context.alive()), context.loaded["siblings"]
+    if there != saved:
+        raise CacheStateError(
+            f"{there} of the {saved} layers of a saved cache were loaded: the others are missing, "
+            f"or of another cache"
+        )
+    context.loaded = None  # once is enough
 
 
 def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
     """Put saved tokens into an empty layer cache whose tiers exist.
 
-    The pages are taken out of `value` one by one, so that no more than one is in memory.
+    The arrays are taken out of `value` one by one, so that no more than one page is in memory.
 
     Raises:
-        CacheStateError: if arrays are missing or have another shape than described.
+        CacheStateError: if arrays are missing, damaged, or of another shape than described.
+        ConfigError: if the warm budget is smaller than one page.
+        OutOfPagesError: if the budgets do not hold it.
     """
-    if "shape" not in meta or not meta["offset"]:
+    if not meta["offset"]:
         return
     try:
         shape = KVShape(*meta["shape"])
         dtype = _DTYPES[meta["dtype"]]
+        if cache.shape not in (None, shape):
+            raise CacheStateError(
+                f"layer {cache.layer}: the saved cache has {shape} and this one {cache.shape}"
+            )
         cache.bind(shape, dtype)
         assert cache._pager is not None and cache._table is not None
         if cache._pager.page_tokens != meta["page_tokens"]:
@@ -192,7 +387,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             )
         _require_precisions(cache, meta)
         _accept_treatment(cache, meta, _treatment(meta, value))
-        cache.accept_window(meta.get("window", {}), int(meta["offset"]))
+        cache.accept_window(meta.get("window", {}), meta["offset"])
         if cache.sink_tokens != meta["sink_tokens"]:
             raise CacheStateError(
                 f"the cache was saved with {meta['sink_tokens']} sink tokens and this one has "
@@ -200,19 +395,21 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             )
         for i, (name, position, tokens) in enumerate(meta["pages"]):
             precision = Precision.parse(name)
-            # Taken out, for once it is read it has memory: the file may be larger than that.
-            record = value["pages"].pop(f"p{i}")
-            _require_shape(shape, meta["page_tokens"], precision, record)
+            record = _taken(meta, value, f"p{i}")
+            _require_page(shape, meta["page_tokens"], precision, tokens, record)
             page = cache._pager.store(record[None], precision, position, cache._context.lineage)
             cache._table.append(page, tokens)
+        keys, values = (_taken(meta, value, name) for name in ("hot_keys", "hot_values"))
+        _require_hot(shape, keys, values)
         cache._dtype = dtype
-        cache._hot.load(value["hot_keys"].astype(dtype), value["hot_values"].astype(dtype))
-        cache.offset = int(meta["offset"])
+        cache._hot.load(keys.astype(dtype), values.astype(dtype))
+        cache.offset = meta["offset"]
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, PagedKVError):
             raise
+        what = f"{e} is missing" if isinstance(e, KeyError) else e
         raise CacheStateError(
-            f"the saved state of layer {meta.get('layer')} is damaged: {e}"
+            f"the saved state of layer {meta.get('layer')} is damaged: {what}"
         ) from e
     if cache.offset != cache._hot.used + cache._table.tokens + cache.dropped:
         raise CacheStateError(
@@ -230,7 +427,8 @@ def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
     if not (told := meta.get("treatment")):
         return None
     try:
-        words = np.asarray(value["treatment"])
+        # Looked at twice, so it is not taken out: for the tiers, and for what this layer holds.
+        words = np.asarray(_taken(meta, {"treatment": value["treatment"]}, "treatment"))
         return Treatment.restore(told, words, KVShape(*meta["shape"]), "saved with the cache")
     except (ConfigError, KeyError, TypeError, ValueError) as e:
         raise CacheStateError(
@@ -241,12 +439,51 @@ def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
 def _require_precisions(cache: PagedLayerCache, meta: dict[str, Any]) -> None:
     assert cache._pager is not None
     for i, (name, _, _) in enumerate(meta["pages"]):
-        if (precision := Precision.parse(name)) not in cache._pager.precisions:
+        try:
+            precision = Precision.parse(name)
+        except ConfigError as e:
+            raise CacheStateError(f"layer {cache.layer}: saved page {i}: {e}") from e
+        if precision not in cache._pager.precisions:
             raise CacheStateError(
                 f"layer {cache.layer}: saved page {i} is {precision}, which the ladder "
                 f"'{cache.ladder}' does not have: load it with the kv and layer_kv that it was "
                 f"saved with"
             )
+        if not precision.quantized and _page_dtype(cache._pager.hot_dtype) != _page_dtype(
+            _DTYPES[meta["dtype"]]
+        ):
+            raise CacheStateError(
+                f"layer {cache.layer}: saved page {i} is of {meta['dtype']}, and this cache keeps "
+                f"{cache._pager.hot_dtype}: load it with the hot_dtype that it was saved with"
+            )
+
+
+def _page_dtype(hot: mx.Dtype) -> mx.Dtype:
+    """The type of 16-bit pages, given that of hot tokens."""
+    return mx.float16 if hot == mx.float32 else hot
+
+
+def _taken(meta: dict[str, Any], value: Any, name: str) -> mx.array:
+    """An array of a layer's state, which is found to be what it was.
+
+    It is taken out, for once it is read it has memory: the file may be larger than that.
+
+    Raises:
+        CacheStateError: if it is damaged.
+        KeyError: if it is missing.
+    """
+    leaf = value["pages"].pop(name) if name.startswith("p") else value.pop(name)
+    try:
+        array: mx.array = leaf() if callable(leaf) else leaf
+        mx.eval(array)
+    except RuntimeError as e:  # MLX reads lazily: only here mlx-lm's loader finds a file cut short
+        raise CacheStateError(f"layer {meta['layer']}: {name} cannot be read: {e}") from e
+    if array_digest(name, array) != meta["digests"][name]:
+        raise CacheStateError(
+            f"layer {meta['layer']}: {name} is damaged, its digest is another than when it was "
+            f"saved: use another copy of the file, or let the model read the prompt again"
+        )
+    return array
 
 
 def _accept_treatment(
@@ -272,15 +509,49 @@ def _accept_treatment(
         )
 
 
-def _require_shape(shape: KVShape, tokens: int, precision: Precision, record: mx.array) -> None:
-    words = PageGeometry(shape, tokens, precision).page_bytes // 4
+def _require_page(
+    shape: KVShape, page_tokens: int, precision: Precision, tokens: int, record: mx.array
+) -> None:
+    """See that a saved page can be one."""
+    geometry = PageGeometry(shape, page_tokens, precision)
+    words = geometry.page_bytes // 4
     if record.shape != (words,) or record.dtype != mx.uint32:
         raise CacheStateError(
             f"a {precision} page is uint32 [{words}], the file has {record.dtype} {record.shape}"
         )
+    if tokens > page_tokens:
+        raise CacheStateError(f"a page of {page_tokens} tokens cannot hold {tokens}")
+    data = bytes_of(record)
+    for part in geometry.parts:
+        numbers = data[part.offset : part.offset + part.nbytes].view(np.float16)
+        if part.dtype == "float16" and not np.isfinite(numbers).all():
+            raise CacheStateError(f"a saved page's {part.name} are not all finite numbers")
+
+
+def _require_hot(shape: KVShape, keys: mx.array, values: mx.array) -> None:
+    """See that saved hot tokens can be some."""
+    count = keys.shape[2] if keys.ndim == 4 else 0
+    want = [(1, shape.kv_heads, count, dim) for dim in (shape.key_dim, shape.value_dim)]
+    if [keys.shape, values.shape] != want or {keys.dtype, values.dtype} - set(_DTYPES.values()):
+        raise CacheStateError(
+            f"hot tokens are {want}, the file has {keys.dtype} {keys.shape} and {values.dtype} "
+            f"{values.shape}"
+        )
 
 
 # Files
+
+_WHOLE = "2.0"
+"""Where a file's metadata has the digest over all of it: mlx-lm writes an empty text there, and
+passes it by when it reads."""
+
+_PLACE = r"\d{1,6}(?:\.\d{1,6}\.0)*"
+_LEAF = re.compile(
+    rf"({_PLACE})\.(?:(meta|hot_keys|hot_values|treatment)|pages\.(p\d{{1,9}}))", re.ASCII
+)
+"""Names of arrays: where the layer is, and which of its leaves."""
+_CLASS = re.compile(rf"{_PLACE}\.\d{{1,6}}\.1", re.ASCII)
+"""Likewise: of a nested cache's class."""
 
 
 def save(path: str | os.PathLike[str], cache: PagedCache) -> None:
@@ -288,150 +559,173 @@ def save(path: str | os.PathLike[str], cache: PagedCache) -> None:
 
     Raises:
         OSError: if it cannot be written.
-        CacheStateError: if a layer is not paged and its state is not made of arrays.
+        ConfigError: if the path is that of something else than a file.
+        ClosedError: if the cache is closed.
+        CacheStateError: if a layer is not paged and its state is not made of arrays, or a call of
+            the model is under way.
     """
-    target = Path(path)
-    entries, metadata = _entries(cache)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for name, dtype, shape, _ in entries:
-        nbytes = int(np.prod(shape)) * dtype.size
-        header[name] = {
-            "dtype": _SAFETENSORS[dtype],
-            "shape": list(shape),
-            "data_offsets": [at, at + nbytes],
-        }
-        at += nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(struct.pack("<Q", len(text)))
-            f.write(text)
-            for _, _, _, produce in entries:
-                f.write(_bytes(produce()))
-            f.flush()
-            os.fsync(f.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    signed: list[str] = []
+    entries, metadata = _entries(cache, signed)
+
+    def complete(header: dict[str, Any]) -> None:
+        header["__metadata__"][_WHOLE] = _file_digest(header, signed)
+
+    write_arrays(path, entries, metadata, complete)
 
 
-Entry = tuple[str, mx.Dtype, tuple[int, ...], Callable[[], mx.array]]
+def _file_digest(header: dict[str, Any], signed: list[str]) -> str:
+    """The digest over a whole file: its header, and the digests of its layers' descriptions."""
+    metadata = {**header["__metadata__"], _WHOLE: ""}
+    return text_digest({**header, "__metadata__": metadata}, signed)
 
 
-def _entries(cache: PagedCache) -> tuple[list[Entry], dict[str, str]]:
+def _entries(cache: PagedCache, signed: list[str]) -> tuple[list[Entry], dict[str, str]]:
     """The file's arrays in order, each with a way to produce it, and the file's metadata.
 
     Names and metadata are those of mlx-lm's `save_prompt_cache`: per layer a class name, and for
-    each leaf that is not an array its place and kind.
+    each leaf that is not an array its place and kind. Digests of the layers' descriptions are
+    added to `signed` when these are produced.
     """
     entries: list[Entry] = []
     texts: list[str] = []
     metadata: dict[str, str] = {}
     for i, layer in enumerate(cache):
         metadata[f"1.{i}"] = type(layer).__name__
-        entries += _layer_entries(f"{i}", layer, texts)
-    metadata["2.0"] = ""
+        entries += _layer_entries(f"{i}", layer, texts, signed)
+    metadata[_WHOLE] = NO_DIGEST
     for n, name in enumerate(texts, 1):
         metadata[f"2.{n}.0"], metadata[f"2.{n}.1"] = name, "string"
     return entries, metadata
 
 
-def _layer_entries(place: str, layer: Any, texts: list[str]) -> Iterator[Entry]:
+def _layer_entries(place: str, layer: Any, texts: list[str], signed: list[str]) -> Iterator[Entry]:
     """The arrays of a layer's cache; names of those that are texts are added to `texts`."""
     from pagedkv.layer import PagedLayerCache
 
     inner = inner_caches(layer)
     if inner is not None:  # as CacheList does it: each cache's state and the name of its class
         for i, cache in enumerate(inner):
-            yield from _layer_entries(f"{place}.{i}.0", cache, texts)
-            yield _text_entry(f"{place}.{i}.1", type(cache).__name__, texts)
+            yield from _layer_entries(f"{place}.{i}.0", cache, texts, signed)
+            texts.append(f"{place}.{i}.1")
+            codes = _codes(type(cache).__name__)
+            yield Entry(texts[-1], codes.dtype, codes.shape, partial(mx.array, codes))
         return
     if not isinstance(layer, PagedLayerCache):
         raise CacheStateError(
             f"the cache at {place} is a {type(layer).__name__}, which is not paged: save this "
             f"model's cache with mlx_lm.models.cache.save_prompt_cache"
         )
-    yield _text_entry(f"{place}.meta", json.dumps(describe(layer)), texts)
-    if layer.empty():
+    _require_whole(layer)
+    digests: dict[str, str] = {}
+
+    def entry(
+        name: str, dtype: mx.Dtype, shape: tuple[int, ...], produce: Callable[[], mx.array]
+    ) -> Entry:
+        digests[name] = NO_DIGEST  # it takes as much room as the one that is known later
+
+        def produced() -> mx.array:
+            array = mx.contiguous(produce())
+            digests[name] = array_digest(name, array)
+            return array
+
+        leaf = f"pages.{name}" if name.startswith("p") else name
+        return Entry(f"{place}.{leaf}", dtype, shape, produced)
+
+    for name, array in _unpaged_arrays(layer):
+        yield entry(name, array.dtype, array.shape, partial(mx.array, array))
+    for number, (words, produce) in enumerate(_pages(layer)):
+        yield entry(f"p{number}", mx.uint32, (words,), produce)
+    meta = {**describe(layer), "digests": digests}
+
+    def description() -> mx.array:
+        signed.append(text_digest(meta))
+        return _codes(_signed(meta))
+
+    # Last, for it has the digests of the others.
+    texts.append(f"{place}.meta")
+    yield Entry(texts[-1], mx.int32, (len(_signed(meta)),), description)
+
+
+def _pages(layer: PagedLayerCache) -> Iterator[tuple[int, Callable[[], mx.array]]]:
+    """Of each page the words it has, and what produces it."""
+    if layer._pager is None or layer._table is None:
         return
-    for name, array in zip(("hot_keys", "hot_values"), layer._hot.view(), strict=True):
-        yield _entry(f"{place}.{name}", array)
-    if layer._pager and layer._pager.treatment:
-        yield _entry(f"{place}.treatment", layer._pager.treatment.all_words)
-    yield from _page_entries(place, layer)
-
-
-def _text_entry(name: str, text: str, texts: list[str]) -> Entry:
-    texts.append(name)
-    return _entry(name, mx.array([ord(c) for c in text]))
-
-
-def _entry(name: str, array: mx.array) -> Entry:
-    return name, array.dtype, tuple(array.shape), lambda: array
-
-
-def _page_entries(place: str, layer: PagedLayerCache) -> Iterator[Entry]:
-    assert layer._pager is not None and layer._table is not None
     produce = page_records(layer)
-    for number, entry in enumerate(layer._table):
-        precision = layer._pager.pages[entry.page].precision
-        words = layer._pager.codecs[precision].geometry.page_bytes // 4
+    for page, _ in layer.located_pages():
+        words = layer.page_bytes(page.precision) // 4
         # The pages are written in this order, so one generator serves all of them.
-        yield f"{place}.pages.p{number}", mx.uint32, (words,), lambda: next(produce)
+        yield words, lambda: next(produce)
 
 
-def _bytes(array: mx.array) -> bytes:
-    plain = mx.contiguous(array)
-    if plain.dtype == mx.bfloat16:
-        plain = plain.view(mx.uint16)  # numpy has no bfloat16
-    return np.asarray(plain).tobytes()
+def _codes(text: str) -> mx.array:
+    """A text as mlx-lm saves it, int32 ``[characters]``."""
+    return mx.array([ord(c) for c in text], mx.int32)
 
 
 def load_states(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The states of the streams in a file written by `save` (or by mlx-lm, for paged caches).
 
-    Arrays are lazy: each is read when it is used.
+    Arrays are not read yet: each is a function that does it.
 
     Raises:
-        CacheStateError: if the file is missing, damaged, or not a paged cache.
+        CacheStateError: if the file is missing, damaged, or not a paged cache, or its layers do
+            not belong together.
     """
-    from mlx.utils import tree_unflatten
-
+    name = str(path)
     try:
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-        arrays, metadata = loaded
-        for place in _text_leaves(metadata):
-            arrays[place] = "".join(chr(c) for c in arrays[place].tolist())
-        states = tree_unflatten(list(arrays.items()))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
-        raise CacheStateError(f"{str(path)!r} is not a saved cache: {e}") from e
-    flat = list(_stream_states(states)) if isinstance(states, list) else []
-    if not flat or not all(isinstance(s, dict) for s in flat):
-        raise CacheStateError(f"{str(path)!r} holds no paged cache")
-    return flat
+        header, stored = read_arrays(name)
+        told = header["__metadata__"][_WHOLE]
+        states = _grouped(name, stored)
+        for found in states:
+            codes = np.asarray(found["meta"]()).tolist()
+            found["meta"] = bytes(codes).decode("ascii")
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as e:
+        if isinstance(e, PagedKVError):
+            raise
+        raise CacheStateError(f"{name!r} is not a saved cache: {e}") from e
+    metas = [parse_meta(found) for found in states]
+    if told != "" and told != _file_digest(header, [meta["digest"] for meta in metas]):
+        raise CacheStateError(
+            f"{name!r} is damaged, the digest over the whole is another than when it was saved: "
+            f"use another copy of the file, or let the model read the prompt again"
+        )
+    first = next((meta for meta in metas if meta["offset"]), metas[0])
+    for meta in metas:
+        _require_alike(first, meta)
+    numbers = [meta["layer"] for meta in metas]
+    if numbers != sorted(set(numbers)):
+        raise CacheStateError(f"the layers in {name!r} are {numbers}: they were exchanged")
+    if len(metas) != metas[0]["siblings"]:
+        raise CacheStateError(
+            f"{name!r} has {len(metas)} of the {metas[0]['siblings']} layers that were saved"
+        )
+    return states
 
 
-def _stream_states(states: list[Any]) -> Iterator[Any]:
-    """Of lists of caches the states inside, without the names of their classes."""
-    for layer in states:
-        pairs = layer if isinstance(layer, list) else []
-        if pairs and all(isinstance(p, list) and len(p) == 2 for p in pairs):
-            yield from _stream_states([inner for inner, _ in pairs])
-        else:
-            yield layer
+def _grouped(path: str, stored: dict[str, StoredArray]) -> list[dict[str, Any]]:
+    """The arrays of a file by stream, in the order of these.
 
-
-def _text_leaves(metadata: dict[str, str]) -> list[str]:
-    """Names of the arrays that are really texts, by mlx-lm's list of leaves that are no arrays."""
-    return [
-        name
-        for key, name in metadata.items()
-        if _SCALAR.fullmatch(key) and metadata.get(f"{key[:-1]}1") == "string"
-    ]
+    Raises:
+        CacheStateError: if there are others.
+    """
+    states: dict[tuple[int, ...], dict[str, Any]] = defaultdict(dict)
+    for name, array in stored.items():
+        if match := _LEAF.fullmatch(name):
+            place, leaf, page = match.groups()
+            found = states[tuple(map(int, place.split(".")))]
+            if leaf:
+                found[leaf] = array
+            else:
+                found.setdefault("pages", {})[page] = array
+        elif not _CLASS.fullmatch(name):
+            states.clear()
+            break
+    if not states:
+        raise CacheStateError(
+            f"{path!r} holds no paged cache, or layers that are not paged: what mlx-lm saved, "
+            f"mlx_lm.models.cache.load_prompt_cache loads"
+        )
+    return [states[place] for place in sorted(states)]
 
 
 def new_sequence_id() -> str:
