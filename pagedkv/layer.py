@@ -15,12 +15,7 @@ from pagedkv.attention import DECODE_TOKENS, KVView, attend, check_view
 from pagedkv.backends import KernelBackend
 from pagedkv.config import TierConfig
 from pagedkv.context import SequenceContext
-from pagedkv.errors import (
-    CacheStateError,
-    ClosedError,
-    PagedKVError,
-    ShapeError,
-)
+from pagedkv.errors import CacheStateError, PagedKVError, ShapeError
 from pagedkv.layer_pages import LayerPages
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.stand_in import stand_ins
@@ -89,7 +84,12 @@ class PagedLayerCache(LayerPages):
         return self._handed_out(self.append(keys, values))
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What `update_and_fetch` returned last; for layers that share keys (gemma3n, afm7)."""
+        """What `update_and_fetch` returned last; for layers that share keys (gemma3n, afm7).
+
+        Raises:
+            ClosedError: after `close`.
+        """
+        self.require_open()
         return self._handed_out(self.view())
 
     def _handed_out(self, view: KVView) -> tuple[mx.array, mx.array]:
@@ -161,7 +161,13 @@ class PagedLayerCache(LayerPages):
         return self.view()
 
     def view(self) -> KVView:
-        """The present contents, for attention."""
+        """The present contents, for attention.
+
+        Raises:
+            ClosedError: after `close`.
+        """
+        if self._closed:  # not a call: this is done for every token
+            self.require_open()
         table, hot = self._table, self._hot.tokens
         assert table is not None
         sinks = min(self.sink_tokens, hot.used)
@@ -262,8 +268,7 @@ class PagedLayerCache(LayerPages):
 
     def _accept(self, keys: mx.array, values: mx.array) -> None:
         """Check the arrays; the first ones decide the layer's shape."""
-        if self._closed:
-            raise ClosedError(f"layer {self.layer}: the cache is closed; make a new one")
+        self.require_open()
         state.require_all_loaded(self._context)
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise ShapeError(
@@ -404,8 +409,7 @@ class PagedLayerCache(LayerPages):
     @exclusive
     def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
         """A second cache with the same tokens: shares every page, copies page numbers only."""
-        if self._closed:
-            raise ClosedError(f"layer {self.layer}: a closed cache cannot be forked")
+        self.require_open()
         twin = self._blank(context or self._context.fork())
         twin.reaches_hook, twin.readers = dict(self.reaches_hook), self.readers
         twin.take_over(self)

@@ -15,7 +15,7 @@ from pagedkv.allocator import KVShape, Ladder, PageTable, Precision, TableEntry
 from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
-from pagedkv.errors import ColdStoreError, OutOfPagesError, ShapeError
+from pagedkv.errors import ClosedError, ColdStoreError, OutOfPagesError, ShapeError
 from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
 from pagedkv.tiers.turn import Turn, exclusive
@@ -79,6 +79,15 @@ class LayerPages:
         self._finalizer = weakref.finalize(self, self._pager.abandon, self._table)
         self._full = self._hot_room(self._pager.page_tokens)
         self._hot = HotBuffer(self._full + DECODE_TOKENS)
+
+    def require_open(self) -> None:
+        """See that the cache was not closed.
+
+        Raises:
+            ClosedError: if it was.
+        """
+        if self._closed:
+            raise ClosedError(f"layer {self.layer}: the cache is closed; make a new one")
 
     def located_pages(self) -> Iterator[tuple[Page, int]]:
         """This sequence's pages in order, each with its valid tokens."""
@@ -348,7 +357,13 @@ class LayerPages:
 
     @exclusive
     def take_over(self, other: PagedLayerCache) -> None:
-        """Hold the tokens of another cache of this layer, and none else; it keeps them too."""
+        """Hold the tokens of another cache of this layer, and none else; it keeps them too.
+
+        Raises:
+            ClosedError: if one of both is closed.
+        """
+        self.require_open()
+        other.require_open()
         if other._pager is not None and other._table is not None:
             if self._pager is None:
                 self.bind(other._pager.shape, other._dtype)

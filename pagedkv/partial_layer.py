@@ -122,6 +122,7 @@ class PartialLayerCache(PagedLayerCache):
 
     def view(self) -> KVView:
         """What the queries of the last call see, for attention."""
+        self.require_open()
         table, hot = self._table, self._hot.tokens
         assert table is not None
         sinks, paged = min(self.keep, hot.used), table.tokens

@@ -27,7 +27,7 @@ import numpy as np
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.config import ALIKE, TierConfig, names_file
-from pagedkv.errors import CacheStateError, ClosedError, ConfigError, PagedKVError
+from pagedkv.errors import CacheStateError, ConfigError, PagedKVError
 from pagedkv.sizes import parse_size
 from pagedkv.snapshot_file import (
     NO_DIGEST,
@@ -96,8 +96,7 @@ def _unpaged_arrays(cache: PagedLayerCache) -> Iterator[tuple[str, mx.array]]:
 
 def _require_whole(cache: PagedLayerCache) -> None:
     """See that a layer has something to save, and that it goes with the sequence's others."""
-    if cache._closed:
-        raise ClosedError(f"layer {cache.layer}: the cache is closed, nothing is left to save")
+    cache.require_open()
     if cache._context.torn:
         raise CacheStateError(
             "a call of the model failed, and its layers that are not paged are ahead of those "
