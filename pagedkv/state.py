@@ -300,9 +300,8 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
         CacheStateError: if the state is damaged, not ours, or not of the same sequence as the
             layers before.
     """
-    if isinstance(value, CacheState):
-        value = value.items()
-    value = dict(value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = dict(value.items())  # of a `CacheState` everything; the caller keeps the arrays
     meta = parse_meta(value)
     context = _loading_context(meta)
     try:
@@ -312,7 +311,10 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     except (KeyError, TypeError, ConfigError) as e:
         raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
     cache.readers = meta["readers"]
-    restore(cache, meta, value)
+    try:
+        restore(cache, meta, value)
+    except ConfigError as e:
+        raise CacheStateError(f"the settings of the saved cache do not fit it: {e}") from e
 
 
 def _loading_context(meta: dict[str, Any]) -> SequenceContext:
@@ -322,7 +324,9 @@ def _loading_context(meta: dict[str, Any]) -> SequenceContext:
     key = threading.get_ident(), meta["sequence"]
     context = _loading.get(key)
     before = [cache.layer for cache in context.alive()] if context else []
-    if context is None or meta["layer"] in before:
+    # One that is in use, or has lost layers, is not the one that is being loaded.
+    going_on = bool(context and context.loaded and 0 < len(before) == len(context.layers))
+    if context is None or not going_on or meta["layer"] in before:
         config = saved_config(meta)
         context = SequenceContext(config, Pager(config.budget(), meta["layers"]))
         context.fingerprint, context.max_tokens = meta["fingerprint"], meta["max_tokens"]
@@ -331,7 +335,7 @@ def _loading_context(meta: dict[str, Any]) -> SequenceContext:
     else:
         assert context.loaded is not None
         _require_alike(context.loaded, meta)
-        if before and meta["layer"] < before[-1]:
+        if meta["layer"] < before[-1]:
             raise CacheStateError(
                 f"layer {meta['layer']} of the saved cache comes after layer {before[-1]}: they "
                 f"were exchanged"
