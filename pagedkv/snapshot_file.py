@@ -75,11 +75,9 @@ def text_digest(*told: Any) -> str:
 
 def bytes_of(array: mx.array) -> Bytes:
     """An array's bytes, not copied where it is contiguous."""
-    plain = mx.contiguous(array)
-    if plain.dtype == mx.bfloat16:
-        plain = plain.view(mx.uint16)  # numpy has no bfloat16
+    plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # unknown to numpy
     mx.eval(plain)
-    return np.asarray(plain).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
 
 
 # Writing
