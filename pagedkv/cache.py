@@ -144,10 +144,13 @@ class PagedCache(list[Any]):
         saved. The file appears under its name only when it is complete.
 
         Args:
-            path: of the ``.safetensors`` file.
+            path: of the ``.safetensors`` file; through a link, of the one that this names.
 
         Raises:
             OSError: if it cannot be written.
+            ConfigError: if the path is that of something else than a file.
+            ClosedError: after `close`.
+            CacheStateError: if a layer is not paged, or a call of the model is under way.
         """
         state.save(path, self)
 

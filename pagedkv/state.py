@@ -247,6 +247,15 @@ def _require_possible(meta: dict[str, Any]) -> None:
                 f"the saved state of a layer is damaged: its {name} is "
                 f"{str(meta.get(name, 'missing'))[:80]}"
             )
+    arrays = set[str]()
+    if meta["offset"]:
+        pages = (f"p{i}" for i in range(len(meta["pages"])))
+        arrays = {"hot_keys", "hot_values", *pages} | ({"treatment"} & meta.keys())
+    if arrays != meta["digests"].keys():
+        raise CacheStateError(
+            f"the saved state of layer {meta['layer']} is damaged: it is described as "
+            f"{len(arrays)} arrays and has digests of {len(meta['digests'])}, not of the same"
+        )
 
 
 def _require_alike(first: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -427,12 +436,14 @@ def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
     Raises:
         CacheStateError: if the file is damaged there.
     """
-    if not (told := meta.get("treatment")):
+    if "treatment" not in meta:
         return None
     try:
         # Looked at twice, so it is not taken out: for the tiers, and for what this layer holds.
         words = np.asarray(_taken(meta, {"treatment": value["treatment"]}, "treatment"))
-        return Treatment.restore(told, words, KVShape(*meta["shape"]), "saved with the cache")
+        return Treatment.restore(
+            meta["treatment"], words, KVShape(*meta["shape"]), "saved with the cache"
+        )
     except (ConfigError, KeyError, TypeError, ValueError) as e:
         raise CacheStateError(
             f"the saved state of layer {meta.get('layer')} is damaged: {e}"

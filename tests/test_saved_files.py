@@ -194,6 +194,17 @@ def without(name: str) -> Callable[[File], None]:
     return damage
 
 
+def without_word(name: str) -> Callable[[File], None]:
+    """A description that leaves something out, its digest being right."""
+
+    def damage(file: File) -> None:
+        meta = file.meta(0)
+        del meta[name]
+        file.set_meta(0, meta)
+
+    return damage
+
+
 DAMAGE: dict[str, Callable[[File], None]] = {
     "a bit of a page": flipped("0.pages.p1", 100),
     "a bit of a page's padding": flipped("1.pages.p2", -1),
@@ -213,6 +224,8 @@ DAMAGE: dict[str, Callable[[File], None]] = {
     "no hot keys": without("0.hot_keys"),
     # Digests are right from here on: what remains is that parts do not fit each other.
     "NaN scales that are signed": signed(0, nan_scales),
+    "no word of the matrices": without_word("treatment"),
+    "no tokens in a layer that has some": told(1, offset=0),
     "layers of another length": told(0, offset=899),
     "layers of another sequence": told(1, sequence="0123456789abcdef"),
     "layers of another model": told(1, fingerprint="llama-0"),
@@ -307,6 +320,7 @@ def test_noise_is_refused_or_does_not_matter(case: Case) -> None:
 ODD = [None, True, -1, 0, 1, 2**24, 2**31, 2**70, 1.5, float("nan"), "", "K2V2", [], {}, [[]]]
 
 
+@pytest.mark.filterwarnings("ignore:the context has")
 @pytest.mark.parametrize("how", ["ours", "mlx_lm"])
 def test_descriptions_that_cannot_be_are_typed_errors(case: Case, how: str) -> None:
     """Of somebody who signs what he writes: no error of Python's, no memory, no other answer."""
