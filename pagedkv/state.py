@@ -42,6 +42,7 @@ from pagedkv.snapshot_file import (
 )
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
+from pagedkv.tiers.turn import exclusive
 
 if TYPE_CHECKING:
     from pagedkv.cache import PagedCache
@@ -69,6 +70,7 @@ class CacheState(dict[str, Any]):
         return full_state(self._cache).items()
 
 
+@exclusive
 def full_state(cache: PagedLayerCache) -> dict[str, Any]:
     """Everything a layer holds, with its pages in memory.
 
@@ -371,6 +373,7 @@ def require_all_loaded(context: SequenceContext) -> None:
     context.loaded = None  # once is enough
 
 
+@exclusive
 def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
     """Put saved tokens into an empty layer cache whose tiers exist.
 

@@ -50,9 +50,9 @@ class File:
         del told["digest"]
         return dict(told)
 
-    def set_meta(self, layer: int, meta: dict[str, Any]) -> None:
+    def set_meta(self, layer: int, meta: dict[str, Any], digest: str | None = None) -> None:
         """Let a layer's text say something else, with the right digest, as a forger would."""
-        text = state._signed(meta)
+        text = json.dumps({**meta, "digest": digest}) if digest else state._signed(meta)
         self.metadata["2.0"] = ""
         self.header[f"{layer}.meta"]["shape"] = [len(text)]
         self.data[f"{layer}.meta"] = bytearray(np.array([*map(ord, text)], np.int32).tobytes())
@@ -179,6 +179,13 @@ def signed(layer: int, damage: Callable[[File], None]) -> Callable[[File], None]
     return both
 
 
+def reworded(file: File) -> None:
+    """Where a page came from, which nothing else tells."""
+    meta = file.meta(1)
+    meta["pages"][0][1] += 1
+    file.set_meta(1, meta, digest=32 * "0")
+
+
 def nan_scales(file: File) -> None:
     """The scales of a page's keys."""
     heads, key_dim, value_dim = file.meta(0)["shape"]
@@ -212,6 +219,7 @@ DAMAGE: dict[str, Callable[[File], None]] = {
     "a bit of the last hot value": flipped("1.hot_values", -1, 1),
     "a bit of the matrices": flipped("0.treatment", 0, 1),
     "a digit of a description": flipped("0.meta", 4 * 60, 1),
+    "another word in a description": reworded,
     "a page of NaN": filled("0.pages.p0"),
     "hot keys of NaN": filled("0.hot_keys"),
     "a page twice": copied("0.pages.p1", "0.pages.p0"),
@@ -247,6 +255,22 @@ def test_damage_is_refused(case: Case, what: str, how: str) -> None:
     with pytest.raises(pagedkv.CacheStateError):
         load(path)
     assert case.same(load(case.good))  # and nothing of it is left
+
+
+def test_layers_of_two_files_of_one_chat_are_not_one_file(case: Case) -> None:
+    """Each is whole, of the same sequence and length: only the digest over the whole tells."""
+    with pagedkv.load(case.good, case.model) as cache:
+        cache.save(str(case.bad))
+        one = File(case.bad)
+        cache.trim(40)
+        mx.eval(case.model(random_tokens(40, seed=7), cache=cache))
+        cache.save(str(case.bad))
+        other = File(case.bad)
+    for name in other.header:
+        if name.startswith("1."):
+            one.header[name], one.data[name] = other.header[name], other.data[name]
+    with pytest.raises(pagedkv.CacheStateError, match="the digest over the whole"):
+        case.load(one.write(case.bad))
 
 
 def test_what_is_not_damaged_is_loaded(case: Case) -> None:
