@@ -402,10 +402,11 @@ def test_another_format_is_named(case: Case) -> None:
 # mlx-lm's own functions
 
 
-def test_layers_that_share_keys_go_on_after_mlx_lms_functions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4_text"])
+def test_layers_that_share_keys_go_on_after_mlx_lms_functions(kind: str, tmp_path: Path) -> None:
     """They are attended several times a call, which only the file can tell."""
     path, config = str(tmp_path / "a.safetensors"), replace(CONFIG, hot_tokens=16, kv="fp16")
-    model = build("gemma3n")
+    model = build(kind)
     first, second = random_tokens(20), random_tokens(600, seed=1)
     with pagedkv.wrap(model, config) as cache:
         assert max(layer.readers for layer in cache.paged_layers) > 1

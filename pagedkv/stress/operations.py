@@ -13,7 +13,7 @@ import numpy as np
 
 from pagedkv import state
 from pagedkv.cache import PagedCache
-from pagedkv.errors import PagedKVError
+from pagedkv.errors import CacheStateError, PagedKVError
 from pagedkv.stress.killing import Killed, kill_one
 from pagedkv.stress.sequence import Sequence
 from pagedkv.stress.verify import page_at
@@ -91,7 +91,11 @@ def save(run: SyntheticStress) -> None:
     with run.faults.quietly(), suppress(PagedKVError):
         main.cache.discard()  # or the pages of the last flush would be kept beside the new ones
     run.close(main.cache)
-    main.cache = _loaded(run, str(path))
+    try:
+        main.cache = _loaded(run, str(path))
+    except CacheStateError as e:
+        run.saves.fail(f"the file at {length:,} tokens is not what was saved: {e}")
+        raise
     run.memory.cache = main.cache
     made_again = run.faults.repaired
     after = run.survive(main, lambda: digest(main.cache), length)
