@@ -19,6 +19,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -58,16 +59,30 @@ class CacheState(dict[str, Any]):
 
     mlx-lm evaluates ``[c.state for c in cache]`` after every prefill chunk and flattens the same
     expression to save it. `mx.eval` looks at the stored items, which are the hot arrays alone;
-    flattening calls `items`, which adds the pages, cold ones read from disk.
+    flattening calls `items`, which adds the pages, cold ones read from disk. So it is a view and no
+    copy: once the cache has gone on, it is refused.
     """
 
     def __init__(self, cache: PagedLayerCache) -> None:
         super().__init__(zip(("hot_keys", "hot_values"), cache._hot.arrays, strict=False))
         self._cache = cache
+        self._offset = cache.offset
 
     def items(self) -> Any:
-        """The full state, pages included."""
-        return full_state(self._cache).items()
+        """The full state, pages included.
+
+        Raises:
+            ClosedError, CacheStateError: see `full_state`; or if the cache holds others now.
+        """
+        full = full_state(self._cache).items()
+        offset, arrays = self._cache.offset, self._cache._hot.arrays
+        same = len(arrays) == len(self) and all(map(is_, arrays, self.values()))
+        if not same or offset != self._offset:
+            raise CacheStateError(
+                f"the cache had {self._offset:,} tokens when its state was asked for and has "
+                f"{offset:,} others now: a state is no copy, use copy.deepcopy(cache) to go back"
+            )
+        return full
 
 
 @exclusive

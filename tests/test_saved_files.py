@@ -186,6 +186,12 @@ def reworded(file: File) -> None:
     file.set_meta(1, meta, digest=32 * "0")
 
 
+def reshaped(file: File) -> None:
+    """As many numbers and tokens, in heads that the model does not have."""
+    _, heads, tokens, dim = file.header["0.hot_keys"]["shape"]
+    file.header["0.hot_keys"]["shape"] = [1, dim, tokens, heads]
+
+
 def nan_scales(file: File) -> None:
     """The scales of a page's keys."""
     heads, key_dim, value_dim = file.meta(0)["shape"]
@@ -232,6 +238,7 @@ DAMAGE: dict[str, Callable[[File], None]] = {
     "no hot keys": without("0.hot_keys"),
     # Digests are right from here on: what remains is that parts do not fit each other.
     "NaN scales that are signed": signed(0, nan_scales),
+    "hot keys of another shape": signed(0, reshaped),
     "no word of the matrices": without_word("treatment"),
     "no tokens in a layer that has some": told(1, offset=0),
     "layers of another length": told(0, offset=899),
@@ -604,6 +611,18 @@ def test_a_closed_cache_gives_nothing_for_something(case: Case) -> None:
     assert (cache.offset, cache.trim(3), layer.nbytes, layer.size()) == (0, 0, 0, 0)
     assert cache.stats().tokens == 0 and layer.empty()
     other.close()
+
+
+def test_a_state_of_a_cache_that_went_on_is_not_taken_for_a_copy(case: Case) -> None:
+    with pagedkv.load(case.good, case.model) as cache:
+        before = [layer.state for layer in cache]
+        assert before[0].items() and before[0].items()
+        mx.eval(case.model(STEP, cache=cache))
+        for again in (lambda: None, lambda: cache.trim(1), lambda: cache.trim(300)):
+            again()
+            with pytest.raises(pagedkv.CacheStateError, match="a state is no copy"):
+                cache[0].state = before[0]
+            assert cache[0].offset == cache[1].offset  # as it was
 
 
 def test_half_a_call_is_not_saved(case: Case, tmp_path: Path) -> None:
