@@ -394,9 +394,20 @@ def test_a_file_that_is_cut_while_it_is_loaded(case: Case) -> None:
     case.bad.write_bytes(case.good.read_bytes())
     states = state.load_states(case.bad)
     os.truncate(case.bad, case.bad.stat().st_size - 20_000)
-    with pagedkv.wrap(case.model, CONFIG) as cache, pytest.raises(pagedkv.CacheStateError):
+    with (
+        pagedkv.wrap(case.model, CONFIG) as cache,
+        pytest.raises(pagedkv.CacheStateError, match="cut short"),
+    ):
         for layer, found in zip(cache, states, strict=True):
             state.restore(layer, state.parse_meta(found), found)
+
+
+def test_a_file_has_the_length_that_its_header_tells(case: Case) -> None:
+    good = case.good.read_bytes()
+    for raw in (good + b"x", good[:-1], good[:4000], good[:7], b""):
+        case.bad.write_bytes(raw)
+        with pytest.raises(pagedkv.CacheStateError, match=r"not a saved cache: its header tells"):
+            case.load(case.bad)
 
 
 def test_another_format_is_named(case: Case) -> None:
