@@ -246,6 +246,9 @@ DAMAGE: dict[str, Callable[[File], None]] = {
     "layers of another model": told(1, fingerprint="llama-0"),
     "one layer of three": lambda file: [told(n, siblings=3)(file) for n in (0, 1)] and None,
     "a layer twice": told(1, layer=0),
+    "numbers of layers exchanged": lambda file: (
+        [told(n, layer=1 - n)(file) for n in (0, 1)] and None
+    ),
     "a length that is not that of the tokens": lambda file: (
         [told(n, offset=901)(file) for n in (0, 1)] and None
     ),
