@@ -31,7 +31,7 @@ from pagedkv.stand_in import stand_ins
 from pagedkv.tiers.turn import Turn, exclusive
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 IN_FLIGHT = 2
 """Rows of a prefill chunk that are attended at once: each has its pages dequantized."""

@@ -15,6 +15,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from pagedkv.errors import ConfigError
+from pagedkv.releases import unsupported
 
 
 def fingerprint(model: Any) -> str:
@@ -111,8 +112,10 @@ def stock_maker(model: Any) -> Callable[[], list[Any]]:
     """What makes the caches that the model would have if it were not wrapped.
 
     Raises:
-        ConfigError: if there is no mlx-lm.
+        ConfigError: if there is no mlx-lm, or MLX is too old.
     """
+    if problem := unsupported("mlx"):
+        raise ConfigError(f"{problem}: pip install --upgrade pagedkv")
     try:
         from mlx_lm.models.cache import make_prompt_cache
     except ImportError as e:

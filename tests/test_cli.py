@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
+from pagedkv import releases
 from pagedkv.cli import doctor, doctor_checks, main, options, output, shapes
 from pagedkv.cli.disk import measure_disk
+from pagedkv.model_facts import stock_maker
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parent.parent
@@ -488,3 +491,29 @@ def test_the_format_depends_on_where_it_goes(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(pagedkv.ConfigError, match="cannot write"):
         output.write_json(str(tmp_path), {})
+
+
+def test_doctor_and_serve_name_releases_that_will_not_do(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"mlx": "0.32.3", "mlx-lm": "0.31.3", "numpy": "2.0"}
+    monkeypatch.setattr(releases, "version_of", found.get)
+    monkeypatch.setattr(doctor_checks, "version_of", found.get)
+    rows = {row.name: row for row in doctor_checks.check_versions()}
+    assert rows["mlx"].status == rows["mlx-lm"].status == "fail"
+    assert "mlx 0.32.3 is installed, and must be 0.32.4 or newer" in rows["mlx"].hint
+    line = fails(capsys, "serve", "--model", "demo")
+    assert "mlx-lm 0.31.3 is installed, and must be 0.32 or newer and older than 0.33" in line
+    with pytest.raises(pagedkv.ConfigError, match=r"mlx 0\.32\.3 is installed"):
+        stock_maker(object())
+    found |= {"mlx": "0.40.0.dev20261201", "mlx-lm": "0.33.0"}
+    assert releases.unsupported("mlx") == ""
+    assert "older than 0.33" in fails(capsys, "serve", "--model", "demo")
+
+
+def test_the_releases_are_those_that_pyproject_declares() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"] + project["optional-dependencies"]["lm"]
+    declared = [line.partition(";")[0] for line in required if line.startswith("mlx")]
+    oldest, lm = releases.MLX, f"mlx-lm>={releases.MLX_LM},<{releases.NEXT_MLX_LM}"
+    assert declared == [f"mlx>={oldest}", f"mlx[cpu]>={oldest}", lm]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -60,7 +61,7 @@ class PageBounds:
         """
         if not geometry.precision.quantized:
             return None
-        parts = {
+        parts: dict[str, npt.NDArray[Any]] = {
             part.name: page[part.offset : part.offset + part.nbytes]
             .view(np.float16 if part.dtype == "float16" else np.uint8)
             .reshape(*part.shape[:-1], -1)

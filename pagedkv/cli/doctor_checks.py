@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import math
 import platform
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +16,7 @@ import numpy as np
 import psutil
 
 import pagedkv
-from pagedkv import kernel_check
+from pagedkv import blas, kernel_check
 from pagedkv.allocator import KVShape, Precision
 from pagedkv.attention import attend
 from pagedkv.backends import choose_backend
@@ -27,13 +25,16 @@ from pagedkv.cli.disk import measure_disk
 from pagedkv.cli.loading import has_gpu
 from pagedkv.config import BACKENDS, TierConfig
 from pagedkv.errors import PagedKVError
+from pagedkv.releases import unsupported, version_of
 from pagedkv.sizes import format_size
 from pagedkv.stress.tolerance import Tolerance
 from pagedkv.tiers import RealDisk, codec_for
+from pagedkv.tiers.arrays import evaluated
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 _LEAST_READ_RATE = 500e6  # bytes per second: what any NVMe disk does, and others do not
+_PRODUCT_ERROR = 1e-2  # of sums of 768 products in float32, numbers being of size 1
 _ATTENTION_ERROR = 2e-3  # of 16-bit outputs and float32 sums, values being of size 1
 
 
@@ -58,20 +59,15 @@ def check_versions() -> Iterator[Row]:
     """Of Python and the packages."""
     yield Row("python", OK, f"{platform.python_version()} on {platform.platform(terse=True)}")
     yield Row("pagedkv", OK, pagedkv.__version__)
-    for package in ("mlx", "numpy"):
-        yield Row(package, OK, _version(package) or "without a version")
-    found = _version("mlx-lm")
-    if found:
-        yield Row("mlx-lm", OK, found)
-    else:
-        yield Row("mlx-lm", WARN, "not installed", "to run models: pip install 'pagedkv[lm]'")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    yield Row("numpy", OK, version_of("numpy") or "without a version")
+    for package, upgrade in (("mlx", "--upgrade pagedkv"), ("mlx-lm", "'pagedkv[lm]'")):
+        found = version_of(package)
+        if problem := unsupported(package):
+            yield Row(package, FAIL, str(found), f"{problem}: pip install {upgrade}")
+        elif found or package == "mlx":
+            yield Row(package, OK, found or "without a version")
+        else:
+            yield Row(package, WARN, "not installed", f"to run models: pip install {upgrade}")
 
 
 def check_device(config: TierConfig) -> Iterator[Row]:
@@ -95,37 +91,32 @@ def check_device(config: TierConfig) -> Iterator[Row]:
 
 
 def _check_blas() -> Row:
-    """Which BLAS serves MLX on a Linux CPU, and what it does."""
-    speed = f"{_matrix_rate() / 1e9:.0f} GFLOP/s in float32"
-    libraries = _mapped_blas()
+    """Which BLAS serves MLX on a Linux CPU, whether it computes right, and how fast."""
+    rate, error = _matrix_products()
+    speed = f"{rate / 1e9:.0f} GFLOP/s in float32"
+    libraries = ", ".join(blas.in_use())
+    if error > _PRODUCT_ERROR:
+        value = f"{libraries or 'MLX'}: products are wrong by {error:.2g}"
+        return Row("BLAS", FAIL, value, "PAGEDKV_OPENBLAS=0 leaves MLX its own; please report it")
     if libraries:
-        return Row("BLAS", OK, f"{', '.join(libraries)}: {speed}")
-    return Row(
-        "BLAS",
-        WARN,
-        f"MLX's reference BLAS: {speed}",
-        "OpenBLAS is about ten times faster: apt install libopenblas0-pthread, and set LD_PRELOAD "
-        "to its libopenblas.so.0",
-    )
+        return Row("BLAS", OK, f"{libraries}: {speed}")
+    hint = blas.problem or "PAGEDKV_OPENBLAS=0 is set, or MLX was imported before pagedkv"
+    return Row("BLAS", WARN, f"MLX's reference BLAS: {speed}", f"no OpenBLAS is used: {hint}")
 
 
-def _mapped_blas() -> list[str]:
-    """Fast BLAS libraries in this process, numpy's private one aside: it serves only numpy."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
-    names = {Path(path).name for path in re.findall(r"/\S*\.so\S*", maps)}
-    return sorted(n for n in names if re.match(r"lib(openblas|mkl_rt|blis|armpl|nvpl_blas)", n))
-
-
-def _matrix_rate(n: int = 768) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
-    a = mx.ones((n, n))
-    mx.eval(a @ a)
-    started = time.perf_counter()
-    mx.eval(a @ a)
-    return 2 * n**3 / (time.perf_counter() - started)
+def _matrix_products(n: int = 768) -> tuple[float, float]:
+    """Floating-point operations per second of a float32 product, and its error beside float64."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((n, n), np.float32) for _ in range(2))
+    left, right = mx.array(a), mx.array(b)
+    best = math.inf
+    for _ in range(4):  # the first one starts threads, and others may use the machine
+        started = time.perf_counter()
+        product = left @ right
+        mx.eval(product)
+        best = min(best, time.perf_counter() - started)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    return 2 * n**3 / best, float(np.abs(np.asarray(product) - exact).max())
 
 
 def check_memory(config: TierConfig) -> Iterator[Row]:
@@ -190,7 +181,9 @@ def check_codecs() -> Iterator[Row]:
         )
         tolerance = Tolerance((precision,), codec.geometry.value_group)
         limits = (tolerance.keys(keys), tolerance.values(values))
-        errors = [np.abs(np.array(g) - x) for g, x in zip(got, (keys, values), strict=True)]
+        errors = [
+            np.abs(np.array(evaluated(g)) - x) for g, x in zip(got, (keys, values), strict=True)
+        ]
         worst = max(float((e / limit).max()) for e, limit in zip(errors, limits, strict=True))
         value = f"largest error {max(float(e.max()) for e in errors):.2g}, {worst:.0%} of its limit"
         yield Row(f"codec {name}", *_verdict(worst <= 1, value))
@@ -245,8 +238,8 @@ def _attention_error(backend: str) -> float:
         view = layer.append(keys[:, :, 599:], values[:, :, 599:])
         out = attend(view, q, 0.125, backend=choose_backend(backend))
         dense = view.dense(mx.float32)
-        k, v = (np.array(x[0]).astype(np.float64) for x in dense)
-        got, queries = (np.array(x[0].astype(mx.float32)) for x in (out, q))
+        k, v = (np.array(evaluated(x[0])).astype(np.float64) for x in dense)
+        got, queries = (np.array(evaluated(x[0].astype(mx.float32))) for x in (out, q))
     return float(np.abs(got - _exact(queries, k, v, 0.125)).max())
 
 

@@ -12,6 +12,7 @@ from pagedkv.cli.loading import add_model_options, cast_model, explain, locate
 from pagedkv.cli.options import add_mlx_lm_options, add_tier_options, tier_config
 from pagedkv.cli.output import Notes
 from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.releases import unsupported
 
 _EPILOG = """\
 examples:
@@ -60,6 +61,8 @@ class _ServerParser(argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     say, config = Notes(args.quiet), tier_config(args)
+    if problem := unsupported("mlx-lm"):
+        raise ConfigError(f"{problem}: pip install 'pagedkv[lm]'")
     try:
         from pagedkv.serving import PagedModelProvider, serve, server_options
     except ImportError as e:

@@ -61,7 +61,7 @@ class Result:
         self._head: dict[str, Any] = {
             "schema": SCHEMA,
             "benchmark": NAME,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": describe_machine(),
             "settings": dict(settings),
         }
