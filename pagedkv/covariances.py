@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
 from pagedkv.allocator.precision import GROUP_TOKENS
+from pagedkv.tiers.arrays import evaluated
 
 FIRST = 64
 """Tokens at the beginning that are not looked at: sinks are in 16 bit, and unlike all others."""
@@ -209,13 +210,13 @@ class Covariances:
 
         Queries count by how they attend, and `ALIKE` of it all alike.
         """
-        alike = np.array(self._queries, np.float64) / max(1, self._rows)
+        alike = np.array(evaluated(self._queries), np.float64) / max(1, self._rows)
         return self._weighted(alike, self._attending)
 
     @property
     def keys(self) -> Floats:
         """Covariances of key channels within groups, ``[kv_heads, key_dim, key_dim]``."""
-        return np.array(self._keys, np.float64) / max(1, self.key_tokens)
+        return np.array(evaluated(self._keys), np.float64) / max(1, self.key_tokens)
 
     @property
     def attention(self) -> Floats:
@@ -225,7 +226,7 @@ class Covariances:
         """
         heads = int(self._queries.shape[0])
         none = np.zeros((heads, self._rows // max(1, self.query_tokens)))
-        return np.array(self._attention, np.float64) if self._attention.ndim else none
+        return np.array(evaluated(self._attention), np.float64) if self._attention.ndim else none
 
     @property
     def asks(self) -> Floats:
@@ -241,20 +242,20 @@ class Covariances:
 
         Tokens count by how they are attended to, and `ALIKE` of it all alike.
         """
-        alike = np.array(self._values, np.float64) / max(1, self.value_tokens)
+        alike = np.array(evaluated(self._values), np.float64) / max(1, self.value_tokens)
         return self._weighted(alike, self._attended)
 
     def _weighted(self, alike: Floats, attention: mx.array) -> Floats:
         """Means in part by attention, of heads that attended to something."""
         if not self._attention.ndim:
             return alike
-        total = np.array(self._attention, np.float64).sum(axis=1)[:, None, None]
-        mean = np.array(attention, np.float64) / np.where(total > 0, total, 1.0)
+        total = np.array(evaluated(self._attention), np.float64).sum(axis=1)[:, None, None]
+        mean = np.array(evaluated(attention), np.float64) / np.where(total > 0, total, 1.0)
         return np.where(total > 0, ALIKE * alike + (1 - ALIKE) * mean, alike)
 
 
 def _packed(sums: mx.array) -> str:
-    return base64.b64encode(np.asarray(sums).astype("<f4").tobytes()).decode()
+    return base64.b64encode(np.asarray(evaluated(sums)).astype("<f4").tobytes()).decode()
 
 
 def _unpacked(text: str, *shape: int) -> mx.array:

@@ -33,6 +33,7 @@ from pagedkv.kernels.launch import Launcher
 from pagedkv.kernels.seal import SealSpec, seal_pages
 from pagedkv.kernels.source import AttentionSpec
 from pagedkv.tiers import AffineCodec, Sixteen
+from pagedkv.tiers.arrays import evaluated
 from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for, quantize
 
 TOLERANCE = {mx.float16: 5e-3, mx.bfloat16: 3e-2}
@@ -162,7 +163,7 @@ def _treatment_words(matrices: _Matrices) -> mx.array:
 
 def _product(x: mx.array, matrix: npt.NDArray[np.float16]) -> mx.array:
     """A product in numpy: MLX's may be rounded to fewer bits than float32 has."""
-    return mx.array(np.asarray(x) @ matrix.astype(np.float32))
+    return mx.array(np.asarray(evaluated(x)) @ matrix.astype(np.float32))
 
 
 def _small_plan(spec: AttentionSpec, pages: int) -> SplitPlan:
@@ -260,7 +261,7 @@ def compensate_difference(launcher: Launcher, spec: CompensateSpec) -> float:
     x = mx.random.normal((heads, 2 * dim, dim), key=mx.random.key(8))
     weights = (x.swapaxes(1, 2) @ x / x.shape[1]).astype(mx.float32)
     feedback = mx.array(
-        np.stack([feedback_for(np.asarray(head, np.float64)) for head in weights]), mx.float16
+        np.stack([feedback_for(w) for w in np.asarray(evaluated(weights), np.float64)]), mx.float16
     )
     rows = mx.random.normal((1, heads, tokens, dim), key=mx.random.key(9)).astype(mx.float16)
     group = geometry.value_group if spec.values else GROUP_TOKENS
@@ -274,7 +275,7 @@ def compensate_difference(launcher: Launcher, spec: CompensateSpec) -> float:
         said = mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
         said = said[..., : moved.shape[3]]
         errors = ((said if spec.values else said.swapaxes(2, 3)) - rows.astype(mx.float32))[0]
-        return float(np.asarray((errors @ weights * errors).sum()))
+        return float(np.asarray(evaluated((errors @ weights * errors).sum())))
 
     ours = cost(compensate(launcher, spec, rows, feedback))
     if spec.values:
@@ -287,4 +288,4 @@ def compensate_difference(launcher: Launcher, spec: CompensateSpec) -> float:
 def _difference(out: mx.array, expected: mx.array) -> float:
     wide = out.astype(mx.float32)
     ratio = mx.abs(wide - expected).max() / mx.abs(expected).max()
-    return float(np.asarray(ratio))
+    return float(np.asarray(evaluated(ratio)))

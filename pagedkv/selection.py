@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pagedkv.allocator import TableEntry
 from pagedkv.attention import KVView
 from pagedkv.tiers import LayerPager
+from pagedkv.tiers.arrays import evaluated
 
 Floats = npt.NDArray[np.float32]
 
@@ -169,7 +170,7 @@ class ColdSelection:
         step, self._left_out = self._left_out, None
         heads, rows = step.weight.shape
         largest = mx.abs(step.out.astype(mx.float32)).reshape(heads, rows, -1).max(axis=2)
-        error = step.weight * (np.array(largest) + step.value_peak[:, None])
+        error = step.weight * (np.array(evaluated(largest)) + step.value_peak[:, None])
         counters = self._counters
         counters.weight_bound = max(counters.weight_bound, float(step.weight.max()))
         counters.error_bound = max(counters.error_bound, float(error.max()))
@@ -205,4 +206,4 @@ def _hot_log_mass(
     if sinks is not None:
         logits = mx.repeat(sinks.astype(mx.float32), length).reshape(heads, count, 1)
         scores = mx.concatenate([scores, logits], axis=2)
-    return np.array(mx.logsumexp(scores, axis=2))
+    return np.array(evaluated(mx.logsumexp(scores, axis=2)))

@@ -30,6 +30,7 @@ from pagedkv.errors import (
 )
 from pagedkv.streams import streams
 from pagedkv.tiers import FileColdStore, LayerState, Pager, SequenceState, StoredSequence
+from pagedkv.tiers.arrays import evaluated
 from pagedkv.tiers.checkpoint import Checkpoint, Entries, damaged, precisions, read_hot
 from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
 
@@ -310,7 +311,7 @@ def _hot(layers: list[PagedLayerCache]) -> Iterator[Bytes]:
                 plain = mx.contiguous(array)
                 if plain.dtype == mx.bfloat16:
                     plain = plain.view(mx.uint16)  # numpy has no bfloat16
-                yield np.asarray(plain).reshape(-1).view(np.uint8)
+                yield np.asarray(evaluated(plain)).reshape(-1).view(np.uint8)
 
 
 def _recall(pager: Pager, content: bytes | None) -> None:

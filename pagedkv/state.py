@@ -43,6 +43,7 @@ from pagedkv.snapshot_file import (
 )
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
+from pagedkv.tiers.arrays import evaluated
 from pagedkv.tiers.turn import exclusive
 
 if TYPE_CHECKING:
@@ -458,7 +459,7 @@ def _treatment(meta: dict[str, Any], value: Any) -> Treatment | None:
         return None
     try:
         # Looked at twice, so it is not taken out: for the tiers, and for what this layer holds.
-        words = np.asarray(_taken(meta, {"treatment": value["treatment"]}, "treatment"))
+        words = np.asarray(evaluated(_taken(meta, {"treatment": value["treatment"]}, "treatment")))
         return Treatment.restore(
             meta["treatment"], words, KVShape(*meta["shape"]), "saved with the cache"
         )

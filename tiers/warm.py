@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import OutOfPagesError, SlotPool
+from pagedkv.tiers.arrays import evaluated
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -126,7 +127,7 @@ class WarmSlab:
 
     def page_view(self, slot: int) -> Bytes:
         """A page's bytes, to be copied before anything else happens to the slab."""
-        return np.asarray(self._array[slot]).view(np.uint8)
+        return np.asarray(evaluated(self._array[slot])).view(np.uint8)
 
     def check(self) -> None:
         """The slot conservation law; see `SlotPool.check`."""

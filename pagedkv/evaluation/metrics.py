@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.tiers.arrays import evaluated
+
 Floats = npt.NDArray[np.float64]
 
 BEYOND, ALL = "", "_all"
@@ -167,4 +169,4 @@ class Series:
 
 
 def _joined(arrays: Sequence[mx.array]) -> Floats:
-    return np.array(mx.concatenate(list(arrays))).astype(np.float64)
+    return np.array(evaluated(mx.concatenate(list(arrays)))).astype(np.float64)

@@ -31,6 +31,7 @@ from pagedkv.stress.memory import SLACK, Memory, allowance
 from pagedkv.stress.options import StressOptions, schedule
 from pagedkv.stress.report import Latencies, Status, StressReport, Watch, ignore
 from pagedkv.stress.tokens import Array
+from pagedkv.tiers.arrays import evaluated
 
 Row = tuple[str, Array]
 """Where logits were made, and the logits."""
@@ -253,7 +254,7 @@ class _Play:
         """One token, whose logits are kept."""
         cache = cache or self.cache
         out = self._call(cache, cache.offset + 1, self._branch if branch is None else branch)
-        row = np.array(out[0, -1].astype(mx.float32))
+        row = np.array(evaluated(out[0, -1].astype(mx.float32)))
         self.logits.append((f"decode step {self._steps} at {cache.offset:,} tokens", row))
         self._steps += 1
 

@@ -17,6 +17,7 @@ from pagedkv.errors import CacheStateError, PagedKVError
 from pagedkv.stress.killing import Killed, kill_one
 from pagedkv.stress.sequence import Sequence
 from pagedkv.stress.verify import page_at
+from pagedkv.tiers.arrays import evaluated
 
 if TYPE_CHECKING:
     from pagedkv.stress.synthetic import SyntheticStress
@@ -127,10 +128,10 @@ def digest(cache: PagedCache) -> str:
         what = [description.get(name) for name in ("offset", "pages", "dtype", "page_tokens")]
         found.update(repr(what).encode())
         for record in state.page_records(layer):
-            found.update(np.asarray(record).tobytes())
+            found.update(np.asarray(evaluated(record)).tobytes())
         for array in layer._hot.view():
             words = mx.contiguous(array).view(mx.uint16)
-            found.update(np.asarray(words).tobytes())
+            found.update(np.asarray(evaluated(words)).tobytes())
     return found.hexdigest()
 
 

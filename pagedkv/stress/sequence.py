@@ -15,6 +15,7 @@ from pagedkv.stress.exact import Truth
 from pagedkv.stress.tokens import Array, History, SyntheticTokens
 from pagedkv.stress.verify import asked, kv_heads
 from pagedkv.tiers import Disk, Pager, RealDisk
+from pagedkv.tiers.arrays import evaluated
 
 STORE_NAME = "pagedkv stress"
 
@@ -82,7 +83,7 @@ def ask(
         q = q.astype(mx.float16)
     k, v = mx.array(keys[None]), mx.array(values[None])
     out = attention(q, k, v, cache=cache, scale=tokens.model.scale)
-    return np.array(out[0].astype(mx.float32))
+    return np.array(evaluated(out[0].astype(mx.float32)))
 
 
 def questions(tokens: SyntheticTokens, stop: int, rows: int, first: int) -> tuple[Array, bool]:

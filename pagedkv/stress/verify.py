@@ -16,6 +16,7 @@ from pagedkv.stress.exact import Truth
 from pagedkv.stress.tokens import Array, SyntheticTokens
 from pagedkv.stress.tolerance import Tolerance
 from pagedkv.tiers import LayerPager, Page, Run
+from pagedkv.tiers.arrays import evaluated
 
 
 def asked(tokens: SyntheticTokens, known: Sequence[int], rows: int, first: int) -> Array:
@@ -139,7 +140,7 @@ class Verifier:
     def check_stored(self, cache: PagedLayerCache, truth: Truth) -> None:
         """Read every token of a layer back, in order, whatever tier it is in."""
         view = cache.view()
-        hot = [np.array(x[0].astype(mx.float32)) for x in (view.keys, view.values)]
+        hot = [np.array(evaluated(x[0].astype(mx.float32))) for x in (view.keys, view.values)]
         self._see_hot(cache, truth, 0, [x[:, : view.sinks] for x in hot])
         position = view.sinks
         try:
@@ -228,4 +229,4 @@ def _decoded(pager: LayerPager, run: Run, records: mx.array) -> tuple[Array, Arr
     codec = pager.codecs[run.precision]
     keys = codec.keys(records, mx.float32).swapaxes(2, 3)
     values = codec.values(records, mx.float32)
-    return np.array(keys), np.array(values)
+    return np.array(evaluated(keys)), np.array(evaluated(values))
