@@ -5,25 +5,22 @@ SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
-# MLX's CPU build ships a slow reference BLAS. Where Debian's OpenBLAS is installed, put it first.
-OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 \
-	/usr/lib/*/openblas/libopenblas.so.0 /usr/lib/*/libopenblas.so.0 \
-	/usr/lib64/libopenblasp.so.0 /usr/lib64/libopenblas.so.0))
-PRELOAD := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
+# What is not started by `pagedkv` or pytest, and imports MLX first: the OpenBLAS that they make.
+PRELOAD = LD_PRELOAD="$$($(BIN)/python -c 'from pagedkv import blas; print(blas.path or "")')"
 # Two thirds of a long prefill on Linux went into the kernel, handing pages out and taking them
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test check lint unit wheel placement faults fuzz kills machine clients threads models benchmark \
-	format clean
+.PHONY: help demo test check lint unit wheel oldest placement faults fuzz kills machine clients \
+	threads models benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 DOCUMENT ?= 6100
 
-demo: $(VENV)/lm openblas-hint  ## fetch a small model and answer a question about a long document
-	$(KEEP_MEMORY) $(PRELOAD) $(BIN)/pagedkv generate --model demo --demo-document $(DOCUMENT) --max-tokens 32 \
+demo: $(VENV)/lm  ## fetch a small model and answer a question about a long document
+	$(KEEP_MEMORY) $(BIN)/pagedkv generate --model demo --demo-document $(DOCUMENT) --max-tokens 32 \
 		--hot-tokens 512 --sink-tokens 64 --kv K4V4 --warm 8MB --cold 256MB --format table
 
 test: lint unit wheel  ## everything CI runs
@@ -34,14 +31,14 @@ lint: $(VENV)/test  ## ruff, mypy strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VENV)/test openblas-hint  ## pytest, in parallel
-	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m pytest -n auto --dist worksteal
+unit: $(VENV)/test  ## pytest, in parallel
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 wheel: $(VENV)/test  ## build the wheel and look inside
 	$(BIN)/python tests/check_wheel.py
 
-placement: $(VENV)/test openblas-hint  ## the placement property, 2,100 examples
-	OPENBLAS_NUM_THREADS=1 PLACEMENT_EXAMPLES=300 $(PRELOAD) \
+placement: $(VENV)/test  ## the placement property, 2,100 examples
+	OPENBLAS_NUM_THREADS=1 PLACEMENT_EXAMPLES=300 \
 		$(BIN)/python -m pytest -n auto tests/test_placement.py
 
 faults: $(VENV)/test  ## 100,000 faults of the disk against the cold store
@@ -53,21 +50,21 @@ fuzz: $(VENV)/test  ## 1,000,000 malformed checkpoints
 kills: $(VENV)/test  ## 1,000 processes killed while they use a store
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.kill_campaign --kills 1000 --seed 1
 
-machine: $(VENV)/test openblas-hint  ## 1,000,000 random steps of the store and the cache
+machine: $(VENV)/test  ## 1,000,000 random steps of the store and the cache
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.machine_campaign --steps 1000000 \
 		--seed $(SEED) --processes 2
 
-threads: $(VENV)/test openblas-hint  ## 8,000 requests from four threads, each answer checked
+threads: $(VENV)/test  ## 8,000 requests from four threads, each answer checked
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.thread_campaign --requests 200 --runs 10
 
-models: $(VENV)/test openblas-hint  ## try every model type of mlx-lm and write docs/models.md
+models: $(VENV)/test  ## try every model type of mlx-lm and write docs/models.md
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table
 
-clients: $(VENV)/test openblas-hint  ## 2,000 requests to the server, each answer checked
+clients: $(VENV)/test  ## 2,000 requests to the server, each answer checked
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.server_campaign --requests 2000 --seed $(SEED)
 
-benchmark: $(VENV)/test openblas-hint  ## attention, decode and prefill, small, on this machine
-	$(PRELOAD) $(BIN)/pagedkv bench all --quick --cold-rows --format table
+benchmark: $(VENV)/test  ## attention, decode and prefill, small, on this machine
+	$(BIN)/pagedkv bench all --quick --cold-rows --format table
 
 format: $(VENV)/test  ## let ruff format and fix
 	$(BIN)/ruff format .
@@ -85,15 +82,8 @@ $(VENV)/test: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/lm
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "pagedkv needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pagedkv needs Python 3.11 or newer: make PYTHON=python3.13"; exit 1; }
 	@echo "making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "no venv module: sudo apt install python3-venv"; exit 1; }
-
-.PHONY: help openblas-hint
-openblas-hint:
-ifeq ($(shell uname -s),Linux)
-	@$(if $(OPENBLAS),:,echo "OpenBLAS not found: matrix products on the CPU are about 20 times slower \
-	without it (sudo apt install libopenblas0-pthread)")
-endif

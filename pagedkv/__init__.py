@@ -4,6 +4,11 @@ cache = pagedkv.wrap(model, pagedkv.TierConfig(warm="2GB", cold="64GB"))
 mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 """
 
+from pagedkv import blas
+
+blas.load()  # before anything imports MLX
+
+# ruff: noqa: E402
 from pagedkv.allocator import KVShape, Ladder, PageGeometry, Precision
 from pagedkv.cache import PagedCache, attention
 from pagedkv.calibration import calibrate

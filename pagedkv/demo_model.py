@@ -73,7 +73,7 @@ def ensure_demo_model(say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
             what came is not the pinned file.
     """
     try:
-        root = _cache_root()
+        root = cache_root()
         folder = root / _FOLDER
         if _is_complete(folder):
             return folder
@@ -88,7 +88,7 @@ def ensure_demo_model(say: Callable[[str], None] = _to_stderr) -> pathlib.Path:
     return folder
 
 
-def _cache_root() -> pathlib.Path:
+def cache_root() -> pathlib.Path:
     """Return `$PAGEDKV_CACHE`, `$XDG_CACHE_HOME/pagedkv` or `~/.cache/pagedkv`."""
     if own := os.environ.get("PAGEDKV_CACHE"):
         return pathlib.Path(own).expanduser().absolute()

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import mlx.core as mx
 import psutil
 
 import pagedkv
+from pagedkv import blas
 from pagedkv.errors import ConfigError
 
 SCHEMA = 1
@@ -80,7 +80,7 @@ def describe_machine() -> dict[str, Any]:
         "mlx_lm": _version("mlx-lm"),
         "pagedkv": pagedkv.__version__,
         "source": _source_digest(),
-        "blas": _preloaded(),
+        "blas": ", ".join(blas.in_use()) or None,
     }
 
 
@@ -100,14 +100,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _preloaded() -> str | None:
-    """Libraries loaded before others, such as a fast BLAS; None where that is unusual."""
-    if sys.platform != "linux":
-        return None
-    names = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
-    return ", ".join(names) or None
 
 
 class Result:

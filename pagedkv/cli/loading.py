@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from pagedkv import blas
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import unwrap, wrap
@@ -127,9 +128,10 @@ def cast_model(model: Any, dtype: str, say: Say) -> None:
     leaves: Any = tree_flatten(model.parameters())
     if any(leaf.dtype in (mx.float16, mx.bfloat16) for _, leaf in leaves):
         model.set_dtype(mx.float32)
+        using = " with OpenBLAS" if blas.path else ""
         say(
-            "no GPU: computing in float32, because 16-bit types are many times slower on a CPU "
-            "(--dtype float16 keeps them)"
+            f"no GPU: computing in float32{using}, because 16-bit types are many times slower on a "
+            "CPU (--dtype float16 keeps them)"
         )
 
 

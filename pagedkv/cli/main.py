@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
+from pagedkv import blas
 from pagedkv.cli import bench, calibrate, doctor, eval, generate, plan, serve, stress
 from pagedkv.errors import PagedKVError
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _one_line_warnings(), _terminable():
         try:
             args.argv = list(sys.argv[1:] if argv is None else argv)  # for the record
+            _say_blas()
             return int(args.run(args))
         except KeyboardInterrupt:
             print("pagedkv: interrupted", file=sys.stderr)
@@ -88,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (PagedKVError, OSError) as e:
             print(f"pagedkv: error: {_one_line(e)}", file=sys.stderr)
             return 1
+
+
+def _say_blas() -> None:
+    """Say once that OpenBLAS was made, and each time that there is none."""
+    if blas.made:
+        print(f"made an OpenBLAS for MLX, once: {blas.path}", file=sys.stderr)
+    if blas.problem:
+        warnings.warn(
+            f"no OpenBLAS for MLX, whose own BLAS is many times slower: {blas.problem}",
+            stacklevel=2,
+        )
 
 
 def _one_line(error: BaseException) -> str:
