@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -215,6 +216,29 @@ def test_a_missing_mlx_lm_is_one_line_with_the_remedy(
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     line = fails(capsys, "generate", "--model", "demo", "--prompt", "hello")
     assert "pip install 'pagedkv[lm]'" in line
+
+
+@pytest.mark.parametrize("hard", [1024, 3000, 8192])
+def test_mlx_lm_leaves_the_limit_of_open_files(hard: int) -> None:
+    """It asks for 2,048 of at most 4,096, which is an error below and a loss above."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most != resource.RLIM_INFINITY and most < hard:
+        pytest.skip("this machine allows fewer")
+    code = (
+        "import resource, sys; from pagedkv.cli import main\n"
+        "before = resource.setrlimit\n"
+        "code = main.main(['generate', '--model', '/no/model', '--prompt', 'x'])\n"
+        "print(code, 'mlx_lm.utils' in sys.modules, resource.setrlimit is before)\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard)),
+    )
+    assert done.stdout == f"1 True True\n{min(hard, 2048)} {hard}\n", done.stderr
+    assert "there is no model folder" in done.stderr
 
 
 def test_synthetic_options_are_not_for_real_models(capsys: Capture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
     except SystemExit as e:  # --help, --version, or a usage error that was already printed
         return e.code if isinstance(e.code, int) else 0
-    with _one_line_warnings(), _terminable():
+    with _one_line_warnings(), _terminable(), _open_files_kept():
         try:
             args.argv = list(sys.argv[1:] if argv is None else argv)  # for the record
             _say_blas()
@@ -144,3 +145,26 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _open_files_kept() -> Iterator[None]:
+    """Keep mlx-lm from lowering the limit of open files.
+
+    When it is imported it asks for 2,048 of at most 4,096. That is an error where the hard limit is
+    lower, as in many containers, and cannot be undone where it is higher.
+    """
+    ask, unlimited = resource.setrlimit, resource.RLIM_INFINITY
+
+    def raise_only(which: int, limits: tuple[int, int]) -> None:
+        if which == resource.RLIMIT_NOFILE:
+            soft, hard = resource.getrlimit(which)
+            wanted = limits[0] if hard == unlimited else min(limits[0], hard)
+            limits = (soft if soft == unlimited else max(soft, wanted), hard)
+        ask(which, limits)
+
+    resource.setrlimit = raise_only
+    try:
+        yield
+    finally:
+        resource.setrlimit = ask
