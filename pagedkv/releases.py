@@ -6,8 +6,9 @@ import importlib.metadata
 import re
 
 MLX = "0.32.4"
-"""The oldest. 0.32.0 to 0.32.2 have no `mx.get_memory_limit`; with those and 0.32.3 an error in
-what numpy has evaluated, such as a kernel that does not compile, ends the process."""
+"""The oldest. 0.32.0 to 0.32.2 have no `mx.get_memory_limit`; up to 0.32.3 an error in what numpy
+has evaluated, such as a kernel that does not compile, ends the process, and one in a thread of MLX
+is lost: numbers are missing without a word."""
 
 MLX_LM, NEXT_MLX_LM = "0.32", "0.33"
 """The oldest, and the first that was not tried: `pagedkv serve` leans on inner names."""

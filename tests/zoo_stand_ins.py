@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models import muse_spark
 from mlx_lm.models.bitlinear_layers import BitLinear
 
 
@@ -25,6 +24,8 @@ def without_kernels() -> None:
     """Compositions for muse_spark's kernels, where there is no Metal device to run them."""
     if mx.metal.is_available():
         return
+    from mlx_lm.models import muse_spark  # the oldest mlx-lm has none
+
     for stand_in in (
         expert_routing,
         norm_add_norm,
