@@ -11,7 +11,7 @@ PRELOAD = LD_PRELOAD="$$($(BIN)/python -c 'from pagedkv import blas; print(blas.
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: help demo test check lint unit wheel oldest placement faults fuzz kills machine clients \
+.PHONY: help demo test check lint unit wheel releases placement faults fuzz kills machine clients \
 	threads models benchmark format clean
 
 help:  ## this list
@@ -23,7 +23,7 @@ demo: $(VENV)/lm  ## fetch a small model and answer a question about a long docu
 	$(KEEP_MEMORY) $(BIN)/pagedkv generate --model demo --demo-document $(DOCUMENT) --max-tokens 32 \
 		--hot-tokens 512 --sink-tokens 64 --kv K4V4 --warm 8MB --cold 256MB --format table
 
-test: lint unit wheel  ## everything CI runs
+test: lint unit releases wheel  ## everything CI runs
 
 lint: $(VENV)/test  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
@@ -33,6 +33,9 @@ lint: $(VENV)/test  ## ruff, mypy strict, import-linter
 
 unit: $(VENV)/test  ## pytest, in parallel
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+releases: $(VENV)/test  ## the suite's core with the oldest MLX and mlx-lm, and with the newest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.check_releases
 
 wheel: $(VENV)/test  ## build the wheel and look inside
 	$(BIN)/python tests/check_wheel.py
@@ -71,7 +74,7 @@ format: $(VENV)/test  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the virtual environment and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info
 
 $(VENV)/lm: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm]"
