@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,23 @@ a = np.random.default_rng(0).standard_normal((300, 300), np.float32)
 out = np.array(mx.array(a) @ mx.array(a))
 assert np.abs(out - a.astype(float) @ a.astype(float)).max() < 1e-3
 print(len(blas.in_use()), blas.made, blas.problem)
+"""
+
+SPOILED = """
+import ctypes
+loaded = []
+def load(name, mode=0, right=ctypes.CDLL):
+    found = right(name, mode)
+    if name is None:
+        return found
+    loaded.append(name)
+    assert loaded == [name], 'it was made global'
+    class Wrong:
+        def cblas_sgemm(self, *args):
+            pass
+    return Wrong()
+ctypes.CDLL = load
+from pagedkv import blas
 """
 
 
@@ -102,6 +120,8 @@ def test_a_library_that_computes_wrong_is_found_out(cache: Path) -> None:
     wrong: Any = Wrong
     with pytest.raises(OSError, match=r"product of 1x70 and 70x64 is wrong"):
         blas._check(wrong)
+    said = child(cache, first=SPOILED)  # MLX goes on with its own
+    assert re.fullmatch(r"0 False its product of 1x70 and 70x64 is wrong by \d+", said)
 
 
 def test_the_command_line_says_so_once(tmp_path: Path) -> None:
