@@ -80,8 +80,9 @@ $(VENV)/lm: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lm]"
 	touch $@
 
-$(VENV)/test: pyproject.toml | $(BIN)/python
+$(VENV)/test: pyproject.toml tests/mlx_vlm.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/mlx_vlm.txt
 	touch $@ $(VENV)/lm
 
 $(BIN)/python:
