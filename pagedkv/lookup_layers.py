@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.config import lookup_count
-from pagedkv.model_facts import sharing_group
+from pagedkv.model_facts import logits_of, sharing_group
 from pagedkv.recording import CHUNK, Stream, measure
 
 LEAST_ECHO = 0.01
@@ -89,7 +89,7 @@ def echoes(model: Any) -> dict[int, float]:
     Raises:
         ConfigError: if no layer's queries can be seen.
     """
-    vocabulary = int(model(mx.zeros((1, 1), mx.int32)).shape[-1])  # not computed
+    vocabulary = int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])  # not computed
     random = np.random.default_rng(0)
     ids, others = random.integers(0, vocabulary, (2, CHUNK)).tolist()
     same, other = (_second_half(model, ids + second) for second in (ids, others))

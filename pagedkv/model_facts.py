@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from types import FrameType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -145,6 +145,11 @@ def asked_kv_size(frame: FrameType) -> int | None:
     if frame.f_code.co_name != "make_prompt_cache":
         return None
     return frame.f_locals.get("max_kv_size")
+
+
+def logits_of(output: Any) -> mx.array:
+    """The logits that a call of a model returned; mlx-vlm's return them among other things."""
+    return cast("mx.array", getattr(output, "logits", output))
 
 
 def context_limit(model: Any) -> int | None:
