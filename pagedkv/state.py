@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,9 @@ class CacheState(dict[str, Any]):
     expression to save it. `mx.eval` looks at the stored items, which are the hot arrays alone;
     flattening calls `items`, which adds the pages, cold ones read from disk. So it is a view and no
     copy: once the cache has gone on, it is refused.
+
+    It is also the pair of keys and values that a plain cache's state is: layers of mlx-vlm's models
+    that share keys (gemma3n, afm7) read them here.
     """
 
     def __init__(self, cache: PagedLayerCache) -> None:
@@ -84,6 +87,17 @@ class CacheState(dict[str, Any]):
                 f"{offset:,} others now: a state is no copy, use copy.deepcopy(cache) to go back"
             )
         return full
+
+    def __getitem__(self, key: str | int) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self._pair[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._pair)
+
+    @cached_property
+    def _pair(self) -> tuple[mx.array, mx.array]:
+        """One pair however often it is asked for: attention takes keys and values of one view."""
+        return self._cache.keys_and_values()
 
 
 @exclusive
