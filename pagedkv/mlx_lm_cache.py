@@ -13,29 +13,25 @@ from pagedkv.config import KEPT_TOKENS
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError
 from pagedkv.layer import PagedLayerCache
+from pagedkv.streams import stock_kind
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
-_STOCK = (stock.__name__, "mlx_vlm.models.cache")
-"""mlx-vlm has caches of its own, under the same names and with the same protocol."""
+_AS_PLAIN = {("mlx_vlm.models.hy_v4.cache", "HyV4KVCache")}
+"""Classes in models' files that keep what `KVCache` keeps, and only allot their arrays otherwise."""
 
 Maker = Callable[[SequenceContext, int], PagedLayerCache]
 """Makes the paged cache of a stream: what its sequence's layers share, and its number."""
 
 
-class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]
-    """`PagedLayerCache` for mlx-lm: found by name when a saved cache is loaded."""
+class _MayLackValues(PagedLayerCache):
+    """Takes values without channels: pages have values, so one of zeros is kept in their place.
 
-    @classmethod
-    def merge(cls, caches: Sequence[PagedLayerCache]) -> BatchPagedKVCache:
-        """A batch of these caches, for mlx-lm's batch generator and server."""
-        return BatchPagedKVCache.merge(caches)
+    An index of keys has such (minimax_m3_vl), and a latent that is key and value in one
+    (mlx-vlm's deepseek_v4).
+    """
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """See `PagedLayerCache.update_and_fetch`.
-
-        An index of keys (minimax_m3_vl) has values without channels. Pages have values, so one
-        channel of zeros is kept in their place.
-        """
+        """See `PagedLayerCache.update_and_fetch`."""
         if values.shape[-1]:
             return super().update_and_fetch(keys, values)
         nothing = mx.zeros((*values.shape[:-1], 1), values.dtype)
@@ -43,7 +39,16 @@ class PagedKVCache(PagedLayerCache, stock._BaseCache):  # type: ignore[misc]
         return keys, nothing[..., :0]
 
 
-class PagedRotatingKVCache(WindowedLayerCache, stock._BaseCache):  # type: ignore[misc]
+class PagedKVCache(_MayLackValues, stock._BaseCache):  # type: ignore[misc]
+    """`PagedLayerCache` for mlx-lm: found by name when a saved cache is loaded."""
+
+    @classmethod
+    def merge(cls, caches: Sequence[PagedLayerCache]) -> BatchPagedKVCache:
+        """A batch of these caches, for mlx-lm's batch generator and server."""
+        return BatchPagedKVCache.merge(caches)
+
+
+class PagedRotatingKVCache(_MayLackValues, WindowedLayerCache, stock._BaseCache):  # type: ignore[misc]
     """`WindowedLayerCache` for mlx-lm."""
 
     @classmethod
@@ -52,7 +57,7 @@ class PagedRotatingKVCache(WindowedLayerCache, stock._BaseCache):  # type: ignor
         return BatchPagedKVCache.merge(caches)
 
 
-class PagedChunkedKVCache(ChunkedLayerCache, stock._BaseCache):  # type: ignore[misc]
+class PagedChunkedKVCache(_MayLackValues, ChunkedLayerCache, stock._BaseCache):  # type: ignore[misc]
     """`ChunkedLayerCache` for mlx-lm; like mlx-lm's it makes no batches."""
 
 
@@ -87,13 +92,14 @@ def paged_kind(cache: Any) -> Maker | None:
     """What makes the cache that takes the place of a stock one; None if it has to stay.
 
     A kind of stock cache that can be paged has a line here. Lists of caches are taken apart
-    before (`pagedkv.streams`).
+    before (`pagedkv.streams`). Classes derived from these, wherever they are defined, stay: what
+    they hold beside keys and values, and what their methods do with it, we do not know.
 
     Args:
         cache: a layer's stock cache, still empty.
     """
-    kind = type(cache).__name__ if type(cache).__module__ in _STOCK else ""
-    if kind == "KVCache":
+    kind = stock_kind(cache)
+    if kind == "KVCache" or (type(cache).__module__, type(cache).__name__) in _AS_PLAIN:
         return _plain
     if kind == "RotatingKVCache":
         return lambda context, number: PagedRotatingKVCache(

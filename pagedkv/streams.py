@@ -14,10 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
+STOCK = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
+"""Modules of the caches that are known; mlx-vlm's have the same names and the same protocol."""
+
+
+def stock_kind(cache: Any) -> str:
+    """The name of a cache's class if it is one of mlx-lm's or mlx-vlm's own, else nothing.
+
+    A class that was derived from one of them, in a model's file or in another library, may hold more
+    than we know of: it is no kind of ours.
+    """
+    return type(cache).__name__ if type(cache).__module__ in STOCK else ""
+
+
 def inner_caches(cache: Any) -> tuple[Any, ...] | None:
     """The caches in a `CacheList`; None for any other cache."""
-    inner = getattr(cache, "caches", None)
-    return tuple(inner) if isinstance(inner, (list, tuple)) else None
+    return tuple(cache.caches) if stock_kind(cache) == "CacheList" else None
 
 
 def streams(caches: Iterable[Any]) -> Iterator[Any]:
