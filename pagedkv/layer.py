@@ -277,6 +277,11 @@ class PagedLayerCache(LayerPages):
             )
         if keys.shape[2] == 0:
             raise ShapeError(f"layer {self.layer}: no token was given")
+        if not mx.issubdtype(keys.dtype, mx.floating):
+            raise ShapeError(
+                f"layer {self.layer}: keys of {keys.dtype} were given; pages hold rounded numbers, "
+                f"so only floating-point keys and values can be paged"
+            )
         if keys.shape[0] != 1:
             raise ShapeError(
                 f"layer {self.layer}: a batch of {keys.shape[0]} was given, a paged cache holds "

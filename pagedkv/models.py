@@ -25,6 +25,7 @@ from pagedkv.model_facts import (
     stock_maker,
     weights_of,
 )
+from pagedkv.modules import hooked
 from pagedkv.prefixes import Prefixes
 from pagedkv.probe import LayerProbe, left_as_it_was, probe
 from pagedkv.streams import inner_caches, replaced, streams
@@ -50,6 +51,7 @@ class Wrapping:
         max_tokens: the model's context limit, if it states one.
         own_caches: whether the model's class makes its caches, so that mlx-lm bounds none.
         probes: per stream's number, for the streams that were seen to cache keys and values.
+        left: numbers of the streams that keep their stock cache, for they hold no numbers to round.
         prefixes: what its caches remember.
     """
 
@@ -60,6 +62,7 @@ class Wrapping:
     max_tokens: int | None
     own_caches: bool
     probes: dict[int, LayerProbe] = field(default_factory=dict)
+    left: frozenset[int] = frozenset()
     prefixes: Prefixes = field(default_factory=Prefixes)
 
     @property
@@ -88,7 +91,7 @@ class Wrapping:
 
         def paged(number: int, stock: Any) -> Any:
             kind = paged_kind(stock)
-            if kind is None:
+            if kind is None or number in self.left:
                 return stock
             cache = kind(context, number)
             if probe := self.probes.get(number):
@@ -142,6 +145,11 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     register()
     kinds = stock()
     pageable = {i for i, cache in enumerate(streams(kinds)) if paged_kind(cache)}
+    with hooked(), left_as_it_was(model):
+        probes = probe(model, kinds, pageable)
+    # Flags of tokens (glm5_next of mlx-vlm) are no keys.
+    left = {i for i, seen in probes.items() if not mx.issubdtype(seen.dtype, mx.floating)}
+    pageable -= left
     if not pageable:
         names = ", ".join(sorted({type(c).__name__ for c in streams(kinds)}))
         raise ConfigError(
@@ -157,12 +165,13 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
         name,
         context_limit(model),
         hasattr(type(model), "make_cache"),
+        {number: seen for number, seen in probes.items() if number not in left},
+        frozenset(left),
         prefixes=Prefixes(weights_of(model), lasting=True),
     )
     hook.install()
     try:
         with left_as_it_was(model):
-            wrapping.probes = probe(model, kinds, pageable)
             _settle(wrapping, model, kinds)
         cache = wrapping.make_cache()
     except BaseException:
@@ -203,8 +212,8 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     choosers = treat(shapes)
     told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
     # Those that see the whole context, and whose queries can be seen.
-    hooked = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
-    candidates = hooked & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
+    seen = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
+    candidates = seen & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
     open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
     pager.identity = config.store_identity(name, pager.layers, told, found=open_layers)
     if open_layers:

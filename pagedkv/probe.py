@@ -76,6 +76,13 @@ class _ProbeCache(PagedLayerCache):
         view = KVView(None, (), HotTokens(keys, values, int(keys.shape[2]), int(keys.shape[2])), 0)
         return hook.tag_pair(self, view, keys, values)
 
+    @property
+    def state(self) -> tuple[mx.array, mx.array]:
+        return self.keys_and_values()
+
+    @state.setter
+    def state(self, value: Any) -> None: ...
+
     def attend_tagged(
         self,
         view: KVView,

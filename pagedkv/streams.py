@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-
 STOCK = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
 """Modules of the caches that are known; mlx-vlm's have the same names and the same protocol."""
 
