@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as stock
 
 import pagedkv
 from pagedkv.layer import PagedLayerCache
 from pagedkv.streams import inner_caches, streams
-from tests.model_matrix import error, everything_hot, exercise, tiny_budgets
-from tests.model_zoo import UNBUILDABLE, WITHOUT_PAGES, build, model_types
+from tests import model_zoo, vlm_zoo
+from tests.model_matrix import (
+    LONG_PREFILL,
+    PLAIN,
+    error,
+    everything_hot,
+    exercise,
+    stock_caches,
+    tiny_budgets,
+    wrapped,
+)
 from tests.zoo_configs import COMMON
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 INTRODUCTION = Path(__file__).with_name("model_table.md")
 
+LM, VLM = "mlx-lm", "mlx-vlm"
+"""Libraries; each has a table, behind a heading that begins with its name."""
+
 REASONS = {
     "RotatingKVCache": "sliding window",
     "ChunkedKVCache": "chunked attention",
     "ArraysCache": "state of fixed size",
+    "KVCache": "flags of tokens",
+    "MiniMaxM3KVCache": "keys, values and an index in one",
+    "PoolingCache": "pooled keys",
 }
 """What another kind of cache than a plain one holds; why it is left as it is if it is."""
 
@@ -99,7 +114,7 @@ def _stock_caches(model: Any) -> list[Any]:
     from pagedkv.models import wrapping_of
 
     wrapping = wrapping_of(model)
-    return wrapping.stock() if wrapping else stock.make_prompt_cache(model)
+    return wrapping.stock() if wrapping else stock_caches(model)
 
 
 def _described(mine: Any, theirs: Any, nested: bool = False) -> str:
@@ -112,7 +127,7 @@ def _described(mine: Any, theirs: Any, nested: bool = False) -> str:
         kind = type(mine).__name__
         return f"*{REASONS.get(kind, kind)}*"
     kind = type(theirs).__name__
-    words = "keys, values" if kind == "KVCache" else REASONS.get(kind, kind)
+    words = "keys, values" if kind in PLAIN else REASONS.get(kind, kind)
     shape = mine.shape
     if shape is None:
         return "nothing"  # nemotron-nas makes caches for layers without attention
@@ -129,66 +144,83 @@ def _share(count: int, of: int) -> str:
 # The document
 
 
-def read() -> list[Row]:
-    """The rows of the committed document."""
+def read(library: str = LM) -> list[Row]:
+    """A library's rows in the committed document, but for types that have none of their own."""
+    text = re.split(rf"^## {library}\b.*$", DOCUMENT.read_text(), flags=re.MULTILINE)[1]
     rows = []
-    for line in DOCUMENT.read_text().splitlines():
+    for line in re.split(r"^## ", text, flags=re.MULTILINE)[0].splitlines():
         if found := re.fullmatch(r"\| `([\w-]+)` \| (.*) \|", line):
             *cells, rounding = found[2].split(" | ")
             rows.append(Row(found[1], tuple(cells), rounding.strip()))
-    order = {name: place for place, name in enumerate(model_types())}
-    return sorted(rows, key=lambda row: order[row.model_type])
+    return rows
 
 
-def committed_rows() -> list[Row]:
+def committed_rows(library: str = LM) -> list[Row]:
     """The rows of the committed document, without what was measured."""
-    return [Row(row.model_type, row.cells) for row in read()]
+    return [Row(row.model_type, row.cells) for row in read(library)]
 
 
-def document(rows: Iterable[Row]) -> str:
+def document(rows: Iterable[Row], vlm_rows: Iterable[Row]) -> str:
     """The whole of docs/models.md."""
-    table = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(row.text() for row in rows),
-    ]
-    return INTRODUCTION.read_text().replace("TABLE\n", "\n".join(table) + "\n")
+    same: dict[str, list[str]] = {}
+    for name, home in vlm_zoo.homes().items():
+        if name != home:
+            same.setdefault(home, []).append(f"`{name}`")
+    more = [f"{', '.join(names)} (`{home}`)" for home, names in sorted(same.items())]
+    others = [f"`{name}`" for name in vlm_zoo.packages() if name not in vlm_zoo.homes()]
+    return (
+        INTRODUCTION.read_text()
+        .replace("VLM_TABLE\n", _table(vlm_rows))
+        .replace("TABLE\n", _table(rows))
+        .replace("SAME", _wrapped_text(more))
+        .replace("OTHERS", _wrapped_text(others))
+    )
 
 
-def measured(model_type: str) -> Row:
+def _table(rows: Iterable[Row]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *(r.text() for r in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped_text(words: Sequence[str]) -> str:
+    return textwrap.fill(", ".join(words), 110, break_on_hyphens=False)
+
+
+def measured(model_type: str, zoo: ModuleType) -> Row:
     """Wrap a model of this type and do to it what the tests do."""
-    if reason := UNBUILDABLE.get(model_type):
+    if reason := getattr(zoo, "UNBUILDABLE", {}).get(model_type):
         return Row(model_type, (f"not run: {reason}", "", "", ""))
-    model = build(model_type)
-    if reason := WITHOUT_PAGES.get(model_type):
+    if reason := zoo.WITHOUT_PAGES.get(model_type):
         return Row(model_type, (f"refused: {reason}", "", "", ""))
-    expected = exercise(model, stock.make_prompt_cache(model), None)
-    with pagedkv.wrap(model, everything_hot()) as cache:
+    model = zoo.build(model_type)
+    expected = exercise(model, stock_caches(model), None, LONG_PREFILL)
+    with wrapped(model, everything_hot()) as cache:
         facts = facts_of(model_type, model, cache)
         config = tiny_budgets(cache)
-    with pagedkv.wrap(model, config) as cache, tempfile.TemporaryDirectory():
-        paged = exercise(model, cache, None)
-    pagedkv.unwrap(model)
+    with wrapped(model, config) as cache:
+        paged = exercise(model, cache, None, LONG_PREFILL)
     # Nothing is sealed before the third chunk of the prompt.
     names = [name for name in expected.logits if name not in ("prefill 0", "prefill 1")]
     errors = sorted(error(paged.logits[name], expected.logits[name]) for name in names)
     return facts.row(f"{errors[len(errors) // 2]:.2g} / {errors[-1]:.2g}")
 
 
-def _progress(types: Sequence[str]) -> Iterator[Row]:
-    for i, model_type in enumerate(types, 1):
-        print(f"\r{i} of {len(types)}: {model_type:30}", end="", file=sys.stderr, flush=True)
-        yield measured(model_type)
-    print(file=sys.stderr)
+def _rows(zoo: ModuleType, library: str, wanted: Sequence[str]) -> list[Row]:
+    """A library's rows, those of some types measured again."""
+    rows = {row.model_type: row for row in read(library)}
+    types = zoo.model_types()
+    for name in (again := [t for t in types if not wanted or t in wanted]):
+        print(f"\r{library}: {name:30}", end="", file=sys.stderr, flush=True)
+        rows[name] = measured(name, zoo)
+    print(f"\r{library}: {len(again)} of {len(types)} types{'':30}", file=sys.stderr)
+    return [rows[t] for t in types if t in rows]
 
 
 def main() -> None:
     """Write the document; with names of model types, only their rows change."""
     mx.disable_compile()
-    wanted = sys.argv[1:] or model_types()
-    rows = {row.model_type: row for row in (read() if sys.argv[1:] else [])}
-    rows.update({row.model_type: row for row in _progress(wanted)})
-    DOCUMENT.write_text(document(rows[t] for t in model_types() if t in rows))
+    wanted = sys.argv[1:]
+    DOCUMENT.write_text(document(_rows(model_zoo, LM, wanted), _rows(vlm_zoo, VLM, wanted)))
 
 
 if __name__ == "__main__":

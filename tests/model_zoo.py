@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
+from collections.abc import Collection
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ def build(model_type: str, seed: int = 7) -> Any:
     model = module.Model(module.ModelArgs.from_dict(settings(model_type)))
     _stand_in(model_type, model)
     model.set_dtype(mx.float32)
-    _randomize(model, seed)
+    randomize(model, seed)
     model.eval()
     mx.eval(model.parameters())
     return model
@@ -56,10 +57,10 @@ def build(model_type: str, seed: int = 7) -> Any:
 
 def settings(model_type: str) -> dict[str, Any]:
     """The type's configuration, as a config.json would have it."""
-    config = _fill(_module(model_type).ModelArgs, model_type)
+    config = fill(_module(model_type).ModelArgs, OVERRIDES.get(model_type, {}))
     if model_type in NESTED:
         name, kind = NESTED[model_type]
-        text = _fill(getattr(_module(name), kind), name)
+        text = fill(getattr(_module(name), kind), OVERRIDES.get(name, {}))
         config["text_config"] = {**text, **OVERRIDES.get(model_type, {}), "model_type": name}
     return {**config, "model_type": model_type}
 
@@ -70,13 +71,16 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"mlx_lm.models.{name}")
 
 
-def _fill(kind: Any, name: str) -> dict[str, Any]:
+def fill(
+    kind: Any, given: dict[str, Any], even_if_none: Collection[str] = EVEN_IF_NONE
+) -> dict[str, Any]:
+    """Settings for a dataclass: those that are given, and `COMMON` by the name of the field."""
     config: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        optional = field.default is None and field.name not in EVEN_IF_NONE
+        optional = field.default is None and field.name not in even_if_none
         if field.name in COMMON and not optional:
             config[field.name] = COMMON[field.name]
-    return {**config, **OVERRIDES.get(name, {})}
+    return {**config, **given}
 
 
 def _stand_in(model_type: str, model: Any) -> None:
@@ -84,12 +88,12 @@ def _stand_in(model_type: str, model: Any) -> None:
     if model_type == "bitnet":
         zoo_stand_ins.without_packed_weights(model)
     if model_type == "muse_spark":
-        zoo_stand_ins.without_kernels()
+        zoo_stand_ins.without_kernels(_module(model_type))
     if model_type == "phi3small":  # token numbers beyond 128: writing there corrupts memory
         model._dummy_tokenizer_ids = mx.array([126, 127])
 
 
-def _randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     """Seeded weights whose size does not depend on how the module was initialized."""
     mx.random.seed(seed)
     changed = []

@@ -154,6 +154,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_k3": dict(linear_attn_config=KDA, hidden_act="situ", activation_situ_beta=1.0,
                     activation_situ_linear_beta=1.0),
     "kimi_linear": dict(linear_attn_config=KDA),
+    "laguna": dict(layer_types=MIXED),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2, intermediate_size=96),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "llama": dict(layer_types=MIXED, sliding_window=WINDOW),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.bitlinear_layers import BitLinear
 
 
 def without_packed_weights(model: Any) -> None:
@@ -15,17 +15,15 @@ def without_packed_weights(model: Any) -> None:
     plain = [
         (name, nn.Linear(m.in_features, m.out_features, bias=False))
         for name, m in model.named_modules()
-        if isinstance(m, BitLinear)
+        if type(m).__name__ == "BitLinear"
     ]
     model.update_modules(tree_unflatten(plain))
 
 
-def without_kernels() -> None:
-    """Compositions for muse_spark's kernels, where there is no Metal device to run them."""
+def without_kernels(muse_spark: ModuleType) -> None:
+    """Compositions for the kernels of muse_spark's code, where there is no Metal device."""
     if mx.metal.is_available():
         return
-    from mlx_lm.models import muse_spark  # the oldest mlx-lm has none
-
     for stand_in in (
         expert_routing,
         norm_add_norm,
