@@ -17,7 +17,7 @@ from pagedkv.streams import stock_kind
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
 _AS_PLAIN = {("mlx_vlm.models.hy_v4.cache", "HyV4KVCache")}
-"""Classes in models' files that keep what `KVCache` keeps, and only allot their arrays otherwise."""
+"""Classes in models' files that keep what `KVCache` keeps, and allot their arrays otherwise."""
 
 Maker = Callable[[SequenceContext, int], PagedLayerCache]
 """Makes the paged cache of a stream: what its sequence's layers share, and its number."""

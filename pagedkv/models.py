@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import mlx.core as mx
+
 from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.cache import PagedCache

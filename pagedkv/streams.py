@@ -20,8 +20,8 @@ STOCK = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
 def stock_kind(cache: Any) -> str:
     """The name of a cache's class if it is one of mlx-lm's or mlx-vlm's own, else nothing.
 
-    A class that was derived from one of them, in a model's file or in another library, may hold more
-    than we know of: it is no kind of ours.
+    A class that was derived from one of them, in a model's file or in another library, may hold
+    more than we know of: it is no kind of ours.
     """
     return type(cache).__name__ if type(cache).__module__ in STOCK else ""
 
