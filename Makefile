@@ -60,7 +60,7 @@ machine: $(VENV)/test  ## 1,000,000 random steps of the store and the cache
 threads: $(VENV)/test  ## 8,000 requests from four threads, each answer checked
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.thread_campaign --requests 200 --runs 10
 
-models: $(VENV)/test  ## try every model type of mlx-lm and write docs/models.md
+models: $(VENV)/test  ## try every model type of mlx-lm and mlx-vlm, write docs/models.md
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table
 
 clients: $(VENV)/test  ## 2,000 requests to the server, each answer checked

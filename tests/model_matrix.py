@@ -229,6 +229,9 @@ def exercise(
         prefill: tokens of each chunk of the prompt.
     """
     logits: Logits = {}
+    for remembered in ("_position_ids", "_rope_deltas"):  # mlx-vlm forgets them with each prompt
+        if hasattr(model, remembered):
+            setattr(model, remembered, None)
 
     def step(name: str, given: mx.array, on: list[Any]) -> None:
         logits[name] = logits_of(model(given, cache=on))
