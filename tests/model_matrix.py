@@ -317,6 +317,43 @@ def require_right_pages(
     return paged
 
 
+LONG_WINDOW = 600
+"""Tokens of a window that has whole pages behind the newest 16."""
+
+
+def has_windows(model: Any) -> bool:
+    """Whether some of a model's own caches forget what lies behind a window or chunk."""
+    return any(
+        type(c).__name__ in (*CHUNKED, "RotatingKVCache") for c in streams(stock_caches(model))
+    )
+
+
+def require_pages_in_windows(model: Any) -> None:
+    """Compare windows that are paged in 16 bit with the model's own, which hold such numbers."""
+    config = pagedkv.TierConfig(
+        hot_tokens=HOT, sink_tokens=SINKS, kv="fp16", page_tokens=256, warm="64MB", cold=0,
+        layer_kv="same",
+    )  # fmt: skip
+    own = ordered_caches(model)
+    for stream in streams(own):
+        if hasattr(stream, "update_and_fetch"):
+            stream.update_and_fetch = _halved(stream.update_and_fetch)
+    with wrapped(model, config) as cache:
+        for i, count in enumerate((500, 1, 1, 400, 1, 3, 1)):
+            given = tokens(count, seed=i)
+            right = logits_of(model(given, cache=own))
+            assert error(logits_of(model(given, cache=cache)), right) < 10 * TOLERANCE, i
+        windows = [c for c in cache.paged_layers if not c.keeps_all and not c.empty()]
+        assert windows and all(list(layer.located_pages()) for layer in windows)
+
+
+def _halved(update: Any) -> Any:
+    def half(x: mx.array) -> mx.array:
+        return x.astype(mx.float16).astype(x.dtype)
+
+    return lambda keys, values: update(half(keys), half(values))
+
+
 def broken(model: Any, cache: list[Any]) -> mx.array | None:
     """Logits of a decode step with mlx-lm's cache, one page of its values moved by a token.
 

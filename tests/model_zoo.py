@@ -16,7 +16,7 @@ import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tests import zoo_stand_ins
-from tests.zoo_configs import COMMON, EVEN_IF_NONE, NESTED, OVERRIDES
+from tests.zoo_configs import COMMON, EVEN_IF_NONE, NESTED, OVERRIDES, WINDOW
 
 GAIN = 1.6
 """Weights are this times 1 / sqrt(inputs): attention has peaks then, and logits differ."""
@@ -43,10 +43,11 @@ WITHOUT_PAGES: dict[str, str] = {
 """Types that `wrap` refuses, for none of their layers has a cache that could be paged."""
 
 
-def build(model_type: str, seed: int = 7) -> Any:
-    """A model of this type, evaluated."""
+def build(model_type: str, seed: int = 7, window: int = WINDOW) -> Any:
+    """A model of this type, evaluated; its windows, if it has any, this long."""
     module = _module(model_type)
-    model = module.Model(module.ModelArgs.from_dict(settings(model_type)))
+    with_windows = _with_windows(settings(model_type), window)
+    model = module.Model(module.ModelArgs.from_dict(with_windows))
     _stand_in(model_type, model)
     model.set_dtype(mx.float32)
     randomize(model, seed)
@@ -63,6 +64,23 @@ def settings(model_type: str) -> dict[str, Any]:
         text = fill(getattr(_module(name), kind), OVERRIDES.get(name, {}))
         config["text_config"] = {**text, **OVERRIDES.get(model_type, {}), "model_type": name}
     return {**config, "model_type": model_type}
+
+
+def _with_windows(config: dict[str, Any], window: int) -> dict[str, Any]:
+    """Settings with windows and chunks of this length."""
+    return {
+        name: _with_windows(value, window)
+        if isinstance(value, dict)
+        else window
+        if value == WINDOW and is_window(name)
+        else value
+        for name, value in config.items()
+    }
+
+
+def is_window(name: str) -> bool:
+    """Whether a field of this name is the length of a window or chunk of attention."""
+    return "window" in name or name == "attention_chunk_size"
 
 
 def _module(name: str) -> ModuleType:

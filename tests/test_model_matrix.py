@@ -20,12 +20,15 @@ import pagedkv
 from tests import model_table
 from tests.model_matrix import (
     LONG_PREFILL,
+    LONG_WINDOW,
     PREFILL,
     SHORT_PREFILL,
     Run,
     everything_hot,
     exercise,
+    has_windows,
     ordered_caches,
+    require_pages_in_windows,
     require_right_pages,
     tiny_budgets,
     tokens,
@@ -61,6 +64,8 @@ def test_a_model_type(model_type: str, tmp_path: Path) -> None:
 
     _require_reloaded(require_right_pages(model, eight, PREFILL, tmp_path))
     require_right_pages(model, sixteen, LONG_PREFILL)
+    if has_windows(model):
+        require_pages_in_windows(build(model_type, window=LONG_WINDOW))
 
 
 @pytest.mark.parametrize("model_type", PAGED)

@@ -15,8 +15,11 @@ import pagedkv
 from tests import model_table
 from tests.model_matrix import (
     LONG_PREFILL,
+    LONG_WINDOW,
     PREFILL,
     everything_hot,
+    has_windows,
+    require_pages_in_windows,
     require_right_pages,
     stock_caches,
     tiny_budgets,
@@ -47,6 +50,8 @@ def test_a_model_type(model_type: str) -> None:
         eight, sixteen = (tiny_budgets(cache, kv) for kv in ("K8V8", "fp16"))
     require_right_pages(model, eight, PREFILL)
     require_right_pages(model, sixteen, LONG_PREFILL)
+    if has_windows(model):
+        require_pages_in_windows(build(model_type, window=LONG_WINDOW))
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_PAGES)

@@ -14,9 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tests import zoo_configs, zoo_stand_ins
-from tests.model_zoo import fill, randomize
+from tests.model_zoo import fill, is_window, randomize
 from tests.vlm_configs import EVEN_IF_NONE, OVERRIDES, TEXT_TYPES
 from tests.vlm_package import load
+from tests.zoo_configs import WINDOW
 
 WITHOUT_PAGES: dict[str, str] = {
     "deepseek_v41": "its layers have a cache of their own, made of windows and compressed groups",
@@ -75,9 +76,9 @@ def _language_model(name: str) -> type | None:
     return None
 
 
-def build(model_type: str, seed: int = 7) -> Any:
-    """The language model of this type, evaluated."""
-    model = _made(model_type)
+def build(model_type: str, seed: int = 7, window: int = WINDOW) -> Any:
+    """The language model of this type, evaluated; its windows, if it has any, this long."""
+    model = _made(model_type, window)
     if model_type == "bitnet":
         zoo_stand_ins.without_packed_weights(model)
     if model_type == "muse_spark":
@@ -97,12 +98,15 @@ def build(model_type: str, seed: int = 7) -> Any:
     return model
 
 
-def _made(model_type: str) -> Any:
+def _made(model_type: str, window: int) -> Any:
     kind = _language_model(model_type)
     assert kind is not None
     configs = load(f"models.{LAYERS_OF.get(model_type, model_type)}.config")
     text_kind = None if model_type in WHOLE else getattr(configs, "TextConfig", None)
     text = _configured(text_kind or configs.ModelConfig, model_type)
+    for name, value in vars(text).items():
+        if value == WINDOW and is_window(name):
+            setattr(text, name, window)
     takes = list(inspect.signature(kind.__init__).parameters)[1:]
     around = SimpleNamespace(text_config=text, vision_config=SimpleNamespace(**PATCHES), **TOKENS)
     if model_type == "hunyuan_vl":
