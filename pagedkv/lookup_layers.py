@@ -19,6 +19,7 @@ import numpy as np
 
 from pagedkv.config import lookup_count
 from pagedkv.model_facts import logits_of, sharing_group
+from pagedkv.probe import left_as_it_was
 from pagedkv.recording import CHUNK, Stream, measure
 
 LEAST_ECHO = 0.01
@@ -89,7 +90,8 @@ def echoes(model: Any) -> dict[int, float]:
     Raises:
         ConfigError: if no layer's queries can be seen.
     """
-    vocabulary = int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])  # not computed
+    with left_as_it_was(model):
+        vocabulary = int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])  # not computed
     random = np.random.default_rng(0)
     ids, others = random.integers(0, vocabulary, (2, CHUNK)).tolist()
     same, other = (_second_half(model, ids + second) for second in (ids, others))

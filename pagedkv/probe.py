@@ -154,7 +154,8 @@ def _look(
 
     caches = replaced(copy.deepcopy(kinds), stand_in)
     try:
-        model(mx.zeros((1, tokens), mx.int32), cache=caches)
+        with left_as_it_was(model):  # positions of one call would be taken for those of the next
+            model(mx.zeros((1, tokens), mx.int32), cache=caches)
     except Exception:
         return False
     probed = list(streams(caches))

@@ -308,9 +308,12 @@ def require_right_pages(
     with wrapped(model, config) as cache:
         paged = exercise(model, cache, folder, prefill)
         used = [layer for layer in cache.paged_layers if not layer.empty()]
-        pages = [len(list(layer.located_pages())) for layer in used if layer.keeps_all]
+        # glm5_next of mlx-vlm has caches that its prompts alone are put into.
+        whole = [layer for layer in used if layer.keeps_all and layer.offset == cache.offset]
+        pages = [len(list(layer.located_pages())) for layer in whole]
         assert set(pages) <= {PAGES}
-        assert cache.stats().cold.pages >= (1 if pages else 0)
+        if pages and len({layer.shape for layer in used}) == 1:  # budgets follow the largest
+            assert cache.stats().cold.pages
     assert paged.trimmable == rounded.trimmable
     for name, logits in rounded.logits.items():
         assert error(paged.logits[name], logits) < TOLERANCE, name
@@ -336,7 +339,7 @@ def require_pages_in_windows(model: Any) -> None:
     )  # fmt: skip
     own = ordered_caches(model)
     for stream in streams(own):
-        if hasattr(stream, "update_and_fetch"):
+        if type(stream).__name__ in HALVED:
             stream.update_and_fetch = _halved(stream.update_and_fetch)
     with wrapped(model, config) as cache:
         for i, count in enumerate((500, 1, 1, 400, 1, 3, 1)):
@@ -345,6 +348,9 @@ def require_pages_in_windows(model: Any) -> None:
             assert error(logits_of(model(given, cache=cache)), right) < 10 * TOLERANCE, i
         windows = [c for c in cache.paged_layers if not c.keeps_all and not c.empty()]
         assert windows and all(list(layer.located_pages()) for layer in windows)
+
+
+HALVED = (*PLAIN, *CHUNKED, "OrderedCache")
 
 
 def _halved(update: Any) -> Any:
@@ -360,7 +366,7 @@ def broken(model: Any, cache: list[Any]) -> mx.array | None:
     What a test that compares logits has to notice. None if no stream is a plain `KVCache`.
     """
     twin = copy.deepcopy(cache)
-    plain = [c for c in streams(twin) if type(c).__name__ in PLAIN and not c.empty()]
+    plain = [c for c in streams(twin) if isinstance(c, RoundedCache) and not c.empty()]
     for layer in plain:
         held = layer.values if layer.values.shape[3] else layer.keys  # an index, or a latent
         held[:, :, SINKS : SINKS + 256] = mx.roll(held[:, :, SINKS : SINKS + 256], 1, axis=2)

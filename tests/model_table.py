@@ -133,8 +133,8 @@ def _described(mine: Any, theirs: Any, nested: bool = False) -> str:
         return "nothing"  # nemotron-nas makes caches for layers without attention
     if (shape.kv_heads, shape.key_dim) == (1, COMMON["kv_lora_rank"]):
         return "latents, rotary keys"
-    reached = any(mine.reaches_hook.values())
-    return "keys of an index" if nested and not reached else words
+    index = nested and shape.kv_heads == 1 and not any(mine.reaches_hook.values())
+    return "keys of an index" if index and kind in PLAIN else words
 
 
 def _share(count: int, of: int) -> str:
