@@ -197,3 +197,23 @@ def test_retrieval_layers_are_found_where_logits_come_among_other_things() -> No
             assert cache.stats().ladders == other.stats().ladders
     pagedkv.unwrap(plain)
     pagedkv.unwrap(model)
+
+
+def test_positions_of_one_look_are_not_those_of_the_next() -> None:
+    """A model that goes on with the positions of its first call, whatever its next one is like."""
+    model = tiny_llama()
+    kind = type(model)
+    model.positions = None
+
+    def call(self: Any, ids: mx.array, cache: Any) -> Any:
+        if not cache[0].offset:
+            if self.positions is None:
+                self.positions = ids.shape[1]
+            assert self.positions == ids.shape[1]
+        return kind.__call__(self, ids, cache=cache)
+
+    model.__class__ = type("Remembering", (kind,), {"__call__": call})
+    with pagedkv.wrap(model, CONFIG) as cache:
+        assert all(layer.shape is not None for layer in cache.paged_layers)
+        assert model.positions is None
+    pagedkv.unwrap(model)

@@ -121,4 +121,5 @@ def test_what_cannot_run_here_still_cannot(model_type: str) -> None:
 
 def test_the_document_is_what_the_generator_writes() -> None:
     """But for the measured column, which the test of each type leaves out too."""
-    assert model_table.document(model_table.read()) == model_table.DOCUMENT.read_text()
+    rows = (model_table.read(library) for library in (model_table.LM, model_table.VLM))
+    assert model_table.document(*rows) == model_table.DOCUMENT.read_text()

@@ -60,3 +60,7 @@ def test_a_model_type_without_anything_to_page_is_refused(model_type: str) -> No
     with pytest.raises(pagedkv.ConfigError, match="there is nothing to page"):
         pagedkv.wrap(model)
     assert stock_caches(model)
+
+
+def test_the_document_lists_every_model_type() -> None:
+    assert [row.model_type for row in model_table.read(model_table.VLM)] == [*model_types()]
