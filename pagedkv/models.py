@@ -214,8 +214,8 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     choosers = treat(shapes)
     told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
     # Those that see the whole context, and whose queries can be seen.
-    seen = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
-    candidates = seen & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
+    reaching = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
+    candidates = reaching & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
     open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
     pager.identity = config.store_identity(name, pager.layers, told, found=open_layers)
     if open_layers:
