@@ -25,10 +25,11 @@ from pagedkv.batch_layout import (
     batch_mask,
     row_masks,
 )
-from pagedkv.errors import OutOfPagesError, PagedKVError, ShapeError
+from pagedkv.errors import CacheStateError, OutOfPagesError, PagedKVError, ShapeError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.stand_in import stand_ins
 from pagedkv.tiers.turn import Turn, exclusive
+from pagedkv.window_sizes import SLACK
 
 if TYPE_CHECKING:
     from typing import Self
@@ -290,11 +291,55 @@ class BatchPagedLayerCache:
     # Masks and positions
 
     @property
-    def offset(self) -> mx.array:
-        """Each row's position of the next column, int32 ``[rows]``; negative in left padding."""
+    def offset(self) -> Any:
+        """Each row's position of the next column, int32 ``[rows]``; negative in left padding.
+
+        Models that run the rows of a prompt by themselves set it when they put them together.
+        """
         if self._positions is None:
             self._positions = mx.array(self._offsets())
         return self._positions
+
+    @offset.setter
+    def offset(self, positions: mx.array) -> None:
+        self._place(positions)
+
+    def _place(self, positions: mx.array) -> None:
+        """Set `offset`: padding that is still to come is all that may differ.
+
+        Raises:
+            ShapeError: if rows hold more or fewer tokens.
+        """
+        left = [row.offset - n for row, n in zip(self.rows, _listed(positions), strict=True)]
+        padded = [n for n, row in zip(left, self.rows, strict=True) if n and row.offset]
+        if min(left, default=0) < 0 or padded or self._midway:
+            held = [row.offset for row in self.rows]
+            raise ShapeError(
+                f"the rows hold {held} tokens and cannot be at {_listed(positions)}: a row is at "
+                f"its length, or before its first token by the padding to come"
+            )
+        self._left, self._positions = left, None
+
+    @property
+    def _idx(self) -> int:
+        """Columns so far, as mlx-vlm asks for them."""
+        return max(0, *self._offsets()) if self.rows else 0
+
+    @property
+    def left_padding(self) -> list[int]:
+        """Per row, columns before its first token, in a rectangle as mlx-lm would have it.
+
+        No padding is held, so that there is nothing for attention to look at here.
+        """
+        return [self._idx - n for n in self._offsets()]
+
+    @left_padding.setter
+    def left_padding(self, columns: Any) -> None:
+        if _listed(columns) != self.left_padding:
+            raise ShapeError(
+                f"the rows are padded by {self.left_padding} columns, which follows from their "
+                f"lengths, and cannot be by {_listed(columns)}"
+            )
 
     def _offsets(self) -> list[int]:
         """While padding is being read, positions count it, as the model's columns do."""
@@ -326,6 +371,38 @@ class BatchPagedLayerCache:
             raise ShapeError("the batch is empty: it has no keys and values yet")
         layout = self._last or self._layout(0)
         return BatchView(layout, views, shape, self._mark()).dense(some.hot.keys.dtype)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """What depends on all rows' hot keys, and has no numbers; None before the first token.
+
+        Models make it depend on other arrays (`mx.depends`), so that those are evaluated with the
+        rows, and set it.
+        """
+        return self._standing_for([row.keys for row in self.rows])
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        for row in self.rows:
+            if row.keys is not None:
+                row.keys = mx.depends(row.keys, array)
+
+    @property
+    def values(self) -> mx.array | None:
+        """The same for values; a model that needs none sets zeros, and they stay."""
+        return self._standing_for([row.values for row in self.rows])
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        for row in self.rows:
+            if row.values is not None:
+                row.values = mx.depends(row.values, array)
+
+    @staticmethod
+    def _standing_for(arrays: Sequence[mx.array | None]) -> mx.array | None:
+        there = [array for array in arrays if array is not None]
+        # One axis: whoever takes it for keys cannot index it.
+        return mx.depends(mx.zeros((0,), there[0].dtype), there) if there else None
 
     # Batches
 
@@ -366,7 +443,7 @@ class BatchPagedLayerCache:
             if given is not None and len(given) != len(self.rows):
                 raise ShapeError(f"padding of {len(given)} rows for a batch of {len(self.rows)}")
         if left_padding is not None:
-            if not self.empty():
+            if any(row.offset for row in self.rows):
                 raise ShapeError("only an empty batch can be padded on the left")
             self._left = [n + int(m) for n, m in zip(self._left, left_padding, strict=True)]
         if right_padding is not None and max(right_padding) > 0:
@@ -379,10 +456,13 @@ class BatchPagedLayerCache:
         self._positions = None
 
     def finalize(self) -> None:
-        """The padded columns are over: what comes next follows each row's last token."""
+        """The padded columns are over: what comes next follows each row's last token.
+
+        Raises:
+            CacheStateError: if the padding was stored, and a row cannot forget it.
+        """
         if self._padding is not None:
-            for row, n in zip(self.rows, self._padding, strict=True):
-                row.trim(n)
+            self._trim_rows(self._padding)
         self._stop = self._padding = None
         self._last = self._positions = None
 
@@ -453,8 +533,8 @@ class BatchPagedLayerCache:
         return max((row.size() for row in self.rows), default=0)
 
     def empty(self) -> bool:
-        """Whether no row holds a token."""
-        return all(row.empty() for row in self.rows)
+        """Whether no row holds a token, or knows of padding before its first one."""
+        return all(row.empty() for row in self.rows) and not any(self._left)
 
     @property
     def nbytes(self) -> int:
@@ -465,14 +545,44 @@ class BatchPagedLayerCache:
         """Whether tokens can be taken off the end of every row."""
         return all(row.is_trimmable() for row in self.rows)
 
+    def can_trim(self, n: int) -> bool:
+        """Whether every row can forget its last n tokens."""
+        return all(row.can_trim(n) for row in self.rows)
+
     def trim(self, n: int) -> int:
         """Forget the last n tokens of every row; a shorter row is empty then.
 
         Returns:
             The tokens forgotten by the longest row.
+
+        Raises:
+            CacheStateError: if a row cannot forget so many; nothing has changed then.
         """
+        return self._trim_rows([n] * len(self.rows))
+
+    def _trim_rows(self, counts: Sequence[int]) -> int:
+        """Forget so many of each row's last tokens: all of it, or nothing and an error.
+
+        Who trims a batch looks at `is_trimmable`, if at anything, and goes on.
+        """
+        mine = [row.offset for row in self.rows]
+        # Layers are trimmed one by one: the first one speaks for those that come after it.
+        for batch in (self, *self._siblings()):
+            if [row.offset for row in batch.rows] == mine:
+                batch._require_trimmable(counts)
         self._last = self._positions = None
-        return max((row.trim(n) for row in self.rows), default=0)
+        return max((row.trim(n) for row, n in zip(self.rows, counts, strict=True)), default=0)
+
+    def _require_trimmable(self, counts: Sequence[int]) -> None:
+        for i, (row, n) in enumerate(zip(self.rows, counts, strict=True)):
+            if not row.can_trim(n):
+                error = CacheStateError(
+                    f"layer {row.layer}: row {i} of {row.offset:,} tokens cannot forget the last "
+                    f"{n:,}: what they saw is behind its window; take back at most {SLACK} or the "
+                    f"whole last call, or go on with what extract({i}) gave before it"
+                )
+                error.rows = (i,)
+                raise error
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Self:
         """Itself: pages have their own precision."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from pagedkv import prefixes, sequences, state
 from pagedkv.attention import check_queries
+from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.config import KEPT_TOKENS, TierConfig, names_file, require_config
 from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
@@ -98,7 +99,7 @@ class PagedCache(list[Any]):
     @property
     def offset(self) -> int:
         """Tokens held."""
-        return max((cache.offset for cache in self.paged_layers), default=0)
+        return max((cache.offset for cache in rows_of(self)), default=0)
 
     @exclusive
     def trim(self, n: int) -> int:
@@ -267,7 +268,7 @@ class PagedCache(list[Any]):
 
         What was flushed stays in ``cold_dir``, everything else goes. Closing twice is fine.
         """
-        for cache in self.paged_layers:
+        for cache in rows_of(self):
             cache.close()
 
     def __enter__(self) -> PagedCache:
@@ -285,7 +286,7 @@ def _bounded_or_not(context: SequenceContext, layer: int) -> PagedLayerCache:
 
 
 def _can_trim(cache: Any, n: int) -> bool:
-    paged = isinstance(cache, PagedLayerCache)
+    paged = isinstance(cache, PagedLayerCache | BatchPagedLayerCache)
     return bool(cache.can_trim(n) if paged else cache.is_trimmable())
 
 

@@ -416,9 +416,13 @@ class PagedLayerCache(LayerPages):
         """A second cache with the same tokens: shares every page, copies page numbers only."""
         self.require_open()
         twin = self._blank(context or self._context.fork())
-        twin.reaches_hook, twin.readers = dict(self.reaches_hook), self.readers
-        twin.take_over(self)
+        twin.continue_from(self)
         return twin
+
+    def continue_from(self, other: PagedLayerCache) -> None:
+        """Hold what another cache of this layer holds, and know what it knows of the model."""
+        self.reaches_hook, self.readers = dict(other.reaches_hook), other.readers
+        self.take_over(other)
 
     def _blank(self, context: SequenceContext) -> PagedLayerCache:
         """An empty cache of the same kind."""

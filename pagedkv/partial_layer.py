@@ -305,12 +305,11 @@ class PartialLayerCache(PagedLayerCache):
         self._context.admitted = 0
         self._may_promote = True
 
-    def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
-        """A second cache with the same tokens: shares every page, copies page numbers only."""
-        twin = super().fork(context)
-        assert isinstance(twin, PartialLayerCache)
-        twin._call_start = self._call_start
-        return twin
+    def continue_from(self, other: PagedLayerCache) -> None:
+        """See `PagedLayerCache.continue_from`."""
+        assert isinstance(other, PartialLayerCache)
+        super().continue_from(other)
+        self._call_start = other._call_start
 
     def close(self) -> None:
         """See `PagedLayerCache.close`."""

@@ -124,6 +124,11 @@ class ChunkedLayerCache(PartialLayerCache):
         return self.chunk_size
 
     @property
+    def carried(self) -> int:
+        """Tokens that the next call shows beside its own."""
+        return self.offset - self.start_position
+
+    @property
     def _window_name(self) -> str:
         return f"chunks of {self.chunk_size}"
 
@@ -177,12 +182,11 @@ class ChunkedLayerCache(PartialLayerCache):
         super().accept_dropped(dropped, offset)
         self.start_position = dropped
 
-    def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
-        """A second cache with the same tokens: shares every page, copies page numbers only."""
-        twin = super().fork(context)
-        assert isinstance(twin, ChunkedLayerCache)
-        twin.start_position = self.start_position
-        return twin
+    def continue_from(self, other: PagedLayerCache) -> None:
+        """See `PagedLayerCache.continue_from`."""
+        assert isinstance(other, ChunkedLayerCache)
+        super().continue_from(other)
+        self.start_position = other.start_position
 
     def _blank(self, context: SequenceContext) -> PagedLayerCache:
         return type(self)(context, self.layer, self.chunk_size)

@@ -197,6 +197,11 @@ class LayerPager:
         return {p: WarmSlab(sizes[p], slots[p]) for p in self.precisions}
 
     @property
+    def warm_tokens(self) -> int:
+        """Tokens in pages that are in memory, of all sequences, at most."""
+        return self.page_tokens * sum(slab.max_slots for slab in self._slabs.values())
+
+    @property
     def run_tokens(self) -> int:
         """Tokens in a full run."""
         return self.pages_per_run * self.page_tokens
