@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv import hook
 from pagedkv.admission import Wish, refused
@@ -326,19 +327,23 @@ class BatchPagedLayerCache:
         return max(0, *self._offsets()) if self.rows else 0
 
     @property
-    def left_padding(self) -> list[int]:
-        """Per row, columns before its first token, in a rectangle as mlx-lm would have it.
+    def left_padding(self) -> npt.NDArray[np.int32]:
+        """Per row, the column of its first token in what the last call returned, int32 ``[rows]``.
 
-        No padding is held, so that there is nothing for attention to look at here.
+        Padding that is still to come counts. No array of mlx: with one, models of mlx-vlm go
+        through keys row by row, where attention over the rows' own tokens is right and less work.
         """
-        return [self._idx - n for n in self._offsets()]
+        layout = self._last or self._layout(0)
+        starts = [layout.start(i) + left for i, left in enumerate(self._left)]
+        return np.array(starts, np.int32)
 
     @left_padding.setter
     def left_padding(self, columns: Any) -> None:
-        if _listed(columns) != self.left_padding:
+        here, given = self.left_padding.tolist(), _listed(columns)
+        if here != given:
             raise ShapeError(
-                f"the rows are padded by {self.left_padding} columns, which follows from their "
-                f"lengths, and cannot be by {_listed(columns)}"
+                f"the rows begin at columns {here}, which follows from their lengths, and cannot "
+                f"be moved to {given}"
             )
 
     def _offsets(self) -> list[int]:

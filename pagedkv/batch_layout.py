@@ -168,7 +168,8 @@ def _spread(layout: BatchLayout, row: int, mask: Mask) -> mx.array:
     place, end = layout.rows[row], layout.end(row)
     if not isinstance(mask, mx.array):
         mask = _row_causal(place)
-    mask = mask.reshape(-1, mask.shape[-1])
+    if mask.ndim == 1:
+        mask = mask[None]
     tokens = int(mask.shape[1])
     after = layout.new - place.first - place.count
     pads = [(place.first, after), (end - tokens, layout.width - end)]

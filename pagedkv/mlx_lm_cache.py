@@ -43,7 +43,7 @@ class _Sequence(VLMProtocol):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """See `PagedLayerCache.update_and_fetch`; several rows make an empty cache a batch."""
-        if keys.shape[0] > 1 and not self.offset and not self._closed:
+        if keys.ndim == 4 and keys.shape[0] > 1 and not self._closed:
             self._become_rows(keys.shape[0])
             return self.update_and_fetch(keys, values)  # it has another class now
         return _with_values(super().update_and_fetch, keys, values)

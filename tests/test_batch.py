@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pagedkv
 from pagedkv import PagedCache, batch_layout, hook
 from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.batch_layout import BatchView
+from tests import model_zoo
 from tests.batch_machine import BatchMachine
 from tests.models import lively, random_tokens, tiny_llama
 from tests.test_mlx_lm import sizes
@@ -162,6 +164,114 @@ def test_no_step_of_a_batch_computes_dense_keys(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(BatchView, "dense", None)
         monkeypatch.setattr(batch_layout, "_cut", None)  # nor a mask's array
         assert together(model, texts, 5) == expected
+    pagedkv.unwrap(model)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl"])
+def test_an_index_beside_the_keys(kind: str) -> None:
+    """Models make keys depend on the index's, some of which has no values."""
+    model, texts = model_zoo.build(kind), prompts(90, 140, 7)
+    expected = together(model, texts, 6, later=1)
+    with pagedkv.wrap(model, HOT):
+        assert together(model, texts, 6, later=1) == expected
+    unrounded = {**TIERS.to_dict(), "kv": "fp16", "hot_tokens": 16, "warm": "2MB"}
+    with pagedkv.wrap(model, pagedkv.TierConfig(**unrounded)) as cache:
+        texts = prompts(330, 400)
+        expected = [alone(model, text, 6) for text in texts]
+        answers = together(model, texts, 6)
+        assert cache.context.pager.counters.sealed > 0
+    # Blocks of an index are cut over a batch's columns, in mlx-lm's caches too.
+    assert answers == expected or kind == "minimax_m3_vl"
+    pagedkv.unwrap(model)
+
+
+# Several rows in what `make_cache` gives
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "llama4", "lfm2", "deepseek_v32"])
+def test_an_empty_cache_takes_rows_as_mlx_lms_does(kind: str) -> None:
+    """Positions as one number, windows, chunks, recurrent layers, and lists of caches."""
+    model, tokens = model_zoo.build(kind), random_tokens(3 * 340).reshape(3, 340)
+    cuts = (0, 120, 338, 339, 340)
+
+    def read(rows: mx.array, cache: Any) -> mx.array:
+        parts = [model(rows[:, a:b], cache=cache) for a, b in itertools.pairwise(cuts)]
+        mx.eval(parts, [c.state for c in cache])
+        return mx.concatenate(parts, axis=1)
+
+    expected = read(tokens, stock.make_prompt_cache(model))
+    with pagedkv.wrap(model, HOT):
+        out = read(tokens, stock.make_prompt_cache(model))
+        assert mx.abs(out - expected).max().item() < 1e-4 * mx.std(expected).item()
+    with pagedkv.wrap(
+        model, replace(TIERS, hot_tokens=16, warm="300KB" if kind == "llama" else "600KB")
+    ) as base:
+        cache = stock.make_prompt_cache(model)
+        out = read(tokens, cache)
+        for i in range(3):
+            single = read(tokens[i : i + 1], stock.make_prompt_cache(model))
+            assert mx.abs(out[i] - single[0]).max().item() < 1e-4 * mx.std(expected).item()
+        counters = base.context.pager.counters
+        assert counters.sealed > 0 and (counters.demoted > 0 or kind != "llama")
+        if kind != "lfm2":
+            assert cache.trim(2) == 2 and cache.offset == 338
+            again = cache.fork()
+            for held in (cache, again):
+                steps = [model(tokens[:, n : n + 1], cache=held) for n in (338, 339)]
+                assert mx.abs(mx.concatenate(steps, axis=1) - out[:, 338:]).max().item() < 1e-3
+            again.close()
+        stats = cache.stats()
+        assert stats.tokens == 3 * 340 and "3 rows" in stats.layers[-1]
+        assert stats.decode_steps >= 2
+        cache.close()
+        base.context.pager.reclaim()
+        assert not any(layer.pages for layer in base.context.pager.layer_pagers)
+    pagedkv.unwrap(model)
+
+
+def test_rows_of_a_cache_are_saved_and_loaded_as_mlx_lm_does_it(tmp_path: Path) -> None:
+    model, path = tiny_llama(layers=2), str(tmp_path / "rows.safetensors")
+    with pagedkv.wrap(model, TIERS) as cache:
+        mx.eval(model(random_tokens(800).reshape(2, 400), cache=cache))
+        stock.save_prompt_cache(path, cache)
+        expected = model(mx.array([[1], [2]]), cache=cache)
+        loaded = stock.load_prompt_cache(path)
+        assert loaded[0].offset == 400
+        assert mx.array_equal(model(mx.array([[1], [2]]), cache=loaded), expected).item()
+        with pytest.raises(pagedkv.CacheStateError, match="PagedRowsKVCache"):
+            cache.save(path)
+        assert cache.remember([1] * 401) == 0
+        assert "PagedRowsKVCache" in cache.stats().prefix_reuse
+    pagedkv.unwrap(model)
+
+
+def test_rows_come_to_an_empty_cache_alone() -> None:
+    model, two = tiny_llama(layers=2), mx.zeros((2, 3), mx.int32)
+    with pagedkv.wrap(model, TIERS):
+        cache = model.make_cache()
+        model(random_tokens(5), cache=cache)
+        with pytest.raises(pagedkv.ShapeError, match=r"holds one sequence of 5 tokens: make a new"):
+            model(two, cache=cache)
+        cache.trim(5)
+        assert mx.isfinite(model(two, cache=cache)).all().item()
+        with pytest.raises(pagedkv.ShapeError, match="2 rows and was given keys of"):
+            model(two[:1], cache=cache)
+        closed = model.make_cache()
+        closed.close()
+        with pytest.raises(pagedkv.ClosedError):
+            model(two, cache=closed)
+        half = model.make_cache()
+        k = mx.zeros((1, 2, 3, 16))
+        half[1].update_and_fetch(k, k)
+        with pytest.raises(pagedkv.ShapeError, match="layer 1 holds one sequence of 3 tokens"):
+            model(two, cache=half)
+    small = pagedkv.TierConfig(**{**TIERS.to_dict(), "warm": "330KB", "cold": 0})  # four pages
+    with pagedkv.wrap(model, small) as cache:
+        model(random_tokens(600).reshape(2, 300), cache=cache)
+        with pytest.raises(pagedkv.OutOfPagesError, match="of row 1"):
+            model(random_tokens(1200).reshape(2, 600), cache=cache)
+        assert [layer.offset for layer in cache] == [300, 300]
+        assert mx.isfinite(model(two, cache=cache)).all().item()
     pagedkv.unwrap(model)
 
 
