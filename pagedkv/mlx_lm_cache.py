@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -109,9 +110,9 @@ class BatchPagedKVCache(BatchVLMProtocol, stock._BaseCache):  # type: ignore[mis
         return _with_values(super().update_and_fetch, keys, values)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> _BatchState:
         """The rows' states and kinds; evaluating it touches the hot arrays only."""
-        return [(row.state, type(row).__name__) for row in self.rows]
+        return _BatchState(self)
 
     @classmethod
     def from_state(cls, state: Any) -> BatchPagedKVCache:
@@ -121,10 +122,33 @@ class BatchPagedKVCache(BatchVLMProtocol, stock._BaseCache):  # type: ignore[mis
             CacheStateError: if a state is damaged or not ours.
         """
         try:
-            rows = [(_ROWS[kind], row) for row, kind in state]
+            states = state["rows"] if isinstance(state, dict) else state  # a list in older files
+            rows = [(_ROWS[kind], row) for row, kind in states]
         except (KeyError, TypeError, ValueError) as e:
             raise CacheStateError("this is not the state of a batch of paged caches") from e
         return cls(kind.from_state(row) for kind, row in rows)
+
+
+class _BatchState(dict[str, Any]):
+    """A batch's rows, to be evaluated and saved; and the pair of its keys and values.
+
+    Layers of mlx-vlm's models that share keys (gemma3n, afm7) read that pair as a plain cache's
+    state has it.
+    """
+
+    def __init__(self, batch: BatchPagedKVCache) -> None:
+        super().__init__(rows=[(row.state, type(row).__name__) for row in batch.rows])
+        self._batch = batch
+
+    def __getitem__(self, key: str | int) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self._pair[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._pair)
+
+    @cached_property
+    def _pair(self) -> tuple[mx.array, mx.array]:
+        return self._batch.keys_and_values()
 
 
 class PagedRowsKVCache(BatchPagedKVCache):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 import pytest
 
 import pagedkv
+from tests import vlm_package
 
 EXACT = pagedkv.TierConfig(
     hot_tokens=64, page_tokens=256, kv="fp16", hot_dtype="model", warm="2MB", cold="32MB"
@@ -27,14 +29,23 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["transformer", "multi_head", "own_attention"])
+@pytest.mark.parametrize("name", ["transformer", "multi_head", "own_attention", "image_chat"])
 def test_it_runs_in_all_tiers(name: str) -> None:
+    if name == "image_chat":
+        vlm_package.load("generate.ar")
+        vlm_package.load("models.llava")
     stats = example(name).main(prompt_tokens=3000, new_tokens=4)
     assert stats.tokens == 3004
     assert min(stats.hot.tokens, stats.warm.tokens, stats.cold.tokens) > 0
     assert stats.nvme_bytes_read > 0
     assert set(stats.precisions) == ({"K8V4", "K4V4"} if name == "transformer" else {"K4V4"})
     assert set(stats.layers) == {"paged"}
+
+
+def test_an_example_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlx_vlm.generate.ar", None)
+    with pytest.raises(SystemExit, match="pip install mlx-vlm"):
+        example("image_chat")
 
 
 def test_the_module_gives_what_the_one_it_replaces_gives() -> None:

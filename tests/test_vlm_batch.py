@@ -28,7 +28,7 @@ PLAIN, WINDOWS, RECURRENT = "ernie4_5", "gemma3", "qwen3_5"
 class _Tokenizer:
     """A processor that ends nothing."""
 
-    class stopping_criteria:  # noqa: N801  # an attribute of mlx-vlm's
+    class stopping_criteria:  # an attribute of mlx-vlm's
         def __new__(cls, token: int) -> bool:  # type: ignore[misc]
             return False
 
