@@ -565,6 +565,7 @@ class BatchPagedLayerCache:
         """
         return self._trim_rows([n] * len(self.rows))
 
+    @exclusive
     def _trim_rows(self, counts: Sequence[int]) -> int:
         """Forget so many of each row's last tokens: all of it, or nothing and an error.
 

@@ -15,6 +15,7 @@ from pagedkv.errors import CacheStateError, ShapeError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.mlx_vlm_protocol import BatchVLMProtocol, VLMProtocol
 from pagedkv.streams import stock_kind
+from pagedkv.tiers.turn import exclusive
 from pagedkv.window import ChunkedLayerCache, WindowedLayerCache
 
 _AS_PLAIN = {("mlx_vlm.models.hy_v4.cache", "HyV4KVCache")}
@@ -53,6 +54,7 @@ class _Sequence(VLMProtocol):
     def _batch(self) -> type[BatchPagedKVCache]:
         return BatchPagedKVCache
 
+    @exclusive
     def _become_rows(self, count: int) -> None:
         """Become a batch of empty rows, with the other layers.
 

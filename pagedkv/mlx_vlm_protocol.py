@@ -10,6 +10,7 @@ from pagedkv.errors import CacheStateError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.partial_layer import PartialLayerCache
 from pagedkv.tiers.hot import STEP
+from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import SLACK
 
 
@@ -21,6 +22,7 @@ class VLMProtocol(PagedLayerCache):
         """Of the batches that rows like this one make."""
         return BatchPagedLayerCache
 
+    @exclusive
     def to_batch(self, left_padding: Sequence[int]) -> BatchPagedLayerCache:
         """A batch of copies of this cache.
 
@@ -76,6 +78,7 @@ class VLMProtocol(PagedLayerCache):
 
     # Its prefix cache
 
+    @exclusive
     def prefix_cache_snapshot(self) -> dict[str, Any]:
         """What this cache holds now, for `prefix_cache_restore`; shares every page."""
         return {"cache": self.fork(self._context.fork_for(self))}
@@ -95,7 +98,8 @@ class VLMProtocol(PagedLayerCache):
             )
         if "layer" not in self.__dict__:  # mlx-vlm makes copies without calling `__init__`
             meta = {"layer": held.layer, "window": held.window_state()}
-            self.start_from(held._context.fork_for(held), meta)
+            with held._turn.lock:
+                self.start_from(held._context.fork_for(held), meta)
         here, there = ((c.layer, c._context.pager) for c in (self, held))
         if self.offset or here != there:
             raise CacheStateError(
@@ -108,6 +112,7 @@ class VLMProtocol(PagedLayerCache):
         """Nothing: memory is the tiers'."""
         return ()
 
+    @exclusive
     def prefix_cache_merge(
         self, rows: Sequence[PagedLayerCache], prefix_lens: Sequence[int]
     ) -> BatchPagedLayerCache:
