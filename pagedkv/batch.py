@@ -381,8 +381,8 @@ class BatchPagedLayerCache:
     def keys(self) -> mx.array | None:
         """What depends on all rows' hot keys, and has no numbers; None before the first token.
 
-        Models make it depend on other arrays (`mx.depends`), so that those are evaluated with the
-        rows, and set it.
+        Models make it depend on other arrays (`mx.depends`), an index's or what they send to other
+        processes, so that those are evaluated with the rows, and set it.
         """
         return self._standing_for([row.keys for row in self.rows])
 
@@ -502,19 +502,6 @@ class BatchPagedLayerCache:
             raise ShapeError("batches are joined between prompts: call finalize() first")
         self._left += other._left
         self._hold([*self.rows, *(_twin(row) for row in other.rows)])
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The array behind the first row's hot keys, to be made to depend on other arrays.
-
-        Models that are spread over processes hang what they send on it; see
-        `PagedLayerCache.keys`.
-        """
-        return self.rows[0].keys
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        self.rows[0].keys = array
 
     @property
     def _midway(self) -> bool:
