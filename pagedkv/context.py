@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagedkv import state
 from pagedkv.config import ALIKE, TierConfig
+from pagedkv.errors import CacheStateError
 from pagedkv.pace import Pace
 from pagedkv.prefixes import Prefixes
 from pagedkv.tiers import Lineage, Pager
@@ -78,6 +79,20 @@ class SequenceContext:
             prefix=list(self.prefix),
             torn=self.torn,
         )
+
+    def require_same_weights(self) -> None:
+        """Check that the model's weights are those that it was wrapped with.
+
+        Raises:
+            CacheStateError: if they are others: what its caches hold may be of either.
+        """
+        now = self.prefixes.weights()
+        if now not in ("", self.fingerprint):
+            raise CacheStateError(
+                f"the model's weights were exchanged after it was wrapped: it was "
+                f"{self.fingerprint} then and is {now} now, and nothing tells of which its caches "
+                f"are; wrap() it again, and go on with a new cache"
+            )
 
     def forget_prefix_beyond(self, tokens: int) -> None:
         """Tokens from there on are about to be others than those that digests are known of."""

@@ -6,71 +6,109 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 
 from pagedkv.errors import ConfigError
 from pagedkv.releases import unsupported
+from pagedkv.weight_hash import hash_arrays
+
+_IDENTITY = "_pagedkv_identity"
+
+SAMPLED = 16
+"""Numbers of each weight that show that an array was changed in place."""
+
+
+@dataclass
+class _Identity:
+    """A model's fingerprint, and what it was computed from.
+
+    Attributes:
+        fingerprint: see `fingerprint`.
+        settings: see `_settings`.
+        arrays: the weights, not kept alive.
+        sample: see `_sample`.
+    """
+
+    fingerprint: str = ""
+    settings: str = ""
+    arrays: tuple[weakref.ref[mx.array], ...] = ()
+    sample: bytes = b""
+
+    def __reduce__(self) -> tuple[type[_Identity], tuple[()]]:
+        return _Identity, ()  # a copy of the model has other arrays
 
 
 def fingerprint(model: Any) -> str:
-    """Names a model by its kind, its sizes and a sample of its weights, as 16 hex digits."""
-    digest = hashlib.sha256(type(model).__module__.encode())
-    args = getattr(model, "args", None)
-    if is_dataclass(args) and not isinstance(args, type):
-        digest.update(json.dumps(asdict(args), sort_keys=True, default=str).encode())
-    from mlx.utils import tree_flatten
+    """Name a model by its kind, its settings and every bit of its weights, with 32 hex digits.
 
-    named = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
-    weight: Any
-    for name, weight in named[:: max(1, len(named) // 16)]:
-        sample = weight.reshape(-1)[:32].astype(mx.float32)
-        digest.update(f"{name}{weight.shape}{[float(x) for x in sample.tolist()]}".encode())
-    kind = type(model).__module__.rpartition(".")[2]
-    return f"{kind}-{digest.hexdigest()[:16]}"
+    Weights are read once (`hash_arrays`); asked again, it looks whether the same arrays are there,
+    and at `SAMPLED` numbers of each for those that were changed in place. Names that begin with an
+    underscore are not looked at, for models keep under them what a call leaves behind.
 
-
-SAMPLED = 64
-"""Numbers of each weight that tell a model from one that was tuned further."""
-
-
-def weights_digest(model: Any) -> str:
-    """Names a model's weights by some numbers of each of them, as 32 hex digits.
-
-    `fingerprint` looks at a few weights only, which is enough where a user names a file. What is
-    found without being named must not be of a model that shares those.
+    Args:
+        model: of mlx-lm, wrapped or not.
     """
-    from mlx.utils import tree_flatten
+    weights: Any = tree_flatten(model.parameters())
+    named: list[tuple[str, mx.array]] = sorted(weights, key=lambda item: item[0])
+    settings, arrays = _settings(model), [array for _, array in named]
+    known = getattr(model, "__dict__", {}).get(_IDENTITY)
+    sample = _sample(arrays)
+    if (
+        known is not None
+        and known.settings == settings
+        and len(known.arrays) == len(arrays)
+        and all(ref() is array for ref, array in zip(known.arrays, arrays, strict=True))
+        and known.sample == sample
+    ):
+        return str(known.fingerprint)
+    digest = hashlib.sha256(f"{settings}\n{hash_arrays(named)}".encode()).hexdigest()
+    kind = type(model).__module__.rpartition(".")[2]
+    found = _Identity(f"{kind}-{digest[:32]}", settings, tuple(map(weakref.ref, arrays)), sample)
+    object.__setattr__(model, _IDENTITY, found)
+    return found.fingerprint
 
-    digest = hashlib.sha256()
-    named: Any = tree_flatten(model.parameters())
-    samples = [_sample(weight) for _, weight in named]
-    mx.eval(samples)
-    for (name, weight), sample in zip(named, samples, strict=True):
-        digest.update(f"{name} {weight.shape} {weight.dtype} {sample.tolist()}".encode())
-    return digest.hexdigest()[:32]
+
+def _settings(model: Any) -> str:
+    """What decides a model's answers beside its weights: its sizes, and its modules' numbers.
+
+    A LoRA adapter's scale is of these: it is no weight, and in no configuration.
+    """
+    args = getattr(model, "args", None) or getattr(model, "config", None)
+    sizes = asdict(args) if is_dataclass(args) and not isinstance(args, type) else None
+    lines = [type(model).__module__, json.dumps(sizes, sort_keys=True, default=str)]
+    for path, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+        }
+        lines.append(f"{path} {type(module).__name__} {sorted(plain.items())}")
+    return "\n".join(lines)
 
 
-def _sample(weight: mx.array) -> mx.array:
-    """Numbers from all over a weight, `SAMPLED` or all there are."""
-    if weight.size <= SAMPLED:
-        return weight
-    places = np.unravel_index(np.linspace(0, weight.size - 1, SAMPLED).astype(int), weight.shape)
-    return weight[tuple(mx.array(p) for p in places)]
+def _sample(arrays: list[mx.array]) -> bytes:
+    """Numbers from all over each array, `SAMPLED` or all there are."""
+    some = [array.reshape(-1)[:: max(1, array.size // SAMPLED)] for array in arrays if array.size]
+    octets = [numbers.view(mx.uint8) for numbers in some]
+    taken = mx.concatenate([mx.zeros((1,), mx.uint8), *octets])
+    mx.eval(taken)
+    return np.asarray(taken).tobytes()
 
 
 def weights_of(model: Any) -> Callable[[], str]:
-    """What tells `weights_digest` of the model as long as it lives; empty then."""
+    """What tells the model's `fingerprint` as long as it lives; empty then."""
     reference = weakref.ref(model)  # as in `stock_maker`
 
     def weights() -> str:
         mine = reference()
-        return "" if mine is None else weights_digest(mine)
+        return "" if mine is None else fingerprint(mine)
 
     return weights
 

@@ -246,7 +246,11 @@ def _wrapped_already(earlier: Wrapping, model: Any, config: TierConfig) -> Paged
         return None
     if not earlier.pager.users:  # its caches were dropped, not closed
         earlier.pager.close()
-    elif earlier.config == config and not _calibrated_since(earlier, model):
+    elif (
+        earlier.config == config
+        and earlier.fingerprint == fingerprint(model)
+        and not _calibrated_since(earlier, model)
+    ):
         return earlier.make_cache()
     elif earlier.prefixes.alone(earlier.pager):
         earlier.prefixes.clear()  # the last of them closes the store
@@ -307,7 +311,8 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
         The cache, ready to be passed as ``prompt_cache=``.
 
     Raises:
-        CacheStateError: if the file is damaged, or was made with another model.
+        CacheStateError: if the file is damaged, or was made with another model, an adapter or
+            weights of another type included.
         ConfigError: if the settings do not fit the model.
         OutOfPagesError: if the budgets do not hold it.
     """
@@ -317,7 +322,8 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     mine = fingerprint(model)
     if (theirs := metas[0]["fingerprint"]) != mine:
         raise CacheStateError(
-            f"{str(path)!r} was made with another model: it belongs to {theirs}, this one is {mine}"
+            f"{str(path)!r} was made with another model: it belongs to {theirs}, this one is "
+            f"{mine} (an adapter, other bits or another type of weights make another model)"
         )
     wrapping = wrapping_of(model)
     if wrapping is None:
@@ -325,6 +331,7 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
     else:
         cache = wrapping.make_cache()
     try:
+        cache.context.require_same_weights()
         layers, saved_layers = [[c.layer for c in cache.paged_layers], [m["layer"] for m in metas]]
         if layers != saved_layers or not cache.is_fully_paged:
             raise CacheStateError(
@@ -357,6 +364,7 @@ def resume(
 
     Raises:
         ConfigError: if there is no ``cold_dir``.
+        CacheStateError: if the weights of a model that is wrapped were exchanged meanwhile.
         SequenceNotFoundError, StoreMismatchError, CorruptStoreError, CorruptPageError,
         StoreLockedError, UnsafeStoreError, ColdStoreError: see `PagedCache.resume`.
     """

@@ -50,7 +50,7 @@ class Prefixes:
     Attributes:
         lasting: whether they stay when the last cache is closed, as while a model is wrapped: it
             can make another one.
-        weights: names the model's weights as they are now.
+        weights: tells the model's fingerprint as it is now; empty if nobody knows.
         reused: tokens that were not computed again.
         prompt_rate: prompt tokens computed per second, as last measured; 0 if nothing was.
     """
@@ -237,7 +237,8 @@ def _key(context: SequenceContext, unit: int) -> bytes:
     settings = (ladders, config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
     # What a step leaves out is missing in the pages of all later layers too.
     left_out = (config.skip_below, config.cold_pages)
-    return prefix_key(context.fingerprint, context.prefixes.weights(), *settings, *left_out)
+    context.require_same_weights()
+    return prefix_key(context.fingerprint, *settings, *left_out)
 
 
 def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:

@@ -57,6 +57,7 @@ _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32
 def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> StoredSequence:
     """Put the cache as it is on disk; see `PagedCache.flush`, and `SequenceState.spare`."""
     store = store_of(cache)
+    cache.context.require_same_weights()
     durability = durability or cache.context.config.durability
     require_durability(durability)
     layers = _layers(cache)
@@ -331,6 +332,7 @@ def _recall(pager: Pager, content: bytes | None) -> None:
 def resume(cache: PagedCache, sequence: str | None) -> None:
     """Fill an empty cache from the store; see `PagedCache.resume`."""
     store = store_of(cache)
+    cache.context.require_same_weights()
     if cache.offset:
         raise CacheStateError(
             f"this cache holds {cache.offset:,} tokens: resume with an empty one, from wrap() or "

@@ -145,6 +145,7 @@ def _require_whole(cache: PagedLayerCache) -> None:
 def describe(cache: PagedLayerCache) -> dict[str, Any]:
     """What a layer's state means: settings, shape, and what each page is."""
     context = cache._context
+    context.require_same_weights()
     config = context.settled.to_dict()
     # Paths are for nobody else, and no file may choose any.
     config |= {"cold_dir": None}
