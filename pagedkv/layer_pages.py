@@ -15,7 +15,13 @@ from pagedkv.allocator import KVShape, Ladder, PageTable, Precision, TableEntry
 from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
-from pagedkv.errors import ClosedError, ColdStoreError, OutOfPagesError, ShapeError
+from pagedkv.errors import (
+    CacheStateError,
+    ClosedError,
+    ColdStoreError,
+    OutOfPagesError,
+    ShapeError,
+)
 from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
 from pagedkv.tiers.turn import Turn, exclusive
@@ -335,10 +341,15 @@ class LayerPages:
 
         Returns:
             The tokens forgotten.
+
+        Raises:
+            CacheStateError: if another layer of the sequence, with a window, cannot forget so many;
+                nothing has changed.
         """
         n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         if self._table is None or n == 0:
             return n
+        self._require_alike(n)
         self._context.admitted = 0
         left = self.offset - n
         sealed_end = self._sealed_end()
@@ -354,6 +365,27 @@ class LayerPages:
             self._context.forget_prefix_beyond(left)
         self.offset = left
         return n
+
+    def _require_alike(self, n: int) -> None:
+        """Refuse a trim after which layers would hold different tokens.
+
+        mlx-lm trims layer by layer, and does not look whether all of them did it.
+
+        Args:
+            n: tokens.
+
+        Raises:
+            CacheStateError: if some of the layers that hold as much as this one can, and some not.
+        """
+        alike = [cache for cache in self.siblings() if cache.offset == self.offset]
+        able = [cache.can_trim(n) for cache in alike]
+        if any(able) and not all(able):
+            first = alike[able.index(False)]
+            raise CacheStateError(
+                f"the last {n:,} of {self.offset:,} tokens cannot be forgotten: layer "
+                f"{first.layer} ({first.kind}) has left behind what comes before them; ask "
+                f"can_trim({n}), or fork() the cache while they can be"
+            )
 
     @exclusive
     def take_over(self, other: PagedLayerCache) -> None:

@@ -24,7 +24,7 @@ from pagedkv.layer import PagedLayerCache
 from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, Page
 from pagedkv.tiers.turn import exclusive
-from pagedkv.window_sizes import SLACK, WindowSizes
+from pagedkv.window_sizes import MOST_PROPOSED, SLACK, WindowSizes
 
 
 @dataclass(eq=False)
@@ -62,6 +62,7 @@ class PartialLayerCache(PagedLayerCache):
         self._selection = None  # its bounds know nothing of tokens that a page has and nobody sees
         self._call_start = 0  # tokens that there were before the last call
         self._earlier: _Earlier | None = None
+        self._proposed = False  # whether the last call is one that speculative decoding may make
 
     # What is seen, and what may go
 
@@ -138,6 +139,8 @@ class PartialLayerCache(PagedLayerCache):
         if self._table is not None:
             self._drop_pages(self._behind(self.offset))
         self._call_start = self.offset
+        # A batch is not speculated for; its prompts end with such calls.
+        self._proposed = self.batch is None and 1 < keys.shape[2] <= MOST_PROPOSED
         return super().append(keys, values)
 
     # Dropping
@@ -155,9 +158,9 @@ class PartialLayerCache(PagedLayerCache):
         end = self._behind(self.offset)
         if self.needed(self._call_start) < end and self._earlier is None:
             new = self.offset - self._call_start
-            if new <= self._hot.used - self.keep:
+            if new <= self._hot.used - self.keep and not self._proposed:
                 self._earlier = self._remember(new)
-            else:  # they are partly sealed: nothing goes before the next call
+            else:  # some stay, or they are partly sealed: nothing goes before the next call
                 end = self.needed(self._call_start)
         if end <= self._held_from:
             return
@@ -258,8 +261,13 @@ class PartialLayerCache(PagedLayerCache):
         return min(self.offset, self.reach)
 
     def is_trimmable(self) -> bool:
-        """Whether any number of tokens can be forgotten: as long as none was dropped."""
-        return self._all_there
+        """Whether mlx-lm may call `trim`.
+
+        It does not say for how many tokens it asks. Any number can be forgotten as long as none was
+        dropped; later the answer is yes between a call of a few tokens and what comes next, where
+        speculative decoding takes back some of that call, and does not look whether it could.
+        """
+        return self._all_there or self._proposed
 
     def can_trim(self, n: int) -> bool:
         """Whether what a query sees once the last n tokens are forgotten is still there."""
@@ -282,9 +290,14 @@ class PartialLayerCache(PagedLayerCache):
 
         Returns:
             The tokens forgotten: 0, and nothing has changed, if that cannot be.
+
+        Raises:
+            CacheStateError: if other layers can; nothing has changed.
         """
         n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         left = self.offset - n
+        self._require_alike(n)
+        self._proposed = False
         if not self.can_trim(n):
             return 0
         if self._holds(left):
@@ -309,7 +322,7 @@ class PartialLayerCache(PagedLayerCache):
         """See `PagedLayerCache.continue_from`."""
         assert isinstance(other, PartialLayerCache)
         super().continue_from(other)
-        self._call_start = other._call_start
+        self._call_start, self._proposed = other._call_start, other._proposed
 
     def close(self) -> None:
         """See `PagedLayerCache.close`."""

@@ -10,6 +10,7 @@ from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.partial_layer import PartialLayerCache
+from pagedkv.window_sizes import SLACK
 
 
 class WindowedLayerCache(PartialLayerCache):
@@ -140,16 +141,8 @@ class ChunkedLayerCache(PartialLayerCache):
         return self.start_position
 
     def _behind(self, offset: int) -> int:
-        return self.start_position
-
-    @property
-    def _all_there(self) -> bool:
-        return not self.start_position
-
-    def _holds(self, left: int) -> bool:
-        # Where views begin is for the model to say: it makes its masks by that.
-        here = self._all_there or left == self.offset
-        return here or self.needed(left) >= self.start_position
+        # Of `SLACK` tokens taken back the last one's chunk begins so much earlier.
+        return max(0, self.start_position - SLACK + 1)
 
     def maybe_trim_front(self) -> None:
         """Leave everything behind but the last `chunk_size` tokens; models call it before a step.
@@ -157,6 +150,13 @@ class ChunkedLayerCache(PartialLayerCache):
         What is left behind is given back when the next tokens come.
         """
         self.start_position = max(self.start_position, self.offset - self.chunk_size)
+
+    def trim(self, n: int) -> int:
+        """See `PartialLayerCache.trim`."""
+        trimmed = super().trim(n)
+        # Masks are made by where the first layer's view begins: the same in all layers.
+        self.start_position = min(self.start_position, self.needed(self.offset))
+        return trimmed
 
     def window_state(self) -> dict[str, int]:
         """What a state says of the window."""
@@ -180,7 +180,7 @@ class ChunkedLayerCache(PartialLayerCache):
     def accept_dropped(self, dropped: int, offset: int) -> None:
         """See `PartialLayerCache.accept_dropped`."""
         super().accept_dropped(dropped, offset)
-        self.start_position = dropped
+        self.start_position = max(dropped, offset - self.chunk_size)
 
     def continue_from(self, other: PagedLayerCache) -> None:
         """See `PagedLayerCache.continue_from`."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 SLACK = 16
 """Tokens behind the window that are held: so many can be taken back at any time."""
 
+MOST_PROPOSED = 64
+"""Tokens of a call, any of which can be taken back until the next: of speculative decoding."""
+
 LEAST_STEP, MOST_STEP = 64, 256
 """Where nothing is sealed, hot tokens are dropped so many at a time: each time moves the others."""
 

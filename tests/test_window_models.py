@@ -104,11 +104,11 @@ def test_pages_inside_the_window_change_nothing(kind: str) -> None:
     pagedkv.unwrap(model)
 
 
-def tiny_llama4() -> Any:
+def tiny_llama4(chunk: int = 320) -> Any:
     from mlx_lm.models import llama4
 
     text = dict(
-        attention_bias=False, attention_chunk_size=320, head_dim=16, hidden_act="silu",
+        attention_bias=False, attention_chunk_size=chunk, head_dim=16, hidden_act="silu",
         hidden_size=32, interleave_moe_layer_step=2, intermediate_size=32, intermediate_size_mlp=32,
         max_position_embeddings=10_000, model_type="llama4_text", num_attention_heads=4,
         num_experts_per_tok=1, num_hidden_layers=4, num_key_value_heads=2, num_local_experts=2,
@@ -294,7 +294,7 @@ def test_speculative_decoding_within_the_window_and_what_it_is_told_past_it() ->
     expected = run(None)
     with pagedkv.wrap(model, HOT) as a, pagedkv.wrap(draft, HOT) as b:
         assert run([*a, *b]) == expected
-        mx.eval(model(random_tokens(300), cache=a), model(random_tokens(2), cache=a))
+        mx.eval(model(random_tokens(300), cache=a), model(random_tokens(1), cache=a))
         with pytest.raises(ValueError, match="requires a trimmable prompt cache"):
             run([*a, *b])
     pagedkv.unwrap(model)
