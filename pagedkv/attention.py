@@ -358,10 +358,11 @@ class _Tiles:
         behind: tuple[mx.array, ...] = ()
         for run, records, cold in self._view.runs():
             codec = self._pager.codecs[run.precision]
+            there = self._there(run, before)
             for i, (start, stop) in enumerate(tiles):
-                mask = self._run_mask(run, before, start, stop)
+                mask = self._run_mask(run, before, there, start, stop)
                 q = self._rows(start, stop)
-                part = page_partial(self._backend, q, codec, records, mask)
+                part = page_partial(self._backend, q, codec, records, mask, there)
                 parts[i] = merged = _merge(parts[i], part)
                 if self._length > DECODE_TOKENS:
                     mx.eval(*merged)  # the scores' memory is reused by the next tile
@@ -396,7 +397,27 @@ class _Tiles:
         """Queries as ``[kv_heads, repeats * L, key_dim]``."""
         return self._scaled[0, :, start:stop].reshape(self._heads, -1, self._q.shape[3])
 
-    def _run_mask(self, run: Run, before: int, start: int, stop: int) -> mx.array | None:
+    def _there(self, run: Run, before: int) -> mx.array | None:
+        """Tokens of a run's pages that are valid and not behind the window.
+
+        Args:
+            run: of pages.
+            before: tokens of the pages before them, hidden ones included.
+
+        Returns:
+            bool ``[pages, tokens]``; None if all are.
+        """
+        tokens = self._pager.page_tokens
+        hidden = self._view.hidden_in(run.entries, before)
+        if not any(hidden) and all(e.tokens == tokens for e in run.entries):
+            return None
+        place = mx.arange(tokens)
+        valid = mx.array([e.tokens for e in run.entries])[:, None] > place
+        return valid & (place >= mx.array(hidden)[:, None])
+
+    def _run_mask(
+        self, run: Run, before: int, there: mx.array | None, start: int, stop: int
+    ) -> mx.array | None:
         """Added to the scores of a run: the caller's mask, and minus infinity elsewhere.
 
         That is past valid tokens, and behind the window. Pages are older than every query, so a
@@ -405,7 +426,6 @@ class _Tiles:
         """
         tokens = self._pager.page_tokens
         hidden = self._view.hidden_in(run.entries, before)
-        partial = any(hidden) or any(e.tokens < tokens for e in run.entries)
         if isinstance(self._mask, mx.array):
             columns, at = [], self._view.sinks + max(0, before - self._view.hidden)
             for entry, first in zip(run.entries, hidden, strict=True):
@@ -414,11 +434,8 @@ class _Tiles:
                 columns.append(mx.pad(column, [(0, 0), (0, 0), gap], constant_values=-mx.inf))
                 at += entry.tokens - first
             return mx.stack(columns)
-        if partial:
-            place = mx.arange(tokens)
-            valid = mx.array([e.tokens for e in run.entries])[:, None] > place
-            valid = valid & (place >= mx.array(hidden)[:, None])
-            return mx.where(valid, mx.array(0.0), mx.array(-mx.inf))[:, None, None, :]
+        if there is not None:
+            return mx.where(there, mx.array(0.0), mx.array(-mx.inf))[:, None, None, :]
         return None
 
     def _hot_mask(self, start: int, stop: int) -> mx.array | None:

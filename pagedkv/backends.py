@@ -69,13 +69,21 @@ class Backend(Protocol):
         """
         ...
 
-    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+    def weigh(
+        self,
+        p: mx.array,
+        codec: AffineCodec | Sixteen,
+        records: mx.array,
+        there: mx.array | None = None,
+    ) -> mx.array:
         """Values weighted and summed over the tokens of each page.
 
         Args:
             p: float32 ``[pages, kv_heads, rows, tokens]``.
             codec: of the pages.
             records: uint32 ``[pages, page_bytes / 4]``.
+            there: which tokens are, bool ``[pages, tokens]``: others weigh nothing, and may be NaN;
+                all of them if None.
 
         Returns:
             float32 ``[pages, kv_heads, rows, value_dim]``.
@@ -92,9 +100,15 @@ class DequantizeBackend:
         """See `Backend.scores`."""
         return q @ codec.page_keys(records, mx.float32)
 
-    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+    def weigh(
+        self,
+        p: mx.array,
+        codec: AffineCodec | Sixteen,
+        records: mx.array,
+        there: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.weigh`."""
-        return p @ codec.page_values(records, mx.float32)
+        return p @ _only(codec.page_values(records, mx.float32), there)
 
 
 class QuantizedBackend(DequantizeBackend):
@@ -121,16 +135,22 @@ class QuantizedBackend(DequantizeBackend):
             bits=bits,
         )
 
-    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+    def weigh(
+        self,
+        p: mx.array,
+        codec: AffineCodec | Sixteen,
+        records: mx.array,
+        there: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.weigh`."""
         if not isinstance(codec, AffineCodec):
-            return super().weigh(p, codec, records)
+            return super().weigh(p, codec, records, there)
         codes, scales, biases, group, bits = codec.value_triple(records)
         out = mx.quantized_matmul(
             p,
             codes,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
+            _only(scales.astype(mx.float32), there),
+            _only(biases.astype(mx.float32), there),
             transpose=False,
             group_size=group,
             bits=bits,
@@ -157,9 +177,15 @@ class KernelBackend:
         """See `Backend.scores`."""
         return self._composed.scores(q, codec, records)
 
-    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+    def weigh(
+        self,
+        p: mx.array,
+        codec: AffineCodec | Sixteen,
+        records: mx.array,
+        there: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.weigh`."""
-        return self._composed.weigh(p, codec, records)
+        return self._composed.weigh(p, codec, records, there)
 
 
 class CpuBackend:
@@ -182,9 +208,15 @@ class CpuBackend:
         """See `Backend.scores`."""
         return self._for(q).scores(q, codec, records)
 
-    def weigh(self, p: mx.array, codec: AffineCodec | Sixteen, records: mx.array) -> mx.array:
+    def weigh(
+        self,
+        p: mx.array,
+        codec: AffineCodec | Sixteen,
+        records: mx.array,
+        there: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.weigh`."""
-        return self._for(p).weigh(p, codec, records)
+        return self._for(p).weigh(p, codec, records, there)
 
 
 def page_partial(
@@ -193,6 +225,7 @@ def page_partial(
     codec: AffineCodec | Sixteen,
     records: mx.array,
     mask: mx.array | None,
+    there: mx.array | None = None,
 ) -> Partial:
     """The partial of one run of pages.
 
@@ -202,19 +235,33 @@ def page_partial(
         codec: of the pages.
         records: uint32 ``[pages, page_bytes / 4]``.
         mask: added to the scores: float32, broadcastable to ``[pages, kv_heads, rows, tokens]``.
+        there: see `Backend.weigh`; the mask leaves nothing of other tokens.
     """
     if codec.treatment:
         q = codec.treatment.page_queries(q)
     scores = backend.scores(q, codec, records)
-    if mask is not None:
-        scores = scores + mask
+    scores = _masked(scores, mask)
     peak = scores.max(axis=(0, 3), keepdims=True)
     p = mx.exp(scores - mx.maximum(peak, FLOOR))
     total = p.sum(axis=(0, 3), keepdims=True)
-    out = backend.weigh(p, codec, records).sum(axis=0)
+    out = backend.weigh(p, codec, records, there).sum(axis=0)
     if codec.treatment:
         out = codec.treatment.own_values(out)
     return Partial(peak[0], total[0], out)
+
+
+def _masked(scores: mx.array, mask: mx.array | None) -> mx.array:
+    """Scores with a mask added; what it leaves nothing of may be NaN."""
+    if mask is None:
+        return scores
+    return mx.where(mask == -mx.inf, mask, scores + mask)
+
+
+def _only(numbers: mx.array, there: mx.array | None) -> mx.array:
+    """Numbers ``[pages, kv_heads, tokens, n]`` of tokens that are there; zeros for others."""
+    if there is None:
+        return numbers
+    return mx.where(there[:, None, :, None], numbers, mx.array(0, numbers.dtype))
 
 
 def dense_partial(q: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> Partial:
@@ -227,8 +274,7 @@ def dense_partial(q: mx.array, keys: mx.array, values: mx.array, mask: mx.array 
         mask: added to the scores: float32, broadcastable to ``[kv_heads, rows, n]``.
     """
     scores = q @ keys.astype(mx.float32).swapaxes(1, 2)
-    if mask is not None:
-        scores = scores + mask
+    scores = _masked(scores, mask)
     peak = scores.max(axis=2, keepdims=True)
     p = mx.exp(scores - mx.maximum(peak, FLOOR))
     return Partial(peak, p.sum(axis=2, keepdims=True), p @ values.astype(mx.float32))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from pagedkv.allocator import KVShape, Ladder, PageTable, Precision, TableEntry
+from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.attention import DECODE_TOKENS
 from pagedkv.backends import KernelBackend, choose_backend
 from pagedkv.context import SequenceContext
@@ -23,7 +24,8 @@ from pagedkv.errors import (
     ShapeError,
 )
 from pagedkv.sizes import whole_number
-from pagedkv.tiers import HotBuffer, LayerPager, Page, Treatment
+from pagedkv.tiers import HotBuffer, HotTokens, LayerPager, Page, Treatment
+from pagedkv.tiers.rounding import set_apart
 from pagedkv.tiers.turn import Turn, exclusive
 
 if TYPE_CHECKING:
@@ -278,8 +280,12 @@ class LayerPages:
         """Records of the pages that begin at hot token `start`, lazily."""
         assert self._pager is not None
         if isinstance(self._backend, KernelBackend):
-            fused, hot = self._backend.fused, self._hot.tokens
-            records = fused.seal(self._pager, hot, start, pages, precision)
+            fused, hot, first = self._backend.fused, self._hot.tokens, start
+            if precision.quantized:
+                count = pages * self._pager.page_tokens
+                apart = set_apart(*self._hot.view(start, start + count), GROUP_TOKENS)
+                hot, first = HotTokens(*apart, count, count), 0
+            records = fused.seal(self._pager, hot, first, pages, precision)
             if records is not None:
                 return records
         keys, values = self._hot.view(start, start + pages * self._pager.page_tokens)

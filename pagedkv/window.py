@@ -10,6 +10,7 @@ from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.partial_layer import PartialLayerCache
+from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import SLACK
 
 
@@ -151,6 +152,7 @@ class ChunkedLayerCache(PartialLayerCache):
         """
         self.start_position = max(self.start_position, self.offset - self.chunk_size)
 
+    @exclusive
     def trim(self, n: int) -> int:
         """See `PartialLayerCache.trim`."""
         trimmed = super().trim(n)

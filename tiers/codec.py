@@ -17,7 +17,13 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.precision import GROUP_TOKENS
-from pagedkv.tiers.rounding import compensated, compensated_rows, quantize, to_16_bit
+from pagedkv.tiers.rounding import (
+    compensated,
+    compensated_rows,
+    quantize,
+    set_apart,
+    to_16_bit,
+)
 from pagedkv.tiers.treatment import LEAST_BITS, Treatment
 
 
@@ -120,16 +126,24 @@ class _Layout:
     def recode(self, records: mx.array, stored: AffineCodec | Sixteen) -> mx.array:
         """See `PageCodec.recode`."""
         mine, theirs = self.geometry.precision, stored.geometry.precision
+        page_keys = stored.page_keys(records, mx.float32)
+        page_values = stored.page_values(records, mx.float32)
+        if isinstance(stored, Sixteen):
+            rows, page_values = self._set_apart(page_keys.swapaxes(2, 3), page_values)
+            page_keys = rows.swapaxes(2, 3)
         if mine.key_bits == theirs.key_bits:
             keys = stored._arrays(records, "key")
         else:
-            keys = self._key_arrays(to_16_bit(stored.page_keys(records, mx.float32), self._numbers))
+            keys = self._key_arrays(to_16_bit(page_keys, self._numbers))
         if mine.value_bits == theirs.value_bits:
             values = stored._arrays(records, "value")
         else:
-            numbers = to_16_bit(stored.page_values(records, mx.float32), self._numbers)
-            values = self._value_arrays(numbers)
+            values = self._value_arrays(to_16_bit(page_values, self._numbers))
         return self._join([*keys, *values])
+
+    def _set_apart(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values ``[pages, kv_heads, tokens, dim]`` so that no token spoils others."""
+        return keys, values
 
     @property
     def _numbers(self) -> mx.Dtype:
@@ -162,6 +176,7 @@ class _Layout:
         split = (heads, length // tokens, tokens, -1)
         # Page by page, so that no page depends on how many are treated together.
         keys, values = (x.reshape(split).swapaxes(0, 1) for x in (keys, values))
+        keys, values = self._set_apart(keys, values)
         if self.treatment:
             keys, values = self.treatment.page_keys(keys), self.treatment.page_values(values)
         dtype = self._numbers
@@ -213,6 +228,9 @@ class AffineCodec(_Layout):
     @property
     def _numbers(self) -> mx.Dtype:
         return mx.float16
+
+    def _set_apart(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return set_apart(keys, values, GROUP_TOKENS)
 
     def _key_arrays(self, keys: mx.array) -> list[mx.array]:
         keys = self.compensated(keys)

@@ -272,9 +272,10 @@ FN void weights(THREAD const Scores& scores, int m, THREAD u32 (&p)[ROW_BLOCKS][
       p[b][h] = to_b(h2_pack(scores.s[b][m][2 * h], scores.s[b][m][2 * h + 1]));
 }
 
+// Values of tokens before `first` and from `valid` on may be NaN: they are zeros here, as their weights are.
 template <int KEY_BITS, int VALUE_BITS, class Memory>
 FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state, SHARED meta, Memory values, int head,
-                   int group) {
+                   int group, int first_token, int valid) {
   typedef Layout<KEY_BITS, VALUE_BITS> layout;
   constexpr bool coded = VALUE_BITS != 16, ahead = fetched<KEY_BITS>();
   constexpr int units_in_row = coded ? UNITS : ROW_UNITS;
@@ -299,6 +300,17 @@ FN void weigh_page(Place at, THREAD const Scores& scores, THREAD Softmax& state,
         UNROLL for (int j = 0; j < 8; j++) {
           x[j] = h2_fma(x[j], scale, bias);
           y[j] = h2_fma(y[j], scale2, bias2);
+        }
+      }
+      if (valid < 64 || (WINDOWED && first_token > 0)) {
+        u32 seen[2] = {0, 0};
+        UNROLL for (int h = 0; h < 4; h++) {
+          int token = 16 * at.t + 2 * m + (h >> 1) + 8 * (h & 1);
+          if (token < valid && (!WINDOWED || token >= first_token)) seen[h >> 1] |= 0xffffu << (16 * (h & 1));
+        }
+        UNROLL for (int j = 0; j < 8; j++) {
+          x[j] &= seen[0];
+          y[j] &= seen[1];
         }
       }
       weigh_unit(state, w, x, y, p);
@@ -458,9 +470,10 @@ FN void page_tiles(Place at, THREAD Softmax& state, SHARED queries, SHARED meta,
     simd_barrier();
 #define DO(key_bits, value_bits)                                                                           \
   if constexpr (fetched<key_bits>())                                                                       \
-    weigh_page<key_bits, value_bits>(at, scores, state, meta, Staged{value_stage}, head, tile.group);      \
+    weigh_page<key_bits, value_bits>(at, scores, state, meta, Staged{value_stage}, head, tile.group,       \
+                                     tile.first, tile.valid);                                              \
   else                                                                                                     \
-    weigh_page<key_bits, value_bits>(at, scores, state, meta, page, head, tile.group);
+    weigh_page<key_bits, value_bits>(at, scores, state, meta, page, head, tile.group, tile.first, tile.valid);
     switch ((tile.place >> 28) & 7) { SOURCES(ON_SOURCE) }
 #undef DO
     tile = following;
@@ -547,7 +560,7 @@ FN void finish(Place at, THREAD Softmax& state, SHARED shared, OUTPUT partial, O
       for (int w = 0; w < WARPS; w++) peak = max_of(peak, as_float(peaks[w * width + row]));
       for (int w = 0; w < WARPS; w++)
         total += as_float(totals[w * width + row]) * exp2_fast((as_float(peaks[w * width + row]) - peak) * SCALE_LOG2E);
-      store_number(partial, (row0 + row) * VALUE_DIM + channel, total > 0 ? x / total : 0.0f);
+      store_number(partial, (row0 + row) * VALUE_DIM + channel, total == 0 ? 0.0f : x / total);
     } else {
       store(partial, (row0 + row) * VALUE_DIM + channel, as_word(x));
     }

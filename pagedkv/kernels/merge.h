@@ -77,7 +77,7 @@ FN void store_output(OUTPUT out SINKS(, BUFFER sinks), u32 row, u32 channel, THR
   }
 #endif
   UNROLL for (int i = 0; i < 4; i++)
-    store_number(out, u64(row) * VALUE_DIM + channel + i, total > 0 ? quad.sum[i] * factor / total : 0.0f);
+    store_number(out, u64(row) * VALUE_DIM + channel + i, total == 0 ? 0.0f : quad.sum[i] * factor / total);
 }
 
 // A kernel of its own for merging: one threadgroup per query row, one SIMD group per group of splits.
