@@ -106,9 +106,11 @@ def full_state(cache: PagedLayerCache) -> dict[str, Any]:
 
     Raises:
         ClosedError: if it is closed.
-        CacheStateError: if its sequence is in the middle of a call, or such a call has failed.
+        CacheStateError: if its sequence is in the middle of a call, or such a call has failed;
+            or if the model has other weights than when it was wrapped.
     """
     _require_whole(cache)
+    cache._context.require_same_weights()
     full: dict[str, Any] = dict(_unpaged_arrays(cache))
     pages = {f"p{i}": record for i, record in enumerate(page_records(cache))}
     digests = {name: array_digest(name, array) for name, array in {**full, **pages}.items()}
@@ -145,7 +147,6 @@ def _require_whole(cache: PagedLayerCache) -> None:
 def describe(cache: PagedLayerCache) -> dict[str, Any]:
     """What a layer's state means: settings, shape, and what each page is."""
     context = cache._context
-    context.require_same_weights()
     config = context.settled.to_dict()
     # Paths are for nobody else, and no file may choose any.
     config |= {"cold_dir": None}
@@ -610,8 +611,10 @@ def save(path: str | os.PathLike[str], cache: PagedCache) -> None:
         ConfigError: if the path is that of something else than a file.
         ClosedError: if the cache is closed.
         CacheStateError: if a layer is not paged and its state is not made of arrays, or a call of
-            the model is under way.
+            the model is under way, or its weights are others than when it was wrapped.
     """
+    for context in {id(layer._context): layer._context for layer in cache.paged_layers}.values():
+        context.require_same_weights()
     signed: list[str] = []
     entries, metadata = _entries(cache, signed)
 

@@ -26,7 +26,9 @@ TOLERANCE = {"fp16": 3e-3, "K8V8": 0.03, "K4V4": 0.35}
 
 
 def made(backend: str) -> Backend:
-    return KernelBackend(HostLauncher()) if backend == "kernel" else choose_backend(backend)
+    if not backend.startswith("kernel"):
+        return choose_backend(backend)
+    return KernelBackend(HostLauncher(fetch_ahead=backend == "kernel"))
 
 
 def clean() -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +99,7 @@ def test_who_sees_it_gets_it_and_once_it_is_trimmed_it_never_was(
 
 
 @pytest.mark.parametrize("treatment", ["hadamard", "none"])
-@pytest.mark.parametrize("backend", ["auto", "kernel"])
+@pytest.mark.parametrize("backend", ["auto", "kernel", "kernel, nothing ahead"])
 def test_treated_pages_and_few_bits(backend: str, treatment: str) -> None:
     settings = config(kv="K2V2", hot_tokens=16, treatment=treatment)
     with (
