@@ -151,7 +151,8 @@ class PagedCache(list[Any]):
             OSError: if it cannot be written.
             ConfigError: if the path is that of something else than a file.
             ClosedError: after `close`.
-            CacheStateError: if a layer is not paged, or a call of the model is under way.
+            CacheStateError: if a layer is not paged, a call of the model is under way, or its
+                weights were exchanged after it was wrapped.
         """
         state.save(path, self)
 
@@ -172,7 +173,8 @@ class PagedCache(list[Any]):
 
         Raises:
             ConfigError: if the cache has no ``cold_dir``.
-            CacheStateError: if a layer is not paged, or a call of the model is under way.
+            CacheStateError: if a layer is not paged, a call of the model is under way, or its
+                weights were exchanged after it was wrapped.
             OutOfPagesError: if the cold budget does not hold it.
             ColdStoreError: if the disk failed. The last flush is still there.
         """
@@ -187,6 +189,8 @@ class PagedCache(list[Any]):
 
         Raises:
             SequenceNotFoundError: if there is none.
+            CacheStateError: if the cache is not empty, or the model's weights were exchanged after
+                it was wrapped.
             StoreMismatchError: if it is another model's, or was made with other settings.
             CorruptStoreError, CorruptPageError: if it is damaged.
             StoreLockedError: if another cache holds it.
@@ -233,7 +237,8 @@ class PagedCache(list[Any]):
             How many of them the cache holds now, less than there are: give the model the rest.
 
         Raises:
-            CacheStateError: if the cache is not empty.
+            CacheStateError: if the cache is not empty, or the model's weights were exchanged after
+                it was wrapped.
             ConfigError: if they are no token ids.
         """
         return prefixes.reuse(self, tokens)
