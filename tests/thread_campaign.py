@@ -40,9 +40,10 @@ CONFIG = pagedkv.TierConfig(
 class Asker:
     """One wrapped model and what it answers to each request alone."""
 
-    def __init__(self, treatment: str, prompts: int) -> None:
+    def __init__(self, treatment: str, prompts: int, dtype: mx.Dtype) -> None:
         """Ask so many different requests, one after the other."""
         self.model = lively(tiny_llama(layers=2))
+        self.model.set_dtype(dtype)
         rng = np.random.default_rng(0)
         lengths = rng.integers(300, 1100, prompts)
         self.prompts = [mx.array(rng.integers(0, 100, n), mx.int32) for n in lengths]
@@ -143,8 +144,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=24, help="different requests")
     parser.add_argument("--treatment", default="auto")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the model; a GPU's kernels take 16 bit"
+    )
     args = parser.parse_args()
-    asker = Asker(args.treatment, args.prompts)
+    asker = Asker(args.treatment, args.prompts, getattr(mx, args.dtype))
     seen = Counter[str]()
     for run in range(args.runs):
         now = asker.together(args.threads, args.requests, run)
