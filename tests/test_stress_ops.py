@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import ConfigError, TierConfig
+from pagedkv import ColdStoreError, ConfigError, PagedCache, TierConfig
 from pagedkv.cli.main import main
 from pagedkv.cli.stress_progress import StressProgress
 from pagedkv.models import Wrapping
@@ -33,6 +34,7 @@ from pagedkv.stress import (
     plots,
     schedule,
 )
+from pagedkv.stress.faults import Faults
 from pagedkv.tiers import FileColdStore, HotBuffer
 from tests.models import tiny_llama
 
@@ -200,6 +202,53 @@ def test_faults_are_survived_and_counted(seed: int) -> None:
     assert faults["injected"] == sum(k["injected"] for k in faults["kinds"]) > 5
     assert all(k["injected"] == k["detected"] + k["absorbed"] for k in faults["kinds"])
     assert check(report, "faults survived").count > 10
+
+
+@pytest.mark.parametrize("pages", [10, 1000])
+def test_a_call_that_reads_every_page_goes_through(tmp_path: Path, pages: int) -> None:
+    """However many there are: what a call meets does not grow with the context."""
+    file = tmp_path / "f.pages"
+    file.write_bytes(bytes(4096))
+    faults = Faults(1, True, pages)
+    buffer = bytearray(64)
+    with faults.quietly():
+        fd = faults.disk.open(file, os.O_RDONLY)
+
+    def call() -> None:
+        for _ in range(pages):
+            try:
+                while faults.disk.pread(fd, [buffer], 0) < len(buffer):
+                    pass
+            except InterruptedError:
+                pass  # made again, as the tiers do
+            except OSError as e:
+                raise ColdStoreError(str(e)) from e
+
+    for _ in range(30):
+        faults.survive(call, lambda: None, lambda: None)
+    faults.disk.close(fd)
+    assert faults.check.ok
+    assert 0 < faults.noticed["ColdStoreError"] < 30
+
+
+@pytest.mark.parametrize("real_model", [False, True])
+def test_saved_files_take_no_room_from_pages(
+    monkeypatch: pytest.MonkeyPatch, real_model: bool
+) -> None:
+    beside: list[set[str]] = []
+    save_file = PagedCache.save
+
+    def save(cache: PagedCache, path: str, *args: Any, **more: Any) -> None:
+        save_file(cache, path, *args, **more)
+        store = cache.context.pager.cold.directory
+        beside.append({str(p) for p in store.rglob("*.safetensors")})
+        assert store not in Path(path).parents and Path(path).exists()
+
+    monkeypatch.setattr(PagedCache, "save", save)
+    ops = {"save": 1, "kill": 1}
+    report = real({}, tokens=1200, ops=ops) if real_model else run(ops)
+    assert report.ok, report.wrong
+    assert beside == [set()]
 
 
 def test_a_damaged_page_is_made_again() -> None:

@@ -34,10 +34,18 @@ TRIES = 12
 TOLD = 0.01
 """Probability of each fault that the disk reports, in each call that may have it."""
 
+FEW_PAGES = 16
+"""Pages of a run up to which that holds for reads and writes of pages.
+
+A call of the cache may read and write every page, and has to go through without a fault: with more
+pages the probability goes down, so that about every fifth call fails, however long the context.
+"""
+
 DAMAGE = 0.6
 """How many faults of each silent kind are to be expected in a run."""
 
 _LEAST_SILENT, _MOST_SILENT = 2e-4, 0.02
+_OF_PAGES = ("eio_read", "flip_read", "eio_write", "enospc")
 
 
 class _PageFaults(FaultyDisk):
@@ -79,6 +87,8 @@ class Faults:
         self.enabled = enabled
         rate = min(_MOST_SILENT, max(_LEAST_SILENT, DAMAGE / max(1, pages)))
         rates = {kind: rate if kind in SILENT else TOLD for kind in APPLIES}
+        for kind in _OF_PAGES:
+            rates[kind] = TOLD * FEW_PAGES / max(FEW_PAGES, pages)
         if not silent:
             rates = {kind: rate for kind, rate in rates.items() if kind not in SILENT}
         self._faulty: _PageFaults | None = None

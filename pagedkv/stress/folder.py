@@ -7,6 +7,9 @@ import tempfile
 from pagedkv.tiers.disk import RealDisk
 from pagedkv.tiers.store_directory import require_parent
 
+STORE = "store"
+"""In it: the directory of the store, and of nothing else."""
+
 
 def run_folder(cold_dir: str | None) -> tempfile.TemporaryDirectory[str]:
     """Make one; it goes with `cleanup`, or at the latest when the process ends.

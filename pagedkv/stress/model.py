@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
+from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.cache import PagedCache
 from pagedkv.config import TierConfig
 from pagedkv.errors import ColdStoreError, ConfigError
@@ -26,7 +27,7 @@ from pagedkv.sizes import format_size
 from pagedkv.stats import CacheStats
 from pagedkv.stress.checks import Check, check_books
 from pagedkv.stress.faults import Faults
-from pagedkv.stress.folder import run_folder
+from pagedkv.stress.folder import STORE, run_folder
 from pagedkv.stress.memory import SLACK, Memory, allowance
 from pagedkv.stress.options import StressOptions, schedule
 from pagedkv.stress.report import Latencies, Status, StressReport, Watch, ignore
@@ -71,8 +72,9 @@ class ModelStress:
         self._placement = Check("placement")
         self._reads = Check("page reads")
         self._resumes = Check("crashed and resumed")
+        pages = len(model.layers) * -(-options.most_tokens // min(PAGE_TOKENS))  # at most
         # A page that is damaged on disk cannot be made again to the bit: none is.
-        self._faults = Faults(options.seed, options.faults, 0, silent=False, mortal=True)
+        self._faults = Faults(options.seed, options.faults, pages, silent=False, mortal=True)
         self._latencies, self._seconds = Latencies(), dict[str, float]()
         self._done: dict[str, int] = {}
         self._notes: list[str] = []
@@ -121,7 +123,7 @@ class ModelStress:
     @contextmanager
     def _wrapped(self, folder: Path) -> Iterator[PagedCache]:
         """The model with a paged cache, on the disk that may fail."""
-        wrapping = self._wrap(replace(self._config, cold_dir=str(folder)))
+        wrapping = self._wrap(replace(self._config, cold_dir=str(folder / STORE)))
         try:
             with self._faults.quietly():
                 cache = wrapping.make_cache()

@@ -20,7 +20,7 @@ from pagedkv.stress import operations
 from pagedkv.stress.checks import Check, check_books
 from pagedkv.stress.exact import Truth
 from pagedkv.stress.faults import Faults
-from pagedkv.stress.folder import run_folder
+from pagedkv.stress.folder import STORE, run_folder
 from pagedkv.stress.memory import SLACK, Memory, allowance
 from pagedkv.stress.options import StressOptions, schedule
 from pagedkv.stress.report import Latencies, Status, StressReport, Watch, ignore
@@ -81,8 +81,9 @@ class SyntheticStress:
         self.rng = np.random.default_rng([options.seed, 5])
         self._home = run_folder(config.cold_dir)
         self.folder = Path(self._home.name)
-        # A store that lasts, where one is needed, is this run's alone.
-        self.config = replace(config, cold_dir=str(self.folder))
+        # A store that lasts, where one is needed, is this run's alone. Files that are saved lie
+        # beside it: what a store does not know of takes room from its pages.
+        self.config = replace(config, cold_dir=str(self.folder / STORE))
         page_tokens = plan(shape, model.layers, options.tokens, config).page_tokens
         pages = model.layers * -(-options.most_tokens // page_tokens)
         self.faults = Faults(options.seed, options.faults, pages)
