@@ -37,7 +37,8 @@ def book(tmp_path: Path) -> str:
 
 
 def run(capsys: Capture, *argv: str) -> tuple[int, str, str]:
-    code = main(argv)
+    """Run a command; its report as JSON where nothing else is asked for."""
+    code = main(argv if "--format" in argv else (*argv, "--format", "json"))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -94,6 +95,29 @@ def test_text_streams_and_tables_follow(capsys: Capture, folder: str) -> None:
     (row,) = csv.DictReader(io.StringIO(out))
     assert row["text"] == text
     assert row["stats.hot.tokens"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_answer_is_text_wherever_it_goes(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, folder: str, terminal: bool
+) -> None:
+    command = ("generate", "--model", folder, "--prompt", "hello", "--max-tokens", "4", *TIGHT)
+    text = json.loads(run(capsys, *command)[1])["text"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert main(command) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_file_in_the_home_directory_is_found_again(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = ("generate", "--model", folder, "--prompt", "x", "--max-tokens", "1", *TIGHT)
+    files = ("--save-cache", "~/c.safetensors", "--stats-json", "~/s.json")
+    assert run(capsys, *command, *files)[0] == 0
+    assert json.loads((tmp_path / "s.json").read_text())["hot"]
+    _, out, _ = run(capsys, *command, "--prompt-cache-file", "~/c.safetensors")
+    assert json.loads(out)["cached_tokens"] > 0
 
 
 def test_sampling_repeats_with_its_seed(capsys: Capture, folder: str) -> None:

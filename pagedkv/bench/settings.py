@@ -22,7 +22,7 @@ DEPTHS = (512, *DEPTHS)
 
 MIB = 2**20
 
-_SHAPE = re.compile(r"(\d+)/(\d+)x(\d+)")
+_SHAPE = re.compile(r"(\d{1,9})/(\d{1,9})x(\d{1,9})")
 
 
 @dataclass(frozen=True)

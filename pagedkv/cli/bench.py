@@ -29,9 +29,15 @@ from pagedkv.bench.report import COLUMNS, TITLES, cells, yardstick_line
 from pagedkv.bench.result import OK, Row
 from pagedkv.bench.settings import MIB, short_dtype
 from pagedkv.cli.loading import add_model_options, has_gpu, load_model
-from pagedkv.cli.options import parse_tokens, positive, tier_config
+from pagedkv.cli.options import (
+    duration,
+    parse_tokens,
+    positive,
+    tier_config,
+    user_path,
+)
 from pagedkv.cli.output import Notes, Table, add_output_options, choose_format, emit
-from pagedkv.cli.shapes import ModelShape, shape_of
+from pagedkv.cli.shapes import MOST_EACH, ModelShape, shape_of
 from pagedkv.config import BACKENDS
 from pagedkv.errors import ConfigError
 
@@ -133,7 +139,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--chunk", metavar="TOKENS", help="tokens per prompt chunk (default: 2048)")
     group.add_argument(
-        "--max-seconds", type=float, metavar="S", help="begin nothing new after this long"
+        "--max-seconds", type=duration, metavar="S", help="begin nothing new after this long"
     )
     group.add_argument("--out", metavar="DIR", help="write result.json and the plots there")
 
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = [AttentionShape.parse(text) for text in args.shape or [_default_shape(args)]]
     model, opener = _model(args, say)
     dtype = _dtype(args)
-    folder = Path(args.out).expanduser() if args.out else None
+    folder = user_path(args.out) if args.out else None
     record = {
         **settings.to_dict(),
         "parts": list(parts),
@@ -232,7 +238,7 @@ def synthetic_shape(name: str, layers: int | None = None) -> LlamaShape:
         raise ConfigError(f"no synthetic model {name!r}: give one of {', '.join(WIDTHS)}")
     shape = _TINY if name == "tiny" else shape_of(name)
     if layers is not None:
-        shape = replace(shape, layers=positive(layers, "--layers"))
+        shape = replace(shape, layers=positive(layers, "--layers", MOST_EACH))
     heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
     return LlamaShape(shape.layers, *heads, *WIDTHS[name])
 

@@ -17,7 +17,13 @@ from pagedkv.cli.eval_retrieval import (
     retrieval_table,
 )
 from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model, read_text
-from pagedkv.cli.options import parse_tokens, tier_config
+from pagedkv.cli.options import (
+    duration,
+    parse_numbers,
+    parse_tokens,
+    tier_config,
+    user_path,
+)
 from pagedkv.cli.output import Notes, Progress, Table, add_output_options, choose_format, emit
 from pagedkv.config import BACKENDS, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
@@ -174,7 +180,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-seconds",
-        type=float,
+        type=duration,
         metavar="S",
         help="stop where it is after this long, legs and tasks together",
     )
@@ -194,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     if settings and grid:  # what only one of them reads in shorter calls is a row of that one
         variants, of_tasks = shorter(variants, settings.chunk), shorter(of_tasks, grid.chunk)
     sources = text_sources(args.text or BUILT_IN) if settings else []
-    folder = Path(args.output).expanduser() if args.output else None
+    folder = user_path(args.output) if args.output else None
     model, tokenizer = load_model(args.model, args.dtype, say)
     texts = [Text.of(name, text, tokenizer) for name, text in sources]
     name = short_name(args.model)
@@ -260,10 +266,7 @@ def _variants(args: argparse.Namespace, stock: str) -> list[Variant]:
 def _bits(text: str) -> list[int]:
     if text.strip() == NONE:
         return []
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--mlx-lm {text!r}: give bits such as 8,4, or {NONE}")
-    return [int(part) for part in parts]
+    return parse_numbers(text, "--mlx-lm", f"give bits such as 8,4, or {NONE}")
 
 
 def text_sources(given: Sequence[str]) -> list[tuple[str, str]]:
@@ -285,7 +288,7 @@ def text_sources(given: Sequence[str]) -> list[tuple[str, str]]:
 
 def short_name(given: str) -> str:
     """What a folder or a file is called in rows: its last part; anything else is as it is."""
-    path = Path(given).expanduser()
+    path = user_path(given)
     return path.resolve().name if path.exists() else given
 
 
@@ -332,7 +335,9 @@ def record(
 
 def write_figures(result: Result, folder: Path, say: Notes) -> None:
     """Write the tables in Markdown, and the plots where they can be drawn."""
-    (folder / REPORT_FILE).write_text(page(result.document()), encoding="utf-8")
+    text = page(result.document())
+    # Names of files may hold bytes that are no text.
+    (folder / REPORT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     if not available():
         say(HINT)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pagedkv.cli.options import parse_tokens
+from pagedkv.cli.options import parse_numbers, parse_tokens
 from pagedkv.cli.output import Table
 from pagedkv.errors import ConfigError
 from pagedkv.evaluation.retrieval_report import comparison_rows
@@ -96,10 +96,8 @@ def _lengths(text: str | None) -> tuple[int, ...]:
 
 
 def _depths(text: str) -> tuple[int, ...]:
-    parts = [part.removesuffix("%").strip() for part in _split(text)]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--depths {text!r}: write percentages, such as 0,25,50,75,100")
-    return tuple(map(int, parts))
+    parts = ",".join(part.removesuffix("%") for part in _split(text))
+    return tuple(parse_numbers(parts, "--depths", "write percentages, such as 0,25,50,75,100"))
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -22,14 +22,16 @@ from pagedkv.cli.loading import (
 from pagedkv.cli.options import (
     add_mlx_lm_options,
     add_tier_options,
+    finite,
     parse_tokens,
     positive,
+    seed,
     tier_config,
+    user_path,
 )
 from pagedkv.cli.output import (
     Notes,
     add_output_options,
-    choose_format,
     emit,
     write_json,
 )
@@ -46,6 +48,8 @@ examples:
   pagedkv generate --model owner/name --prompt - < notes.txt --format json
   pagedkv generate --model demo --demo-document 6000 --warm 16MB --cold 1GB
 
+The answer goes to standard output as text; --format adds a report, or gives both as JSON or CSV.
+
 Read a document once, and ask about it as often as you like:
   pagedkv generate --model demo --prompt-file manual.txt --max-tokens 1 --save-cache doc.safetensors
   pagedkv generate --model demo --prompt-cache-file doc.safetensors --prompt "What is a closure?"
@@ -58,6 +62,10 @@ Prompts that begin like one of those in ./cold are not computed again as far as 
   cat manual.txt question1.txt | pagedkv generate --model demo --prompt - --cold-dir ./cold
   cat manual.txt question2.txt | pagedkv generate --model demo --prompt - --cold-dir ./cold
 """
+_LEAST_TEMP = 1e-9
+"""Below it, logits over the temperature overflow float32."""
+
+_MOST_DEMO = 2**24
 
 
 def add_parser(commands: Any) -> None:
@@ -102,7 +110,7 @@ def add_parser(commands: Any) -> None:
     _add_sampling_options(parser)
     add_tier_options(parser)
     add_mlx_lm_options(parser)
-    add_output_options(parser)
+    add_output_options(parser, "the answer alone; table: a report after it")
     parser.add_argument("--save-cache", metavar="FILE", help="save the cache at the end")
     parser.add_argument("--stats-json", metavar="FILE", help="write the cache's numbers to a file")
     parser.set_defaults(run=run)
@@ -114,10 +122,10 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=256, metavar="N", help="at most (default: 256)"
     )
     group.add_argument(
-        "--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: 0)"
+        "--temp", type=finite, default=0.0, help="temperature; 0 is greedy (default: 0)"
     )
-    group.add_argument("--top-p", type=float, default=1.0, help="nucleus (default: 1, off)")
-    group.add_argument("--seed", type=int, default=0, help="of the sampler (default: 0)")
+    group.add_argument("--top-p", type=finite, default=1.0, help="nucleus (default: 1, off)")
+    group.add_argument("--seed", type=seed, default=0, help="of the sampler (default: 0)")
     group.add_argument(
         "--prefill-step-size",
         type=int,
@@ -128,7 +136,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    say, form = Notes(args.quiet), choose_format(args.format)
+    say, form = Notes(args.quiet), args.format
     config = _check(args)
     text = None if args.demo_document else _prompt(args)
     model, tokenizer = load_model(args.model, args.dtype, say)
@@ -145,21 +153,23 @@ def run(args: argparse.Namespace) -> int:
         sampling = Sampling(
             args.max_tokens, args.temp, args.top_p, args.seed, args.prefill_step_size
         )
-        stream = form == "table"
+        stream = form in (None, "table")
         result = generate(model, tokenizer, cache, rest, sampling, stream, args.quiet)
         _end_at_answer(cache, result)
         if args.save_cache:
-            cache.save(str(Path(args.save_cache).expanduser()))
+            cache.save(str(user_path(args.save_cache)))
         if fresh and config.cold_dir is not None:
             cache.remember([*prompt, *result.token_ids])
         problem = _flush(cache, say)
     full = document(args.model, result)
     if args.stats_json:
         numbers = {name: value for name, value in full.items() if name not in ("text", "stats")}
-        write_json(args.stats_json, {**result.after.to_dict(), "generation": numbers})
-    if form != "table":
+        write_json(
+            str(user_path(args.stats_json)), {**result.after.to_dict(), "generation": numbers}
+        )
+    if not stream:
         emit(form, full, [])
-    elif not args.quiet:
+    elif form and not args.quiet:
         print()
         emit(form, full, tables(result))
     if problem:
@@ -179,21 +189,32 @@ def _check(args: argparse.Namespace) -> TierConfig:
         raise ConfigError(
             f"--temp is from 0 up and --top-p above 0 and up to 1, got {args.temp} and {args.top_p}"
         )
+    if 0 < args.temp < _LEAST_TEMP:
+        raise ConfigError(f"--temp {args.temp} is too near to 0 to divide by: 0 is greedy")
+    if args.demo_document is not None:
+        _demo_tokens(args)
     for flag in ("save_cache", "stats_json"):
         path = getattr(args, flag)
-        if path and not Path(path).expanduser().parent.is_dir():
+        if path and not user_path(path).parent.is_dir():
             raise ConfigError(f"--{flag.replace('_', '-')} {path!r}: there is no such directory")
+        if path and user_path(path).is_dir():
+            raise ConfigError(f"--{flag.replace('_', '-')} {path!r} is a directory: name a file")
     if args.save_cache and Path(args.save_cache).suffix != ".safetensors":
         raise ConfigError(
             f"--save-cache {args.save_cache!r}: the file is of the safetensors format, and its "
             f"name must end in .safetensors"
         )
-    saved = args.prompt_cache_file
+    saved = _saved(args)
     if args.resume is not None and (saved or not args.cold_dir):
         raise ConfigError(
             "--resume goes on from what lies in --cold-dir: give that, and no --prompt-cache-file"
         )
-    return tier_config(args, saved_config(saved) if saved and Path(saved).exists() else None)
+    return tier_config(args, saved_config(str(saved)) if saved and saved.exists() else None)
+
+
+def _saved(args: argparse.Namespace) -> Path | None:
+    """The file of a saved cache to go on from, if one was named."""
+    return None if args.prompt_cache_file is None else user_path(args.prompt_cache_file)
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -206,12 +227,18 @@ def _demo_prompt(args: argparse.Namespace, tokenizer: Any, say: Notes) -> str:
     """A document that fits in none of the upper tiers, and a question about it."""
     from pagedkv.demo_text import DEMO_QUESTION, demo_document
 
-    wanted = positive(parse_tokens(args.demo_document, "demo-document"), "--demo-document")
-    text = demo_document(wanted, lambda part: len(tokenizer.encode(part)))
+    text = demo_document(_demo_tokens(args), lambda part: len(tokenizer.encode(part)))
     tokens = len(tokenizer.encode(text))
     say(f"{tokens:,} tokens of Python's manual, with a note planted in the first third")
     say(DEMO_QUESTION)
     return f"{text}\n\n{DEMO_QUESTION}"
+
+
+def _demo_tokens(args: argparse.Namespace) -> int:
+    tokens = positive(parse_tokens(args.demo_document, "demo-document"), "--demo-document")
+    if tokens > _MOST_DEMO:
+        raise ConfigError(f"--demo-document is {_MOST_DEMO:,} tokens at most, got {tokens:,}")
+    return tokens
 
 
 # The cache
@@ -222,7 +249,7 @@ def _cache(
     args: argparse.Namespace, model: Any, config: TierConfig, say: Notes
 ) -> Iterator[PagedCache]:
     """The saved cache if there is one, else an empty one."""
-    saved = args.prompt_cache_file
+    saved = _saved(args)
     if args.resume is not None:
         try:
             with resume(model, config, sequence=args.resume or None) as cache:
@@ -231,14 +258,14 @@ def _cache(
         finally:
             unwrap(model)
         return
-    if saved is None or not Path(saved).exists():
+    if saved is None or not saved.exists():
         if saved is not None:
             say(f"there is no {saved} yet: beginning with an empty cache")
         with wrapped(model, config) as cache:
             yield cache
         return
     try:
-        with load(saved, model, config) as cache:
+        with load(str(saved), model, config) as cache:
             say(f"going on from {cache.offset:,} tokens in {saved}")
             yield cache
     finally:

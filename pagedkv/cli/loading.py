@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from pagedkv import blas
+from pagedkv.cli.options import parse_text, user_path
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.models import unwrap, wrap
@@ -99,7 +99,7 @@ def locate(name: str, say: Say) -> str:
         from pagedkv.demo_model import ensure_demo_model
 
         return str(ensure_demo_model(say))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"{name!r} is not a model: there is no config.json in that folder")
@@ -153,7 +153,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         ConfigError: if it is empty, the file cannot be read, or it is not text.
     """
     if prompt is not None:
-        source, text = "--prompt", prompt
+        source, text = "--prompt", parse_text(prompt, "--prompt")
     elif file is not None:
         source, text = f"--prompt-file {file}", read_text(file, "prompt")
     else:
@@ -173,8 +173,10 @@ def read_text(file: str, what: str) -> str:
     Raises:
         ConfigError: if it cannot be read, or it is not text.
     """
+    if file == "-" and sys.stdin is None:
+        raise ConfigError(f"cannot read the {what} from standard input: it is closed")
     try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+        raw = sys.stdin.buffer.read() if file == "-" else user_path(file).read_bytes()
     except OSError as e:
         raise ConfigError(f"cannot read the {what} file {file!r}: {e.strerror}") from e
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import resource
 import signal
 import sys
@@ -16,7 +15,8 @@ from typing import Any, NoReturn, TextIO
 import pagedkv
 from pagedkv import blas
 from pagedkv.cli import bench, calibrate, doctor, eval, generate, plan, serve, stress
-from pagedkv.errors import PagedKVError
+from pagedkv.cli.streams import abandon_stdout, standard_streams
+from pagedkv.errors import ConfigError, PagedKVError
 
 _EPILOG = """\
 examples:
@@ -33,13 +33,16 @@ examples:
 2 a command line that cannot be read.
 """
 
+_LONGEST = 2000
+"""Characters of an error: some quote a value, however long."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_short(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with standard_streams() as has_stdout:
+        return _run(argv, has_stdout)
+
+
+def _run(argv: Sequence[str] | None, has_stdout: bool) -> int:
     try:
         parser = build_parser()
         args, more = parser.parse_known_args(argv)
@@ -78,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.code if isinstance(e.code, int) else 0
     with _one_line_warnings(), _terminable(), _open_files_kept():
         try:
+            if not has_stdout and hasattr(args, "format"):
+                raise ConfigError("standard output is closed: there is no place for results")
             args.argv = list(sys.argv[1:] if argv is None else argv)  # for the record
             _say_blas()
             return int(args.run(args))
@@ -85,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("pagedkv: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # The reader has gone; keep the interpreter from complaining when it flushes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            abandon_stdout()  # the reader has gone
             return 141
         except (PagedKVError, OSError) as e:
             print(f"pagedkv: error: {_one_line(e)}", file=sys.stderr)
+            abandon_stdout()  # it may be what failed, and would again
             return 1
 
 
@@ -107,8 +117,13 @@ def _say_blas() -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, PagedKVError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split())
+        return _short(f"{where}{error.strerror}")
+    return _short(str(error))
+
+
+def _short(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 @contextlib.contextmanager

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pagedkv.config import BACKENDS, DURABILITIES, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
-from pagedkv.sizes import parse_size
+from pagedkv.sizes import MOST, parse_size, shown
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([KM]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_DIGITS = 40
+"""More are no number that can be meant, and beyond a few thousand Python does not read them."""
+_MOST_SEED = 2**64 - 1
 KV_GROUP_SIZE = 64
 
 # option name, TierConfig field, metavar, help
@@ -120,7 +126,9 @@ def tier_config(args: argparse.Namespace, base: TierConfig | None = None) -> Tie
         given["cold"] = 0
     kv = _kv_from_mlx_lm(args)
     if kv and "kv" in given:
-        raise ConfigError(f"--kv {given['kv']} and --kv-bits {args.kv_bits} both set the precision")
+        raise ConfigError(
+            f"--kv {shown(given['kv'])} and --kv-bits {args.kv_bits} both set the precision"
+        )
     if kv:
         given["kv"] = kv
     return TierConfig(**{**(base or TierConfig()).to_dict(), **given})
@@ -136,7 +144,7 @@ def _kv_from_mlx_lm(args: argparse.Namespace) -> str | None:
     sizes = [] if group is None else [part.strip() for part in group.split(",")]
     if len(sizes) > 2 or any(size != str(KV_GROUP_SIZE) for size in sizes):
         raise ConfigError(
-            f"--kv-group-size {group}: the page codec uses groups of {KV_GROUP_SIZE}; "
+            f"--kv-group-size {shown(group)}: the page codec uses groups of {KV_GROUP_SIZE}; "
             f"leave the option out"
         )
     bits = getattr(args, "kv_bits", None)
@@ -144,7 +152,9 @@ def _kv_from_mlx_lm(args: argparse.Namespace) -> str | None:
         return None
     parts = str(bits).split(",")
     if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ConfigError(f"--kv-bits {bits!r}: give one number, or two as in 8,4 (keys, values)")
+        raise ConfigError(
+            f"--kv-bits {shown(bits)}: give one number, or two as in 8,4 (keys, values)"
+        )
     return f"K{parts[0].strip()}V{parts[-1].strip()}"
 
 
@@ -152,15 +162,38 @@ def parse_tokens(text: str | int, name: str) -> int:
     """A number of tokens: ``"131072"``, ``"128K"`` (131,072) or ``"1M"`` (1,048,576).
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is none, or more than there can be.
     """
     match = _TOKENS.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
     if match is None:
         raise ConfigError(
-            f"{name}={text!r} is not a number of tokens: write 131072, or 128K (K is 1,024, "
+            f"{name}={shown(text)} is not a number of tokens: write 131072, or 128K (K is 1,024, "
             f"M is 1,048,576)"
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    digits, unit = match[1], _UNITS[match[2].upper()]
+    tokens = MOST + 1
+    if len(digits) <= _DIGITS:
+        tokens = int(float(digits) * unit) if "." in digits else int(digits) * unit
+    if tokens > MOST:
+        raise ConfigError(f"{name}={shown(text)} is more than there can be")
+    return tokens
+
+
+def parse_numbers(text: str, name: str, hint: str) -> list[int]:
+    """Whole numbers with commas between them, such as ``"8,4"``.
+
+    Args:
+        text: as it was given.
+        name: of the option.
+        hint: what would do, for the error.
+
+    Raises:
+        ConfigError: if one is none.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= _DIGITS for part in parts):
+        raise ConfigError(f"{name} {shown(text)}: {hint}")
+    return [int(part) for part in parts]
 
 
 def parse_share(text: str, name: str) -> float:
@@ -170,9 +203,9 @@ def parse_share(text: str, name: str) -> float:
         ConfigError: if it is no number.
     """
     try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} is no number: write 1e-4") from None
+        return finite(text)
+    except argparse.ArgumentTypeError:
+        raise ConfigError(f"{name}={shown(text)} is no number: write 1e-4") from None
 
 
 def parse_rate(text: str, name: str) -> int:
@@ -183,18 +216,66 @@ def parse_rate(text: str, name: str) -> int:
     """
     value = parse_size(text.strip().removesuffix("/s"), name)
     if value < 1:
-        raise ConfigError(f"{name}={text!r} is no rate: write 3GB/s")
+        raise ConfigError(f"{name}={shown(text)} is no rate: write 3GB/s")
     return value
 
 
-def positive(value: int, flag: str) -> int:
+def parse_text(text: str, name: str) -> str:
+    """Text that can be hashed, tokenized and written: arguments may hold any bytes.
+
+    Raises:
+        ConfigError: if it is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ConfigError(f"{name} is not text: character {e.start:,} is not UTF-8") from e
+    return text
+
+
+def finite(text: str) -> float:
+    """A number, as the ``type`` of an option; ``nan`` and ``inf`` are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number: write one such as 0.7")
+    return value
+
+
+def duration(text: str) -> float:
+    """Seconds, from 0 up, as the ``type`` of an option."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no time: write seconds, from 0 up")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed of whatever is random, as the ``type`` of an option: 64 bits."""
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) > _MOST_SEED:
+        raise argparse.ArgumentTypeError(
+            f"a seed is a whole number from 0 to {_MOST_SEED}, got {shown(text)}"
+        )
+    return int(text)
+
+
+def user_path(text: str) -> Path:
+    """A path as people write it: ``~`` and ``~user`` are home directories, if there are such."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's raises where there is no home
+
+
+def positive(value: int, flag: str, most: int = MOST) -> int:
     """The value of an option that counts something.
 
     Raises:
-        ConfigError: if it is less than one.
+        ConfigError: if it is less than one, or more than `most`.
     """
     if value < 1:
-        raise ConfigError(f"{flag} is a number from 1 up, got {value}")
+        raise ConfigError(f"{flag} is a number from 1 up, got {shown(value)}")
+    if value > most:
+        raise ConfigError(f"{flag} is {most:,} at most, got {shown(value)}")
     return value
 
 
@@ -205,4 +286,5 @@ def _as_it_is(text: str, name: str) -> str:
 _PARSERS: dict[str, Callable[[str, str], object]] = {
     **dict.fromkeys(_COUNTS, parse_tokens),
     "skip_below": parse_share,
+    "prefix_salt": parse_text,
 }

@@ -18,13 +18,20 @@ from pagedkv.sizes import format_size
 FORMATS = ("table", "json", "csv")
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--format`` and ``--quiet``."""
+def add_output_options(
+    parser: argparse.ArgumentParser, default: str = "table on a terminal, json otherwise"
+) -> None:
+    """Add ``--format`` and ``--quiet``.
+
+    Args:
+        parser: of a command.
+        default: what is printed without ``--format``, for the help.
+    """
     group = parser.add_argument_group("output")
     group.add_argument(
         "--format",
         choices=FORMATS,
-        help="how to print results (default: table on a terminal, json otherwise)",
+        help=f"how to print results (default: {default})",
     )
     group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
 

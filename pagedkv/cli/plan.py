@@ -18,7 +18,7 @@ from pagedkv.cli.output import (
     number,
     rate,
 )
-from pagedkv.cli.shapes import KNOWN, ModelShape, shape_of
+from pagedkv.cli.shapes import KNOWN, MOST_EACH, ModelShape, shape_of
 from pagedkv.config import LOOKUP_PART, TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.plan import Plan, plan
@@ -137,7 +137,7 @@ def _ceilings(contexts: list[Plan], disk: float) -> Table:
 def _shape(args: argparse.Namespace) -> ModelShape:
     """The model's shape, with whatever the options say instead."""
     given: dict[str, Any] = {
-        name: positive(getattr(args, name), f"--{name.replace('_', '-')}")
+        name: positive(getattr(args, name), f"--{name.replace('_', '-')}", MOST_EACH)
         for name in ("layers", "kv_heads", "head_dim")
         if getattr(args, name) is not None
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from pagedkv.cli.options import positive, user_path
 from pagedkv.errors import ConfigError
 
 
@@ -32,6 +32,9 @@ class ModelShape:
     note: str = ""
     windows: tuple[int, ...] = ()
 
+
+MOST_EACH = 10**5
+"""Layers, heads of a layer, or channels of a head that a model may have."""
 
 KNOWN = {
     "demo": ModelShape(30, 9, 3, 64, 8192),
@@ -62,7 +65,7 @@ def shape_of(name: str) -> ModelShape:
     """
     if name.lower() in KNOWN:
         return KNOWN[name.lower()]
-    path = Path(name).expanduser()
+    path = user_path(name)
     file = path if path.is_file() else path / "config.json"
     if not path.exists():
         raise ConfigError(
@@ -70,7 +73,7 @@ def shape_of(name: str) -> ModelShape:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{name!r} is not a model: cannot read {file.name} in it ({e})") from e
     if not isinstance(config, dict):
         raise ConfigError(f"{name!r} is not a model: {file.name} is not an object")
@@ -93,7 +96,9 @@ def _from_config(name: str, config: dict[str, Any]) -> ModelShape:
         heads = int(config["num_attention_heads"])
         kv_heads = int(config.get("num_key_value_heads") or heads)
         head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    except (KeyError, TypeError, ValueError) as e:
+        for number in (layers, heads, kv_heads, head_dim):
+            positive(number, "each of them", MOST_EACH)
+    except (ConfigError, KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise ConfigError(
             f"the config of {name!r} does not say how many layers and heads it has ({e}): "
             f"give --layers, --kv-heads and --head-dim"
@@ -114,7 +119,7 @@ def _paged_layers(config: dict[str, Any], layers: int) -> tuple[int, tuple[int, 
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or "full_attention" not in kinds:
         return layers, (), ""
-    sizes = (config.get(_WINDOWS.get(kind, "")) for kind in kinds)
+    sizes = (config.get(_WINDOWS.get(str(kind), "")) for kind in kinds)
     windows = tuple(size for size in sizes if isinstance(size, int) and size > 0)
     paged = sum(kind == "full_attention" for kind in kinds) + len(windows)
     parts = [f"{len(windows)} of {layers} layers have a window"] if windows else []

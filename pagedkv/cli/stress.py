@@ -7,11 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from pagedkv.cli.loading import add_model_options, has_gpu, load_model
-from pagedkv.cli.options import add_tier_options, parse_tokens, positive, tier_config
+from pagedkv.cli.options import (
+    add_tier_options,
+    finite,
+    parse_tokens,
+    positive,
+    seed,
+    tier_config,
+)
 from pagedkv.cli.output import Notes, add_output_options, choose_format, emit
-from pagedkv.cli.shapes import KNOWN, ModelShape, shape_of
+from pagedkv.cli.shapes import KNOWN, MOST_EACH, ModelShape, shape_of
 from pagedkv.cli.stress_progress import StressProgress
-from pagedkv.cli.stress_report import tables, write_report
+from pagedkv.cli.stress_report import require_report, tables, write_report
 from pagedkv.config import TierConfig
 from pagedkv.errors import ConfigError
 from pagedkv.stress import (
@@ -89,7 +96,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="needles, and decode steps at the end (default: 8)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    group.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
     group.add_argument(
         "--chunk",
         metavar="TOKENS",
@@ -103,7 +110,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument(
         "--sample",
-        type=float,
+        type=finite,
         default=0.25,
         metavar="SECONDS",
         help="pace at which memory is looked at (default: 0.25)",
@@ -127,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
             "and --cold-pages"
         )
     options = _options(args, config)
+    if args.report:
+        require_report(args.report)  # not when everything is done
     with StressProgress(args.quiet) as watch:
         if args.model.startswith(_PREFIX):
             report = _synthetic(args, options, config, watch)
@@ -171,7 +180,7 @@ def _synthetic(
 ) -> StressReport:
     name = args.model.removeprefix(_PREFIX)
     shape = _TINY if name == "tiny" else shape_of(name)
-    layers = shape.layers if args.layers is None else positive(args.layers, "--layers")
+    layers = shape.layers if args.layers is None else positive(args.layers, "--layers", MOST_EACH)
     heads = shape.kv_heads if args.heads is None else positive(args.heads, "--heads")
     if heads > shape.kv_heads:
         raise ConfigError(f"--heads {heads}: {name} has {shape.kv_heads} KV heads")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pagedkv.cli.options import user_path
 from pagedkv.cli.output import Table, facts, number, seconds, write_json
 from pagedkv.errors import ConfigError
 from pagedkv.sizes import format_size
@@ -112,6 +114,31 @@ def _facts(report: StressReport) -> list[tuple[str, str]]:
     return [*rows, ("result", "ok" if report.ok else "FAILED")]
 
 
+def require_report(path: str) -> None:
+    """Make the directory of a report, before it is known what will be in it.
+
+    Raises:
+        ConfigError: if it cannot be made, or nothing can be written there.
+    """
+    target = user_path(path)
+    is_file = _is_file(target)
+    folder = target.parent if is_file else target
+    try:
+        if not is_file:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot write to {path!r}: {e.strerror}") from e
+    if not folder.is_dir() or target.is_dir() == is_file or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"cannot write to {path!r}: give a file NAME.json in a directory that is there and may "
+            f"be written to, or a directory"
+        )
+
+
+def _is_file(target: Path) -> bool:
+    return target.suffix == ".json" or (target.exists() and not target.is_dir())
+
+
 def write_report(
     path: str, document: dict[str, Any], text: str, say: Callable[[str], None]
 ) -> None:
@@ -120,13 +147,13 @@ def write_report(
     Raises:
         ConfigError: if it cannot be written.
     """
-    target = Path(path)
-    if target.suffix == ".json" or (target.exists() and not target.is_dir()):
-        write_json(path, document)
+    target = user_path(path)
+    if _is_file(target):
+        write_json(str(target), document)
         return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        (target / "report.txt").write_text(text + "\n", encoding="utf-8")
+        (target / "report.txt").write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as e:
         raise ConfigError(f"cannot write to {path!r}: {e.strerror}") from e
     write_json(str(target / "report.json"), document)

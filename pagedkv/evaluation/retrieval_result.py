@@ -12,6 +12,8 @@ from pagedkv.errors import ConfigError
 from pagedkv.evaluation.haystack import digest
 from pagedkv.evaluation.tasks import TASKS
 
+MOST_EXAMPLES = 10**5
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -44,6 +46,8 @@ class Grid:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name} is a list of different values, got {values}")
+        if self.examples > MOST_EXAMPLES:
+            raise ConfigError(f"examples are {MOST_EXAMPLES:,} at most, got {self.examples:,}")
         for name in ("examples", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is a number from 1 up, got {getattr(self, name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +23,11 @@ OPERATIONS = {
 
 Prefill fills whatever lies between the others.
 """
+
+_COUNT = re.compile(r"\d{1,18}")
+
+MOST_TOKENS = 2**40
+MOST_SECONDS = 86_400
 
 LOOKS = 32
 """Prefill chunks of a run that attend, unless the user says in which."""
@@ -62,6 +68,8 @@ class StressOptions:
                 f"needles, chunk, queries and attend_every are from 1 up and the seed from 0 up, "
                 f"got {least} and {self.seed}"
             )
+        if self.tokens > MOST_TOKENS:
+            raise ConfigError(f"{self.tokens:,} tokens are too many: {MOST_TOKENS:,} at most")
         if self.tokens < self.queries + self.needles:
             raise ConfigError(
                 f"{self.tokens} tokens cannot hold {self.needles} needles: give at least "
@@ -70,8 +78,13 @@ class StressOptions:
         for name, count in self.ops.items():
             if name not in OPERATIONS or count < 0:
                 raise ConfigError(f"operations are {', '.join(OPERATIONS)}, got {name}={count}")
-        if self.sample_seconds <= 0:
-            raise ConfigError(f"sample_seconds is more than 0, got {self.sample_seconds}")
+            if count > self.tokens:
+                raise ConfigError(f"{name} {count:,} times is more often than there are tokens")
+        if not 0 < self.sample_seconds <= MOST_SECONDS:
+            raise ConfigError(
+                f"sample_seconds is more than 0, and {MOST_SECONDS:,} at most, got "
+                f"{self.sample_seconds}"
+            )
 
     @property
     def attends_every(self) -> int:
@@ -97,7 +110,7 @@ def parse_ops(text: str) -> dict[str, int]:
     ops: dict[str, int] = {}
     for word in text.split(","):
         name, _, count = word.strip().partition("=")
-        if name not in OPERATIONS or (count and not count.isdecimal()):
+        if name not in OPERATIONS or (count and not _COUNT.fullmatch(count)):
             raise ConfigError(
                 f"--ops {word.strip()!r}: list some of {', '.join(OPERATIONS)}, each perhaps with "
                 f"how often, as in decode,trim=20,kill=1"
