@@ -240,7 +240,7 @@ def test_saved_files_take_no_room_from_pages(
 
     def save(cache: PagedCache, path: str, *args: Any, **more: Any) -> None:
         save_file(cache, path, *args, **more)
-        store = cache.context.pager.cold.directory
+        store = Path(str(cache.context.config.cold_dir))
         beside.append({str(p) for p in store.rglob("*.safetensors")})
         assert store not in Path(path).parents and Path(path).exists()
 
