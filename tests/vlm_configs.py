@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests import zoo_configs
-from tests.zoo_configs import INDEXED, LAYERS, LINEAR, MIXED, WINDOW
+from tests.zoo_configs import INDEXED, LAYERS, LINEAR, LLAMA4_ROPE, MIXED, WINDOW
 
 EVEN_IF_NONE = zoo_configs.EVEN_IF_NONE | {
     "sliding_window", "n_group", "topk_group", "query_pre_attn_scalar", "rope_theta",
@@ -14,8 +14,8 @@ EVEN_IF_NONE = zoo_configs.EVEN_IF_NONE | {
 
 TEXT_TYPES = {
     "d1": "lfm2", "lfm2_vl": "lfm2", "llava": "llama", "llava_next": "llama", "llmjpvl": "qwen3",
-    "minimax_m3_vl": "minimax_m3", "multi_modality": "llama", "paligemma": "gemma",
-    "plamo2vl": "plamo2",
+    "minimax_m3_vl": "minimax_m3", "mistral3": "ministral3", "multi_modality": "llama",
+    "paligemma": "gemma", "plamo2vl": "plamo2",
 }  # fmt: skip
 """Model types in text settings, where they are not the name of the type."""
 
@@ -71,8 +71,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         expert_ffn_hidden_size=48,
     ),
     "mimo_v2": zoo_configs.OVERRIDES["mimo_v2_flash"],
-    "minimax_m3_vl": dict(moe_layer_freq=[0, 1, 1, 1]),
-    "mistral3": dict(layer_types=MIXED),
+    "minimax_m3_vl": dict(
+        moe_layer_freq=[0, 1, 1, 1], layer_types=["minimax_m3_sparse", "full_attention"] * 2,
+    ),
+    "mistral3": dict(layer_types=MIXED, rope_parameters=LLAMA4_ROPE),
     "moondream3": dict(num_key_value_heads=4, rope_dim=8, moe_start_layer=2, prefix_attn=WINDOW),
     "nemotron_h_nano_omni": zoo_configs.OVERRIDES["nemotron_h"],
     "nemotron_nas": zoo_configs.OVERRIDES["nemotron-nas"],
@@ -81,5 +83,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         indexer_head_dim=16, indexer_budget=64, ple_layer_ids=[], hc_lowrank=16,
         full_attention_interval=2,
     ),
+    "spark2_5": dict(layer_types=MIXED),
 }  # fmt: skip
 """By model type, beside those of mlx-lm's type of the same name."""
