@@ -153,7 +153,8 @@ class RoundedCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Round the pages that have left the window, then append."""
-        while self.offset - self.sealed - self.config.hot_tokens >= 256:
+        numbers = mx.issubdtype(keys.dtype, mx.floating)  # flags of tokens are left alone
+        while numbers and self.offset - self.sealed - self.config.hot_tokens >= 256:
             page = slice(self.sealed, self.sealed + 256)
             rounded = _rounded(self.keys[0, :, page], self.values[0, :, page], self.config.kv)
             self.keys[0, :, page], self.values[0, :, page] = rounded
@@ -367,6 +368,7 @@ def broken(model: Any, cache: list[Any]) -> mx.array | None:
     """
     twin = copy.deepcopy(cache)
     plain = [c for c in streams(twin) if isinstance(c, RoundedCache) and not c.empty()]
+    plain = [c for c in plain if mx.issubdtype(c.keys.dtype, mx.floating)]
     for layer in plain:
         held = layer.values if layer.values.shape[3] else layer.keys  # an index, or a latent
         held[:, :, SINKS : SINKS + 256] = mx.roll(held[:, :, SINKS : SINKS + 256], 1, axis=2)

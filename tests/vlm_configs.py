@@ -46,6 +46,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         linear_head_dim=16, linear_num_heads=4, index_head_dim=16, index_n_heads=4, index_topk=64,
         index_kpool=4,
     ),
+    "hrm_text": dict(num_hidden_layers=8, num_layers_per_stack=1),
     "hunyuan_vl": dict(
         rope_scaling=dict(
             alpha=1000.0, factor=1.0, type="xdrope", xdrope_section=[2, 2, 2, 2],
