@@ -73,7 +73,7 @@ class Asker:
         for i in np.random.default_rng(seed).integers(0, len(self.prompts), requests):
             try:
                 same = self.answer(self.prompts[i]) == self.alone[i]
-                seen["right" if same else "another answer"] += 1
+                seen["right" if same else f"another answer to {i}"] += 1
             except BaseException as e:
                 seen[f"{type(e).__name__}: {e}"[:100]] += 1
 
@@ -105,7 +105,7 @@ class Asker:
                     else:
                         got[i].append(token)
             for i, tokens in got.items():
-                seen["right" if tokens == self.alone[i] else "another answer"] += 1
+                seen["right" if tokens == self.alone[i] else f"interleaved: another to {i}"] += 1
         return seen
 
     def passed_on(self, threads: int) -> Counter[str]:
@@ -130,7 +130,7 @@ class Asker:
             for n in range(8):
                 tokens.append(last)
                 last = pools[n % threads].submit(call, mx.array([[last]])).result()
-            seen["right" if tokens == self.alone[i] else "another answer"] += 1
+            seen["right" if tokens == self.alone[i] else f"passed on: another to {i}"] += 1
             cache.close()
         for pool in pools:
             pool.shutdown()

@@ -51,6 +51,8 @@ class Turn:
             mx.eval(arrays)
             mx.eval(arrays)  # the first time waits; now they count as there, with no event to ask
             self.written.clear()
+        if self.shared and mx.default_device() == mx.gpu:
+            mx.synchronize()  # nothing is under way on this thread's stream when another one comes
 
 
 def exclusive(method: Method) -> Method:
