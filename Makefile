@@ -11,8 +11,8 @@ PRELOAD = LD_PRELOAD="$$($(BIN)/python -c 'from pagedkv import blas; print(blas.
 # back for every large temporary: let glibc keep them.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: help demo test check lint unit wheel releases placement faults fuzz kills machine clients \
-	threads models benchmark format clean
+.PHONY: help demo test check lint unit wheel releases placement faults fuzz kills machine \
+	interruptions clients threads models benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -59,6 +59,10 @@ machine: $(VENV)/test  ## 1,000,000 random steps of the store and the cache
 
 threads: $(VENV)/test  ## 8,000 requests from four threads, each answer checked
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.thread_campaign --requests 200 --runs 10
+
+interruptions: $(VENV)/test  ## interrupt operations at every function that they enter
+	OPENBLAS_NUM_THREADS=1 INTERRUPTIONS=all $(PRELOAD) $(BIN)/python -m pytest -n auto \
+		tests/test_interruption.py
 
 models: $(VENV)/test  ## try every model type of mlx-lm and mlx-vlm, write docs/models.md
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.model_table

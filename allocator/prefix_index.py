@@ -90,11 +90,12 @@ class PrefixIndex(Generic[Name]):
 
     def remove(self, name: Name) -> None:
         """Forget a sequence; one that is not known is fine."""
-        for digest in self._chains.pop(name, ()):
-            holders = self._holders[digest]
-            del holders[name]
+        for digest in self._chains.get(name, ()):
+            holders = self._holders.get(digest, {})
+            holders.pop(name, None)
             if not holders:
-                del self._holders[digest]
+                self._holders.pop(digest, None)
+        self._chains.pop(name, None)  # last: who was interrupted does it again
 
     def longest(self, digests: Sequence[bytes]) -> tuple[Name, int] | None:
         """The sequence that shares the most units with a chain, and how many; None if none does.

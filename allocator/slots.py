@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pagedkv.allocator.errors import OutOfPagesError, PagedKVError
 
@@ -78,6 +78,12 @@ class SlotPool:
         self._taken.remove(slot)
         heapq.heappush(self._free, slot)
 
+    def reset(self, taken: Iterable[int]) -> None:
+        """Take these slots and no others, whatever was taken before; the capacity stays."""
+        self._taken = set(taken)
+        self._capacity = max(self._capacity, max(self._taken, default=-1) + 1)
+        self._free = [slot for slot in range(self._capacity) if slot not in self._taken]
+
     def taken(self) -> frozenset[int]:
         """The slots in use."""
         return frozenset(self._taken)
@@ -147,6 +153,11 @@ class PageAllocator:
     def pages(self) -> frozenset[int]:
         """All live pages."""
         return frozenset(self._references)
+
+    def reset(self, references: Mapping[int, int]) -> None:
+        """Have these pages with so many references each, and no others."""
+        self._references = dict(references)
+        self._slots.reset(references)
 
     def _require(self, page: int) -> None:
         if page not in self._references:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pagedkv.allocator.errors import PagedKVError
@@ -28,6 +28,10 @@ class PageTable:
 
     The table holds one reference to each of its pages. What happens to a page that nobody holds
     any more is told through `on_free`.
+
+    Its entries are what counts: they change in one step, and references follow. Where an operation
+    is broken off in between (Ctrl-C, no memory), `recover` and `PageAllocator.reset` make
+    the rest agree with them.
     """
 
     def __init__(
@@ -35,13 +39,26 @@ class PageTable:
         allocator: PageAllocator,
         page_tokens: int,
         on_free: Callable[[int], None] | None = None,
+        watch: Callable[[PageTable, list[TableEntry]], None] | None = None,
     ) -> None:
+        """Make an empty table.
+
+        Args:
+            allocator: counts the references.
+            page_tokens: tokens of a whole page.
+            on_free: called with the number of a page that nobody holds any more.
+            watch: called with this table, and every fork of it, and the list of its entries,
+                which outlives the table.
+        """
         self._allocator = allocator
         self._page_tokens = page_tokens
         self._on_free = on_free or (lambda page: None)
+        self._watch = watch
         self._entries: list[TableEntry] = []
         self._snapshot: tuple[TableEntry, ...] | None = None
         self._tokens = 0
+        if watch:
+            watch(self, self._entries)
 
     @property
     def tokens(self) -> int:
@@ -75,6 +92,13 @@ class PageTable:
         self._snapshot = None
         self._tokens += n
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Put whole pages at the end, all or none; the table takes over their references."""
+        more = [TableEntry(page, self._page_tokens) for page in pages]
+        self._entries += more
+        self._snapshot = None
+        self._tokens += len(more) * self._page_tokens
+
     def trim(self, tokens: int) -> int:
         """Drop `tokens` tokens from the end, across page borders.
 
@@ -85,17 +109,17 @@ class PageTable:
             The number of tokens dropped: `tokens`, or all there were.
         """
         dropped = min(max(tokens, 0), self._tokens)
-        left = dropped
+        left, end = dropped, len(self._entries)
+        while left and self._entries[end - 1].tokens <= left:
+            end -= 1
+            left -= self._entries[end].tokens
+        gone = self._entries[end:]
+        shorter = self._entries[end - 1 : end] if left else []
+        cut = [TableEntry(entry.page, entry.tokens - left) for entry in shorter]
+        self._entries[end - len(cut) :] = cut
         self._snapshot = None
-        while left:
-            last = self._entries.pop()
-            if last.tokens > left:
-                self._entries.append(TableEntry(last.page, last.tokens - left))
-                left = 0
-            else:
-                left -= last.tokens
-                self._release(last.page)
         self._tokens -= dropped
+        self._release(gone)
         return dropped
 
     def drop_first(self) -> int:
@@ -112,12 +136,12 @@ class PageTable:
         first = self._entries.pop(0)
         self._snapshot = None
         self._tokens -= first.tokens
-        self._release(first.page)
+        self._release([first])
         return first.tokens
 
     def fork(self) -> PageTable:
         """A second table over the same pages: copies page numbers, no bytes."""
-        twin = PageTable(self._allocator, self._page_tokens, self._on_free)
+        twin = PageTable(self._allocator, self._page_tokens, self._on_free, self._watch)
         for entry in self._entries:
             self._allocator.retain(entry.page)
             twin.append(entry.page, entry.tokens)
@@ -131,15 +155,30 @@ class PageTable:
         old = self._entries[index]
         self._entries[index] = TableEntry(page, old.tokens)
         self._snapshot = None
-        self._release(old.page)
+        self._release([old])
+
+    def adopt(self, entries: list[TableEntry]) -> None:
+        """Take over the entries of a table that is gone, and empty its list; this one is empty."""
+        self._entries += entries
+        entries.clear()
+        self.recover()
 
     def clear(self) -> None:
         """Release every page."""
-        self.trim(self._tokens)
+        gone = self._entries[:]
+        self._entries.clear()
+        self._snapshot, self._tokens = None, 0
+        self._release(gone)
 
-    def _release(self, page: int) -> None:
-        if self._allocator.release(page):
-            self._on_free(page)
+    def recover(self) -> None:
+        """Agree with the entries again, after an operation that was broken off."""
+        self._snapshot = None
+        self._tokens = sum(entry.tokens for entry in self._entries)
+
+    def _release(self, gone: Iterable[TableEntry]) -> None:
+        for entry in gone:
+            if self._allocator.release(entry.page):
+                self._on_free(entry.page)
 
     def check(self) -> None:
         """Every entry holds a live page and a possible length, and the lengths add up.

@@ -60,6 +60,8 @@ class BatchPagedLayerCache:
         self._start = list[int]()  # per row, its length then
         self._last: BatchLayout | None = None  # of the last call
         self._positions: mx.array | None = None
+        self._calls = 0  # of the model, that this layer has taken
+        self._before: Mark | None = None  # what there was before the last of them
         self._hold(rows)
         self._left = [0] * len(self.rows)
 
@@ -73,7 +75,7 @@ class BatchPagedLayerCache:
             single: _agreed([row.reaches_hook[single] for row in self.rows])
             for single in (False, True)
         }
-        self._last = self._positions = None
+        self._last = self._positions = self._before = None
 
     @property
     def _turn(self) -> Turn:
@@ -96,17 +98,21 @@ class BatchPagedLayerCache:
             OutOfPagesError: if no tier has room for the pages of a row, which `rows` names;
                 nothing has changed then.
             ShapeError: if they do not fit the cache.
+            CacheStateError: if an earlier call was broken off; see `SequenceContext.begin`.
             ClosedError: if a row is closed.
         """
         self._check(keys, values)
+        self._require_whole()
         new = int(keys.shape[2])
         layout, mark = self._layout(new), self._mark()
         if next(self.rows[0].siblings()) is self.rows[0]:
             self._admit(layout)
         shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
+        self._before = mark
         with self._taken_back_to(mark):
             views = tuple(self._append(i, layout, keys, values) for i in range(len(self.rows)))
             self._seen += new
+            self._calls += 1
             self._left = [max(0, n - new) for n in self._left]
             self._last, self._positions = layout, None
             self._chain(views)
@@ -160,7 +166,9 @@ class BatchPagedLayerCache:
             return None if row.empty() else row.view()
         cut = slice(place.first, place.first + place.count)
         with _naming(i):
-            return row.append(keys[i : i + 1, :, cut], values[i : i + 1, :, cut])
+            own = keys[i : i + 1, :, cut], values[i : i + 1, :, cut]
+            row._context.require_start(row, own[0].shape)
+            return row.append(*own)
 
     def _chain(self, views: Sequence[KVView | None]) -> None:
         """What is read from disk after a row's pages is the next row's, then the next layer's."""
@@ -265,25 +273,51 @@ class BatchPagedLayerCache:
     # Taking back
 
     def _mark(self) -> Mark:
-        return Mark(tuple(row.offset for row in self.rows), self._seen, tuple(self._left))
+        offsets = tuple(row.offset for row in self.rows)
+        return Mark(offsets, self._seen, tuple(self._left), self._calls)
+
+    def _back_to(self, mark: Mark) -> None:
+        """Be as before the call at whose beginning the mark was made."""
+        for row, offset in zip(self.rows, mark.offsets, strict=True):
+            row._context.torn |= not row.take_back_to(offset)
+        self._seen, self._left, self._calls = mark.seen, list(mark.left), mark.calls
+        self._last = self._positions = None
 
     @contextmanager
     def _taken_back_to(self, mark: Mark) -> Iterator[None]:
         """If anything fails inside, take the call's tokens back, from all rows and layers."""
         try:
             yield
-        except Exception:
+        except BaseException as e:
+            if not isinstance(e, PagedKVError):
+                self.rows[0]._context.break_off()
             for batch in self._siblings():
-                for row, offset in zip(batch.rows, mark.offsets, strict=True):
-                    row.trim(max(0, row.offset - offset))
-                batch._seen, batch._left = mark.seen, list(mark.left)
-                batch._last = batch._positions = None
+                batch._back_to(mark)
                 if batch is self:
                     break
             raise
 
+    def _require_whole(self) -> None:
+        """See that no layer lags behind; see `SequenceContext.begin`.
+
+        Raises:
+            CacheStateError: if a call was broken off. Its tokens are taken back from all rows.
+        """
+        layers = [batch for batch in self._siblings() if batch.rows[0].in_step]
+        calls = min((b._calls for b in layers if not b.empty()), default=self._calls)
+        if calls >= self._calls:
+            return
+        for batch in layers:
+            if batch._calls > calls and batch._before is not None:
+                batch._back_to(batch._before)
+        held = ", ".join(f"{row.offset:,}" for row in self.rows)
+        raise CacheStateError(
+            f"the last call of the model was broken off, and not all layers have its tokens: every "
+            f"layer's rows hold {held} tokens now, go on with those that come after them"
+        )
+
     def _siblings(self) -> Iterator[BatchPagedLayerCache]:
-        """This batch's layers in model order, as far as this one."""
+        """This batch's layers in model order."""
         for row in self.rows[0].siblings():
             batch = row.batch and row.batch()
             if isinstance(batch, BatchPagedLayerCache) and len(batch.rows) == len(self.rows):

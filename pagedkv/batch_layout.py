@@ -78,11 +78,13 @@ class Mark:
         offsets: tokens that the rows had seen.
         seen: columns since their padding was announced.
         left: per row, columns of padding still to come before its first token.
+        calls: of the model, that the layer had taken.
     """
 
     offsets: tuple[int, ...]
     seen: int
     left: tuple[int, ...]
+    calls: int
 
 
 @dataclass(eq=False)

@@ -113,9 +113,16 @@ class PagedCache(list[Any]):
             ConfigError: if n is no number of tokens.
         """
         n = whole_number(n, "the tokens to trim")
-        if not all(_can_trim(cache, n) for cache in self):
+        # From a call that was broken off some layers are behind: all go to the same length.
+        counts = [max(0, n - self._lag(cache)) for cache in self]
+        if not all(_can_trim(cache, count) for cache, count in zip(self, counts, strict=True)):
             return 0
-        return max((cache.trim(n) for cache in self), default=0)
+        return max((c.trim(m) for c, m in zip(self, counts, strict=True) if m > 0), default=0)
+
+    def _lag(self, cache: Any) -> int:
+        """Tokens that a layer lacks."""
+        together = isinstance(cache, PagedLayerCache) and cache.in_step and cache.offset
+        return self.offset - cache.offset if together else 0
 
     @exclusive
     def fork(self) -> PagedCache:
@@ -128,9 +135,19 @@ class PagedCache(list[Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         # Layers may come from several models: mlx-lm appends a draft model's cache to this list.
-        layers = [copy.deepcopy(cache, memo) for cache in self]
-        context = memo.get(id(self.context)) or self.context.fork()
-        return PagedCache(layers, context)
+        contexts = {id(c._context): c._context for c in self.paged_layers}
+        contexts[id(self.context)] = self.context
+        try:
+            for key, context in contexts.items():
+                if key not in memo:
+                    memo[key] = context.fork()
+            layers = [copy.deepcopy(cache, memo) for cache in self]
+            return PagedCache(layers, memo[id(self.context)])
+        except BaseException:
+            for context in (memo[key] for key in contexts if key in memo):
+                for cache in context.alive():
+                    cache.close()
+            raise
 
     @exclusive
     def stats(self) -> CacheStats:
@@ -332,4 +349,5 @@ def attention(
         check_queries(q, int(k.shape[1]), int(k.shape[3]), int(k.shape[2]), mask, sinks)
         if isinstance(mask, str):
             mask = cache.causal_mask(int(k.shape[2]), int(q.shape[2]))
+        cache._context.require_start(cache, k.shape)
     return cache.attend_tagged(cache.append(k, v), q, scale, mask, sinks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,12 @@ class SequenceContext:
         prefixes: what is remembered of sequences of this model; shared with all its caches.
         prefix: digests of the tokens in this sequence's pages, as far as they are known.
         others: streams of the same model that are not paged.
-        torn: whether some of those have taken tokens of a call that failed, and cannot give
-            them back.
+        torn: whether some layer has taken tokens of a call that failed, and cannot give them back.
         forks: those that still lack layers, see `fork_for`.
         loaded: what a saved cache says of this sequence, until all its layers are there.
+        taken: the layers that have the tokens of the model's call under way, or of its last one,
+            each with its length before.
+        count: tokens that the call gave the first of them.
     """
 
     config: TierConfig
@@ -61,6 +63,8 @@ class SequenceContext:
     torn: bool = False
     forks: list[_PartialFork] = field(default_factory=list)
     loaded: dict[str, Any] | None = None
+    taken: dict[int, int] = field(default_factory=dict)
+    count: int = 0
 
     @property
     def settled(self) -> TierConfig:
@@ -100,13 +104,83 @@ class SequenceContext:
             unit = max(cache.page_tokens for cache in self.alive())
             del self.prefix[max(0, tokens - self.config.sink_tokens) // unit :]
 
+    def begin(self, layer: PagedLayerCache, count: int) -> None:
+        """Note that a layer is about to take tokens, and see that no other one lags behind.
+
+        No code of ours runs when a call of the model is broken off between two layers: the next
+        call finds it, for a layer that has the tokens of a call comes first in another one. Then no
+        layer may be shorter, and those that follow begin at the same length. Layers that are given
+        other numbers of tokens (cross-attention) do not take part in this.
+
+        Raises:
+            CacheStateError: if a call was broken off. Its tokens are taken back.
+        """
+        if not layer.in_step:
+            return
+        if not self.taken or layer.layer in self.taken:
+            lengths = self._lengths()
+            if min(lengths, default=layer.offset) < layer.offset:
+                self._refuse(lengths)
+            self.taken, self.count = {}, count
+        elif count != self.count:
+            layer.in_step = False
+        elif layer.offset and layer.offset != (start := self._start):
+            self._refuse({layer.offset, start})
+        self.taken[layer.layer] = layer.offset
+
+    def require_start(self, layer: PagedLayerCache, shape: Sequence[int]) -> None:
+        """See that a layer without tokens is not about to follow layers that had some.
+
+        Not a part of `begin`: tokens may also be appended to one layer after the other by hand.
+
+        Args:
+            layer: which.
+            shape: of the keys that it is given in a call of the model.
+
+        Raises:
+            CacheStateError: if a first call was broken off. Its tokens are taken back.
+        """
+        joins = bool(self.taken) and layer.layer not in self.taken and layer.in_step
+        if joins and not layer.offset and self._start and tuple(shape[2:3]) == (self.count,):
+            self._refuse({layer.offset, self._start})
+
+    @property
+    def _start(self) -> int:
+        """The length at which the call under way began."""
+        return next(iter(self.taken.values()))
+
+    def _lengths(self) -> set[int]:
+        """Of the layers that are called together; some models have layers that they never call."""
+        return {cache.offset for cache in self.alive() if cache.offset and cache.in_step}
+
+    def _refuse(self, lengths: set[int]) -> None:
+        length = min(lengths)
+        self.take_back_to(length)
+        raise CacheStateError(
+            f"the last call of the model was broken off and left layers of {length:,} to "
+            f"{max(lengths):,} tokens, so what this one was about to compute would be wrong: "
+            f"every layer holds {length:,} tokens now, go on with those that come after them"
+        )
+
+    def break_off(self) -> None:
+        """Take back the tokens of a call in which something was raised that is not ours."""
+        with self.pager.turn.lock:
+            self.pager.inconsistent = True
+            self.pager.reclaim()
+            if self.taken:
+                self.take_back_to(self._start)
+
     def take_back_to(self, length: int) -> None:
         """Forget what came after the first `length` tokens, everywhere, after a call that failed.
 
-        A recurrent state cannot forget: a sequence with one cannot go on.
+        A recurrent state cannot forget: a sequence with one cannot go on. Nor can one with a window
+        that has left behind what would be seen then.
         """
+        self.behind = None
+        before, self.taken = self.taken, {}
         for cache in self.alive():
-            cache.trim(max(0, cache.offset - length))
+            left = length if cache.in_step else before.get(cache.layer, cache.offset)
+            self.torn |= not cache.take_back_to(left)
         for other in self.others:
             beyond = getattr(other, "offset", length) - length
             if beyond > 0 and other.is_trimmable():

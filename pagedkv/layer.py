@@ -16,6 +16,7 @@ from pagedkv.backends import KernelBackend
 from pagedkv.config import TierConfig
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, PagedKVError, ShapeError
+from pagedkv.interruption import interruptible, interruptible_call
 from pagedkv.layer_pages import LayerPages
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.stand_in import stand_ins
@@ -61,6 +62,7 @@ class PagedLayerCache(LayerPages):
 
     # Appending
 
+    @interruptible_call
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append tokens; the protocol's main call.
 
@@ -78,9 +80,10 @@ class PagedLayerCache(LayerPages):
             OutOfPagesError: if no tier has room for the pages that these tokens push out of the
                 hot window; nothing has changed then.
             ShapeError: if they do not fit the cache.
-            CacheStateError: if an earlier call failed and its recurrent layers are ahead now.
+            CacheStateError: if an earlier call was broken off; see `SequenceContext.begin`.
             ClosedError: after `close`.
         """
+        self._context.require_start(self, keys.shape)
         return self._handed_out(self.append(keys, values))
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -105,6 +108,7 @@ class PagedLayerCache(LayerPages):
         return hook.tag_pair(self, view, *dense) if hook.installed() else dense
 
     @exclusive
+    @interruptible_call
     def _dense(self, view: KVView) -> tuple[mx.array, mx.array]:
         """All keys and values of a view: the hot arrays themselves if there are no pages."""
         with self._taken_back_to(self.offset - self._appended):
@@ -124,6 +128,7 @@ class PagedLayerCache(LayerPages):
         return chooser is not None and chooser.wants(self._appended, self.offset - self._appended)
 
     @exclusive
+    @interruptible_call
     def append(self, keys: mx.array, values: mx.array) -> KVView:
         """Append tokens and return what attention over everything needs.
 
@@ -134,17 +139,19 @@ class PagedLayerCache(LayerPages):
         if shapes != self._accepted:
             self._accept(keys, values)
             self._accepted = shapes
-        context, hot, count = self._context, self._hot, shapes[0][2]
+        context, count = self._context, shapes[0][2]
         if context.torn:
             raise CacheStateError(
-                "a call of the model failed, and its layers that are not paged cannot give back "
-                "the tokens of that call: go on from a copy made before, or from a saved cache"
+                "a call of the model was broken off, and not all of its layers can give back the "
+                "tokens of that call: go on from a copy made before, or from a saved cache"
             )
         context.pager.use(context.lineage)
+        context.begin(self, count)
+        self._start_call(count)
         if self._leads:
             context.pace.step() if count <= DECODE_TOKENS else context.pace.prompt(count)
         self._appended = count
-        if self._may_promote or hot.used + count >= self._full:
+        if self._may_promote or self._hot.used + count >= self._full:
             with self._taken_back_to(self.offset):
                 self._settle()
                 self._admit(count)
@@ -153,12 +160,15 @@ class PagedLayerCache(LayerPages):
                 self._admit(count)
         if keys.dtype != self._dtype:
             keys, values = to_16_bit(keys, self._dtype), to_16_bit(values, self._dtype)
-        hot.append(keys, values, count)
+        self._hot.append(keys, values, count)
         self.offset += count
         self._unread, self._spent = self.readers, None
         if context.max_tokens is not None and self.offset > context.max_tokens:
             self._warn_past_limit(context.max_tokens)
         return self.view()
+
+    def _start_call(self, count: int) -> None:
+        """What is to be done before so many tokens come."""
 
     def view(self) -> KVView:
         """The present contents, for attention.
@@ -190,6 +200,7 @@ class PagedLayerCache(LayerPages):
         return self.attend_view(view, q, scale, mask, sinks)
 
     @exclusive
+    @interruptible_call
     def attend_view(
         self,
         view: KVView,
@@ -412,6 +423,7 @@ class PagedLayerCache(LayerPages):
         return self
 
     @exclusive
+    @interruptible
     def fork(self, context: SequenceContext | None = None) -> PagedLayerCache:
         """A second cache with the same tokens: shares every page, copies page numbers only."""
         self.require_open()
@@ -438,20 +450,21 @@ class PagedLayerCache(LayerPages):
         return self.fork()
 
     @exclusive
+    @interruptible
     def close(self) -> None:
-        """Release pages and memory. Closing twice is fine; using it afterwards raises.
+        """Release pages and memory. Using it afterwards raises.
 
-        With the last open layer of a pager its threads and files go too.
+        Closing twice is fine, and completes a first time that was interrupted. With the last open
+        layer of a pager its threads and files go too.
         """
-        if self._table is not None:
-            self._finalizer.detach()
-            self._table.clear()
-        self._hot = HotBuffer(0)
-        self._attended = ()
-        self.offset = self.dropped = 0
-        self._closed = True
-        self._accepted = ()
         pager, prefixes = self._context.pager, self._context.prefixes
+        self._closed, self._accepted = True, ()
+        self.offset = self.dropped = 0
+        pager.reclaim()
+        if self._table is not None:
+            self._table.clear()
+        self._table, self._hot = None, HotBuffer(0)
+        self._attended = ()
         pager.users.discard(self)
         if not prefixes.lasting and prefixes.alone(pager):
             prefixes.clear()  # nobody can ask for them any more

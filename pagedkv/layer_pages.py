@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pagedkv.errors import (
     OutOfPagesError,
     ShapeError,
 )
+from pagedkv.interruption import interruptible
 from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, HotTokens, LayerPager, Page, Treatment
 from pagedkv.tiers.rounding import set_apart
@@ -57,6 +57,7 @@ class LayerPages:
         self._full = 0  # hot tokens that make a page due
         self._may_promote = False
         self._closed = False
+        self.in_step = True  # whether it is given as many tokens as the model's first layer
         self._attended: tuple[mx.array, ...] = ()  # what may still be reading the slabs
         self._backend = choose_backend(context.config.backend)
 
@@ -83,8 +84,6 @@ class LayerPages:
                 f"layer {self.layer}: keys of {shape} do not fit this model's {self._pager.shape}"
             )
         self._table = self._pager.table()
-        # The pages outlive this object in their table: let go of them when it dies.
-        self._finalizer = weakref.finalize(self, self._pager.abandon, self._table)
         self._full = self._hot_room(self._pager.page_tokens)
         self._hot = HotBuffer(self._full + DECODE_TOKENS)
 
@@ -241,40 +240,41 @@ class LayerPages:
         self._lower()  # first: it makes room where the new pages go
         if self._pager.chooser is not None:
             self._pager.decide(*self._hot.view())
-        sealed = 0
+        sealed: list[int] = []
         precisions = self._page_precisions(due, self.offset)
         for precision, group in itertools.groupby(precisions):
             wanted = len(list(group))
-            done = self._seal(sealed, wanted, precision)
+            done = self._seal(len(sealed), wanted, precision)
             sealed += done
-            if done < wanted:
+            if len(done) < wanted:
                 break  # no room (a disk error came late): the tokens simply stay hot
         if sealed:
-            self._hot.remove(self.sink_tokens, sealed * self._pager.page_tokens)
+            # In one step: at any time a token is either hot or in a page of the table.
+            left = self._hot.without(self.sink_tokens, len(sealed) * self._pager.page_tokens)
+            self._table.extend(sealed)
+            self._hot = left
             # Started and not waited for: what uses them comes later in the same stream.
             mx.async_eval(*self._hot.arrays, *self._pager.slabs)  # type: ignore[no-untyped-call]
 
-    def _seal(self, first: int, count: int, precision: Precision) -> int:
-        """Seal `count` pages from the `first` unsealed one on; returns how many it did."""
+    def _seal(self, first: int, count: int, precision: Precision) -> list[int]:
+        """Seal `count` pages from the `first` unsealed one on; returns those that it did."""
         assert self._pager is not None and self._table is not None
         tokens, sinks = self._pager.page_tokens, self.sink_tokens
-        done = 0
+        end, sealed = self._sealed_end(), list[int]()
         per_call = max(1, self._pager.run_tokens // tokens)  # bounds the memory of encoding
-        while done < count:
-            now = min(per_call, count - done)
-            start = sinks + (first + done) * tokens
-            records = self._encode(start, now, precision)
-            positions = [self._sealed_end() + i * tokens for i in range(now)]
+        while len(sealed) < count:
+            now = min(per_call, count - len(sealed))
+            behind = (first + len(sealed)) * tokens
+            records = self._encode(sinks + behind, now, precision)
+            positions = [end + behind + i * tokens for i in range(now)]
             lineage = self._context.lineage
             pages = self._pager.seal(records, precision, positions, lineage)
-            for page in pages:
-                self._table.append(page)
-            done += len(pages)
+            sealed += pages
             if len(pages) < now:
                 break
-            if done < count:
+            if len(sealed) < count:
                 mx.eval(*self._pager.slabs)
-        return done
+        return sealed
 
     def _encode(self, start: int, pages: int, precision: Precision) -> mx.array:
         """Records of the pages that begin at hot token `start`, lazily."""
@@ -339,6 +339,7 @@ class LayerPages:
             raise
 
     @exclusive
+    @interruptible
     def trim(self, n: int) -> int:
         """Forget the last n tokens.
 
@@ -352,25 +353,36 @@ class LayerPages:
             CacheStateError: if another layer of the sequence, with a window, cannot forget so many;
                 nothing has changed.
         """
+        self._context.pager.reclaim()
         n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
-        if self._table is None or n == 0:
+        if self._table is None:
             return n
-        self._require_alike(n)
-        self._context.admitted = 0
-        left = self.offset - n
-        sealed_end = self._sealed_end()
+        if n:
+            self._require_alike(n)
+        return self._trim(n)
+
+    def _trim(self, n: int) -> int:
+        """See `trim`; no more tokens than there are."""
+        if n:
+            self._context.admitted = 0
+            self._context.taken = {}
+            self.offset -= n  # first: what is held is cut to it, sooner or later
+            self._cut()
+        return n
+
+    def _cut(self) -> None:
+        """Hold no more than `offset` tokens."""
+        assert self._table is not None
+        left, sealed_end = self.offset, self._sealed_end()
         if not len(self._table):
-            self._hot.truncate(left - self.dropped)
+            self._hot.truncate(max(0, left - self.dropped))
         elif left >= sealed_end:
             self._hot.truncate(left - self._table.tokens - self.dropped)
         else:
-            sinks = self.sink_tokens
-            self._table.trim(sealed_end - max(left, sinks))
-            self._hot.truncate(min(left, sinks))
             self._may_promote = True
             self._context.forget_prefix_beyond(left)
-        self.offset = left
-        return n
+            self._hot.truncate(min(left, self.sink_tokens))
+            self._table.trim(sealed_end - max(left, self.sink_tokens))
 
     def _require_alike(self, n: int) -> None:
         """Refuse a trim after which layers would hold different tokens.
@@ -394,6 +406,32 @@ class LayerPages:
             )
 
     @exclusive
+    @interruptible
+    def forget_all(self) -> None:
+        """Hold no token, as when it was made."""
+        self._context.taken = {}
+        self._context.admitted = 0
+        self.offset = self.dropped = 0
+        if self._table is not None:
+            self._cut()
+        self._may_promote = False
+
+    @exclusive
+    @interruptible
+    def take_back_to(self, length: int) -> bool:
+        """Forget what came after the first `length` tokens; False if that cannot be."""
+        if length <= 0 < self.offset:
+            self.forget_all()
+        return self.offset <= length or self._trim(self.offset - length) > 0
+
+    def recover(self) -> None:
+        """Hold what `offset` says, after an operation that was broken off."""
+        if self._table is not None:
+            self._table.recover()
+            self._cut()
+
+    @exclusive
+    @interruptible
     def take_over(self, other: PagedLayerCache) -> None:
         """Hold the tokens of another cache of this layer, and none else; it keeps them too.
 
@@ -402,24 +440,29 @@ class LayerPages:
         """
         self.require_open()
         other.require_open()
+        self._context.pager.reclaim()
+        table, hot = self._table, self._hot
         if other._pager is not None and other._table is not None:
             if self._pager is None:
                 self.bind(other._pager.shape, other._dtype)
-            self._adopt(other._table.fork(), other._hot.share())
-        self.offset, self.dropped = other.offset, other.dropped
+            table, hot = other._table.fork(), other._hot.share()
+        self.in_step = other.in_step
+        self._hold(table, hot, other.offset, other.dropped)
 
+    def _hold(self, table: PageTable | None, hot: HotBuffer, offset: int, dropped: int) -> None:
+        """Hold other pages and tokens, in one step."""
+        before = self._table
+        self._table, self._hot, self.offset, self.dropped = table, hot, offset, dropped
+        if before is not None and before is not table:
+            before.clear()
+
+    @interruptible
     def compact(self) -> None:
         """Give back the memory of hot tokens that are not held any more."""
         if self._hot.used < self._hot.capacity:
             held = [mx.contiguous(array) for array in self._hot.view()]
             mx.eval(*held)
             self._hot.load(*held)
-
-    def _adopt(self, table: PageTable, hot: HotBuffer) -> None:
-        assert self._pager is not None
-        self._finalizer.detach()
-        self._table, self._hot = table, hot
-        self._finalizer = weakref.finalize(self, self._pager.abandon, table)
 
 
 def _hot_dtype(wanted: str | None, model: mx.Dtype) -> mx.Dtype:

@@ -8,11 +8,9 @@ may be visible in part: `KVView.hidden` says how much of it is not.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,10 +18,10 @@ from pagedkv.allocator import PageTable, Precision, TableEntry
 from pagedkv.attention import KVView
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError
+from pagedkv.interruption import interruptible
 from pagedkv.layer import PagedLayerCache
 from pagedkv.sizes import whole_number
 from pagedkv.tiers import HotBuffer, Page
-from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import MOST_PROPOSED, SLACK, WindowSizes
 
 
@@ -36,14 +34,12 @@ class _Earlier:
         dropped: likewise.
         table: the pages.
         hot: the hot tokens.
-        finalizer: releases the pages if this is lost.
     """
 
     offset: int
     dropped: int
     table: PageTable
     hot: HotBuffer
-    finalizer: weakref.finalize[Any, Any]
 
 
 class PartialLayerCache(PagedLayerCache):
@@ -133,15 +129,14 @@ class PartialLayerCache(PagedLayerCache):
             entries, paged, hidden = (), 0, hidden - paged
         return KVView(self._pager, entries, hot, sinks, paged, self._following_batches, hidden)
 
-    def append(self, keys: mx.array, values: mx.array) -> KVView:
-        """See `PagedLayerCache.append`; first what is behind the window is given back."""
+    def _start_call(self, count: int) -> None:
+        """Give back what is behind the window."""
         self._forget_earlier()
         if self._table is not None:
             self._drop_pages(self._behind(self.offset))
         self._call_start = self.offset
         # A batch is not speculated for; its prompts end with such calls.
-        self._proposed = self.batch is None and 1 < keys.shape[2] <= MOST_PROPOSED
-        return super().append(keys, values)
+        self._proposed = self.batch is None and 1 < count <= MOST_PROPOSED
 
     # Dropping
 
@@ -170,25 +165,21 @@ class PartialLayerCache(PagedLayerCache):
         if len(self._table) or end <= self._held_from:
             return
         gone = end - self._held_from
-        self._hot.remove(self.keep, gone)
-        self.dropped += gone
+        left = self._hot.without(self.keep, gone)
+        self._hot, self.dropped = left, self.dropped + gone
         # Started and not waited for: what uses them comes later in the same stream.
         mx.async_eval(*self._hot.arrays)  # type: ignore[no-untyped-call]
 
     def _remember(self, new: int) -> _Earlier:
         """The state before the call that added `new` tokens, all of them hot."""
-        assert self._table is not None and self._pager is not None
-        table = self._table.fork()
+        assert self._table is not None
         held = self._hot.copy(self._hot.used - new)
-        earlier = _Earlier(self._call_start, self.dropped, table, held, self._finalizer)
-        earlier.finalizer = weakref.finalize(earlier, self._pager.abandon, table)
-        return earlier
+        return _Earlier(self._call_start, self.dropped, self._table.fork(), held)
 
     def _forget_earlier(self) -> None:
-        if self._earlier is not None:
-            self._earlier.finalizer.detach()
-            self._earlier.table.clear()
-            self._earlier = None
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None:
+            earlier.table.clear()
 
     def _settle(self) -> None:
         if self._table is not None:
@@ -278,30 +269,18 @@ class PartialLayerCache(PagedLayerCache):
         """Whether what queries after `left` tokens see is there."""
         return self._all_there or left == self.offset or self.needed(left) >= self._held_from
 
-    @exclusive
-    def trim(self, n: int) -> int:
-        """Forget the last n tokens, if what a query sees then is still there.
+    def _trim(self, n: int) -> int:
+        """Forget the last n tokens, if what a query sees then is still there; else 0 of them.
 
         That is so for 16 tokens at any time, for those of the last call, and for any number while
         nothing was dropped.
-
-        Args:
-            n: tokens; more than there are means all.
-
-        Returns:
-            The tokens forgotten: 0, and nothing has changed, if that cannot be.
-
-        Raises:
-            CacheStateError: if other layers can; nothing has changed.
         """
-        n = min(max(whole_number(n, "the tokens to trim"), 0), self.offset)
         left = self.offset - n
-        self._require_alike(n)
         self._proposed = False
         if not self.can_trim(n):
             return 0
         if self._holds(left):
-            super().trim(n)
+            super()._trim(n)
         else:
             self._go_back()
         self._call_start = min(self._call_start, left)
@@ -310,13 +289,29 @@ class PartialLayerCache(PagedLayerCache):
     def _go_back(self) -> None:
         """To the state before the last call."""
         earlier, self._earlier = self._earlier, None
-        assert earlier is not None and self._table is not None
-        earlier.finalizer.detach()
-        self._table.clear()
-        self._adopt(earlier.table, earlier.hot)
-        self.offset, self.dropped = earlier.offset, earlier.dropped
+        assert earlier is not None
+        self._hold(earlier.table, earlier.hot, earlier.offset, earlier.dropped)
         self._context.admitted = 0
+        self._context.taken = {}
         self._may_promote = True
+
+    @interruptible
+    def forget_all(self) -> None:
+        """See `LayerPages.forget_all`."""
+        super().forget_all()
+        self._forget_earlier()
+        self.accept_dropped(0, 0)
+
+    def recover(self) -> None:
+        """See `LayerPages.recover`; what was dropped is what is not there."""
+        self._call_start = min(self._call_start, self.offset)
+        if self._earlier is not None:
+            self._earlier.table.recover()
+        if self._table is not None:
+            self._table.recover()
+            missing = self.offset - self._hot.used - self._table.tokens
+            self.dropped = max(self.dropped, missing)
+        super().recover()
 
     def continue_from(self, other: PagedLayerCache) -> None:
         """See `PagedLayerCache.continue_from`."""
@@ -324,10 +319,11 @@ class PartialLayerCache(PagedLayerCache):
         super().continue_from(other)
         self._call_start, self._proposed = other._call_start, other._proposed
 
+    @interruptible
     def close(self) -> None:
         """See `PagedLayerCache.close`."""
-        self._forget_earlier()
         super().close()
+        self._forget_earlier()
 
     # State
 

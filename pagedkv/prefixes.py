@@ -24,6 +24,7 @@ from pagedkv.errors import (
     ConfigError,
     SequenceNotFoundError,
 )
+from pagedkv.interruption import interruptible
 from pagedkv.streams import streams
 from pagedkv.tiers import Pager, StoredSequence
 from pagedkv.tiers.reader import Batch
@@ -59,6 +60,8 @@ class Prefixes:
         self.weights, self.lasting = weights, lasting
         self._index: PrefixIndex[int] = PrefixIndex()
         self._kept: dict[int, PagedCache] = {}
+        self._leaving: dict[int, PagedCache] = {}  # to be closed, now or after an interruption
+        self._closing = False
         self._names = itertools.count()
         self.reused = 0
         self.prompt_rate = 0.0
@@ -68,22 +71,23 @@ class Prefixes:
 
     def keep(self, cache: PagedCache, digests: Sequence[bytes], tokens: int) -> None:
         """Remember the first `tokens` tokens of a cache, which have these digests."""
-        best = self._index.longest(digests)
+        self._close_leaving()
+        best = self._longest(digests)
         if best is not None and best[1] == len(digests):  # that one holds all of this
             self._index.touch(best[0])
             return
         covered = self._index.covered(digests)
-        fork = cache.fork()
+        relief = cache.context.pager.relief
+        if self.give_up_one not in relief:
+            relief.append(self.give_up_one)
+        fork, name = cache.fork(), next(self._names)
+        self._leaving[name] = fork  # until everything is done
         for layer in fork.paged_layers:
             # Each to that length: after a call that was broken off some are longer than others.
             layer.trim(layer.offset - tokens)
             layer.compact()
-        name = next(self._names)
-        self._kept[name] = fork
-        relief = cache.context.pager.relief
-        if self.give_up_one not in relief:
-            relief.append(self.give_up_one)
         self._index.add(name, digests)
+        self._kept[name] = self._leaving.pop(name)
         for other in covered:
             self._drop(other)
         most = HOT_SHARE * cache.context.pager.budget.warm_bytes
@@ -97,35 +101,59 @@ class Prefixes:
 
     def longest(self, digests: Sequence[bytes]) -> tuple[PagedCache, int] | None:
         """The remembered cache that shares most with a chain, and the units that it shares."""
-        found = self._index.longest(digests)
+        found = self._longest(digests)
         if found is None:
             return None
         name, units = found
         self._index.touch(name)
         return self._kept[name], units
 
+    def _longest(self, digests: Sequence[bytes]) -> tuple[int, int] | None:
+        """The same, by name; names that an interruption left behind are forgotten."""
+        while (found := self._index.longest(digests)) and found[0] not in self._kept:
+            self._index.remove(found[0])
+        return found
+
     def give_up_one(self) -> bool:
         """Give up the sequence used longest ago; False if there is none."""
-        name = self._index.oldest
-        if name is None:
-            return False
-        self._drop(name)
-        return True
+        if self._leaving and not self._closing:
+            self._close_leaving()
+            return True
+        while (name := self._index.oldest) is not None:
+            if name in self._kept:
+                self._drop(name)
+                return True
+            self._index.remove(name)
+        return False
 
     def clear(self) -> None:
         """Give up all of them."""
-        kept, self._kept = self._kept, {}
-        self._index = PrefixIndex()
-        for cache in kept.values():
-            cache.close()
+        self._leaving |= self._kept
+        self._kept, self._index = {}, PrefixIndex()
+        self._close_leaving()
 
     def alone(self, pager: Pager) -> bool:
         """Whether nobody but what is remembered uses the tiers."""
-        return bool(self._kept) and len(pager.users) <= len(self._kept) * pager.layers
+        remembered = len(self._kept) + len(self._leaving)
+        return remembered > 0 and len(pager.users) <= remembered * pager.layers
 
     def _drop(self, name: int) -> None:
         self._index.remove(name)
-        self._kept.pop(name).close()
+        self._leaving[name] = self._kept.pop(name)
+        self._close_leaving()
+
+    def _close_leaving(self) -> None:
+        """Close what is given up; who was interrupted does the rest the next time."""
+        if self._closing:
+            return  # by a cache that is being closed here
+        self._closing = True
+        try:
+            while self._leaving:
+                name = next(iter(self._leaving))
+                self._leaving[name].close()
+                del self._leaving[name]
+        finally:
+            self._closing = False
 
 
 def obstacle(cache: PagedCache) -> str:
@@ -145,6 +173,7 @@ def obstacle(cache: PagedCache) -> str:
     return ""
 
 
+@interruptible
 def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Keep a cache's sealed pages for others; see `PagedCache.remember`."""
     held = note(cache, tokens)
@@ -171,6 +200,7 @@ def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     return context.config.sink_tokens + len(digests) * unit if digests else 0
 
 
+@interruptible
 def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     """Fill an empty cache with what is known of these tokens; see `PagedCache.reuse`."""
     _require_open(cache)
@@ -181,6 +211,7 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     context, config = cache.context, cache.context.config
     if obstacle(cache):
         return 0
+    context.pager.reclaim()
     ids, unit = _ids(tokens), _unit(cache)
     # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
     most = (len(ids) - config.sink_tokens - config.hot_tokens) // unit
@@ -188,11 +219,16 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     here = context.prefixes.longest(digests)
     there = _longest_stored(cache, digests)
     units = 0
-    if there is not None and there[1] > (here[1] if here else 0):
-        units = _load(cache, *there, unit)
-    if not units and here is not None:
-        source, units = here
-        _take_over(cache, source, config.sink_tokens + units * unit)
+    try:
+        if there is not None and there[1] > (here[1] if here else 0):
+            units = _load(cache, *there, unit)
+        if not units and here is not None:
+            source, units = here
+            _take_over(cache, source, config.sink_tokens + units * unit)
+    except BaseException:
+        context.pager.inconsistent = True
+        sequences.empty(cache)
+        raise
     context.prefix = digests[:units]
     reused = cache.offset
     context.prefixes.reused += reused

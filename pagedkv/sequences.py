@@ -28,6 +28,7 @@ from pagedkv.errors import (
     StoreLockedError,
     StoreMismatchError,
 )
+from pagedkv.interruption import interruptible
 from pagedkv.streams import streams
 from pagedkv.tiers import FileColdStore, LayerState, Pager, SequenceState, StoredSequence
 from pagedkv.tiers.arrays import evaluated
@@ -54,12 +55,14 @@ LAYERS = "layers.json"
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
+@interruptible
 def flush(cache: PagedCache, durability: str | None, spare: bool = False) -> StoredSequence:
     """Put the cache as it is on disk; see `PagedCache.flush`, and `SequenceState.spare`."""
     store = store_of(cache)
     cache.context.require_same_weights()
     durability = durability or cache.context.config.durability
     require_durability(durability)
+    cache.context.pager.reclaim()
     layers = _layers(cache)
     pages: list[StoredPage] = []
     for layer in layers:
@@ -329,6 +332,7 @@ def _recall(pager: Pager, content: bytes | None) -> None:
 # Resuming
 
 
+@interruptible
 def resume(cache: PagedCache, sequence: str | None) -> None:
     """Fill an empty cache from the store; see `PagedCache.resume`."""
     store = store_of(cache)
@@ -338,6 +342,7 @@ def resume(cache: PagedCache, sequence: str | None) -> None:
             f"this cache holds {cache.offset:,} tokens: resume with an empty one, from wrap() or "
             f"model.make_cache()"
         )
+    cache.context.pager.reclaim()
     checkpoint = store.load(sequence)
     _require_unused(cache, checkpoint.state.sequence)
     layers = {layer.layer: layer for layer in cache.paged_layers}
@@ -351,12 +356,14 @@ def resume(cache: PagedCache, sequence: str | None) -> None:
         for state in checkpoint.state.layers:
             layers[state.layer].offset = checkpoint.state.tokens
     except BaseException:
+        cache.context.pager.inconsistent = True
         empty(cache)
         raise
     cache.context.sequence_id = checkpoint.state.sequence
     cache.context.prefix = [bytes.fromhex(digest) for digest in checkpoint.state.prefix]
 
 
+@interruptible
 def adopt_prefix(cache: PagedCache, sequence: str, tokens: int) -> None:
     """Fill an empty cache with the beginning of a flushed sequence, and share its pages.
 
@@ -481,12 +488,9 @@ def _load_hot(layer: PagedLayerCache, state: LayerState, keys: Bytes, values: By
 
 def empty(cache: PagedCache) -> None:
     """Let go of everything that was loaded."""
+    cache.context.pager.reclaim()
     for layer in cache.paged_layers:
-        if layer._table is not None:
-            layer._table.clear()
-        layer._hot.truncate(0)
-        layer.offset, layer._may_promote = 0, False
-        layer.accept_dropped(0, 0)
+        layer.forget_all()
     cache.context.prefix = []
 
 

@@ -29,6 +29,7 @@ from pagedkv.allocator import KVShape, PageGeometry, Precision
 from pagedkv.allocator.geometry import PAGE_TOKENS
 from pagedkv.config import ALIKE, TierConfig, names_file
 from pagedkv.errors import CacheStateError, ConfigError, PagedKVError
+from pagedkv.interruption import interruptible
 from pagedkv.sizes import parse_size
 from pagedkv.snapshot_file import (
     NO_DIGEST,
@@ -406,6 +407,7 @@ def require_all_loaded(context: SequenceContext) -> None:
 
 
 @exclusive
+@interruptible
 def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
     """Put saved tokens into an empty layer cache whose tiers exist.
 

@@ -10,7 +10,6 @@ from pagedkv.context import SequenceContext
 from pagedkv.errors import ConfigError
 from pagedkv.layer import PagedLayerCache
 from pagedkv.partial_layer import PartialLayerCache
-from pagedkv.tiers.turn import exclusive
 from pagedkv.window_sizes import SLACK
 
 
@@ -152,13 +151,19 @@ class ChunkedLayerCache(PartialLayerCache):
         """
         self.start_position = max(self.start_position, self.offset - self.chunk_size)
 
-    @exclusive
-    def trim(self, n: int) -> int:
-        """See `PartialLayerCache.trim`."""
-        trimmed = super().trim(n)
+    def _trim(self, n: int) -> int:
+        trimmed = super()._trim(n)
+        self._move_start()
+        return trimmed
+
+    def _move_start(self) -> None:
         # Masks are made by where the first layer's view begins: the same in all layers.
         self.start_position = min(self.start_position, self.needed(self.offset))
-        return trimmed
+
+    def recover(self) -> None:
+        """See `PartialLayerCache.recover`."""
+        super().recover()
+        self._move_start()
 
     def window_state(self) -> dict[str, int]:
         """What a state says of the window."""

@@ -174,7 +174,7 @@ class PagerMachine(PagerLife):
         sequence = self.chosen(pick)
         if pick % 2:
             for layer, table in zip(self.layers, sequence.tables, strict=True):
-                layer.abandon(table)
+                self.pager.abandoned.append((layer, table._entries))  # as when it dies
             self.sequences.remove(sequence)
             self.pager.use(Lineage())
         else:

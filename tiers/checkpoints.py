@@ -260,25 +260,39 @@ class Checkpoints:
         except BaseException:
             self._files.let_go(places)
             raise
-        try:
-            with told(f"cannot put the checkpoint {path} in place"):
-                put_in_place(self._disk, temporary, path, durable)
-        except BaseException:
-            self._doubtful.setdefault(sequence, []).extend(places)
-            raise
-        self._replace(sequence, _Committed(_summary(state), places))
+        # Which of the two is in place is not known until this is over: the pages of both are kept.
+        summary, doubtful = _summary(state), self._doubtful.setdefault(sequence, [])
+        doubtful += places
+        with told(f"cannot put the checkpoint {path} in place"):
+            put_in_place(self._disk, temporary, path, durable)
+        self._replace(sequence, _Committed(summary, places))
         return size
 
     def _replace(self, sequence: str, committed: _Committed | None) -> None:
         """Note what is in place now, and let go of what was before."""
-        old = self._committed.pop(sequence, None)
+        old = self._committed.get(sequence)
         if committed:
             self._committed[sequence] = committed
             self._files.budget.checkpoints += committed.summary.checkpoint_bytes
+        else:
+            self._committed.pop(sequence, None)
+        doubtful = self._doubtful.pop(sequence, [])
+        if committed:
+            del doubtful[len(doubtful) - len(committed.places) :]  # its own came last
         if old:
             self._files.let_go(old.places)
             self._files.budget.checkpoints -= old.summary.checkpoint_bytes
-        self._files.let_go(self._doubtful.pop(sequence, ()))
+        self._files.let_go(doubtful)
+
+    def recover(self) -> None:
+        """Count again what checkpoints and the files beside them take, as far as it can be told."""
+        with suppress(OSError):
+            names = again(self._disk.list, self.directory)
+            for name in names:
+                if name.endswith(TEMPORARY):
+                    remove_file(self._disk, self.directory / name)
+            ours = [n for n in names if _NAME.fullmatch(n) or n.endswith(KEPT)]
+            self._files.budget.checkpoints = sum(self._size(self.directory / n) for n in ours)
 
     def keep(self, name: str, mark: str, content: Callable[[], bytes], durable: bool) -> None:
         """Put a file beside the checkpoints, in the place of the last one; they need it.

@@ -158,7 +158,7 @@ class FileColdStore:
         )
         self.readers = readers
         self._readers = workers.executor("pagedkv-reader", readers)
-        self._closed = False
+        self._closed = self._let_go = False
         self._process = os.getpid()
 
     def _open_directory(self, parent: str | None, identity: StoreIdentity | None) -> StoreDirectory:
@@ -322,11 +322,12 @@ class FileColdStore:
         self._directory.touch()
 
     def close(self) -> None:
-        """Stop the threads, close the files, and delete what was not flushed; twice is fine.
+        """Stop the threads, close the files, and delete what was not flushed.
 
-        A forked child closes its copies of the descriptors and leaves all else to its parent.
+        Closing twice is fine, and completes a first time that was interrupted. A forked child
+        closes its copies of the descriptors and leaves all else to its parent.
         """
-        if self._closed:
+        if self._let_go:
             return
         self._closed = True
         if self.inherited:
@@ -341,6 +342,19 @@ class FileColdStore:
         self._limit.close()
         nothing = self._sequences is not None and self._sequences.checkpoints.empty
         self._directory.close(remove=nothing)
+        self._let_go = True
+
+    def recover(self, records: Sequence[ColdRecord]) -> None:
+        """Hold these pages, and those of checkpoints, and no others.
+
+        For after an operation that was broken off: what it had taken is given back.
+        """
+        self._writer.keep(records)
+        places = [record.place for record in records]
+        if self._sequences:
+            self._sequences.checkpoints.recover()
+            places += self._sequences.checkpoints.places()
+        self._files.hold_only(places)
 
     def check(self) -> None:
         """Every file's slots obey the conservation law."""

@@ -88,16 +88,16 @@ class HotBuffer:
             values: ``[batch, kv_heads, count, value_dim]``.
             count: tokens.
         """
-        start, self.used = self.used, self.used + count
-        if self.used > self.capacity:
-            self._reserve(start, keys, values)
+        start, used = self.used, self.used + count
+        if used > self.capacity:
+            self._reserve(used, keys, values)
         assert self._keys is not None and self._values is not None
         # New handles: assigning to an array changes it for whoever else holds the object.
         own_keys, own_values = self._keys[...], self._values[...]
-        place = (ALL, ALL, slice(start, self.used))
+        place = (ALL, ALL, slice(start, used))
         own_keys[place] = keys
         own_values[place] = values
-        self._keys, self._values = own_keys, own_values
+        self._keys, self._values, self.used = own_keys, own_values, used
 
     @property
     def tokens(self) -> HotTokens:
@@ -121,13 +121,14 @@ class HotBuffer:
         """Keep the first `tokens` tokens."""
         self.used = min(self.used, tokens)
 
-    def remove(self, start: int, count: int) -> None:
-        """Take out `count` tokens from `start` on and close the gap."""
-        left = self.used - count
-        self.capacity = max(self._limit, left)
-        self._keys = self._without(self._keys, start, count)
-        self._values = self._without(self._values, start, count)
-        self.used = left
+    def without(self, start: int, count: int) -> HotBuffer:
+        """A buffer without the `count` tokens from `start` on, lazily, to take this one's place."""
+        twin = HotBuffer(self._limit)
+        twin.used = self.used - count
+        twin.capacity = max(self._limit, twin.used)
+        twin._keys = self._gathered(self._keys, start, count, twin.capacity)
+        twin._values = self._gathered(self._values, start, count, twin.capacity)
+        return twin
 
     def share(self) -> HotBuffer:
         """A second buffer with the same tokens; memory is shared until one of them writes."""
@@ -154,9 +155,10 @@ class HotBuffer:
         self._keys, self._values = keys, values
         self.used = self.capacity = int(keys.shape[2])
 
-    def _reserve(self, used: int, keys: mx.array, values: mx.array) -> None:
-        grown = -(-self.used // STEP) * STEP
-        capacity = max(self.used, min(grown, self._limit))
+    def _reserve(self, wanted: int, keys: mx.array, values: mx.array) -> None:
+        """Have room for so many tokens; those that there are stay."""
+        used, grown = self.used, -(-wanted // STEP) * STEP
+        capacity = max(wanted, min(grown, self._limit))
 
         def enlarge(old: mx.array | None, like: mx.array) -> mx.array:
             batch, heads, _, dim = like.shape
@@ -165,13 +167,13 @@ class HotBuffer:
             room = mx.zeros((batch, heads, capacity - used, dim), old.dtype)
             return mx.concatenate([old[:, :, :used], room], axis=2)
 
-        self._keys, self._values = enlarge(self._keys, keys), enlarge(self._values, values)
-        self.capacity = capacity
+        larger = enlarge(self._keys, keys), enlarge(self._values, values)
+        (self._keys, self._values), self.capacity = larger, capacity
 
-    def _without(self, old: mx.array | None, start: int, count: int) -> mx.array:
+    def _gathered(self, old: mx.array | None, start: int, count: int, capacity: int) -> mx.array:
         assert old is not None
         batch, heads, _, dim = old.shape
-        room = mx.zeros((batch, heads, self.capacity - (self.used - count), dim), old.dtype)
+        room = mx.zeros((batch, heads, capacity - (self.used - count), dim), old.dtype)
         kept = [old[:, :, :start], old[:, :, start + count : self.used], room]
         return mx.concatenate(kept, axis=2)
 

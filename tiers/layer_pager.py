@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -158,6 +160,8 @@ class LayerPager:
         self.bounds = LayerBounds(budget.bounds_bytes // pager.layers)
         self._unbounded: dict[ColdRecord, int] = {}  # pages that came without theirs
         self.kept = KeptPages(budget.kept_pages)
+        self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
+        self._moving: tuple[Precision, mx.array, list[Page]] | None = None
 
     def decide(self, keys: mx.array, values: mx.array) -> None:
         """Settle what is done to keys and values, now that a page is to be sealed.
@@ -210,25 +214,34 @@ class LayerPager:
 
     def table(self) -> PageTable:
         """An empty page table over this layer's pages."""
-        return PageTable(self.allocator, self.page_tokens, self._forget)
+        return PageTable(self.allocator, self.page_tokens, self._forget, self._watch)
 
-    def abandon(self, table: PageTable) -> None:
-        """Release a table's pages at the next safe point; may be called by a finalizer."""
-        self._pager.abandoned.append(table)
+    def _watch(self, table: PageTable, entries: list[TableEntry]) -> None:
+        """Release the pages of a table that nobody has any more at the next safe point."""
+        self._tables.add(table)
+        # No function of ours: an exception in a finalizer would be lost, and the pages with it.
+        weakref.finalize(table, self._pager.abandoned.append, (self, entries))
+
+    def release_entries(self, entries: list[TableEntry]) -> None:
+        """Release the pages of a table that nobody has any more."""
+        gone = PageTable(self.allocator, self.page_tokens, self._forget)  # not watched again
+        gone.adopt(entries)
+        gone.clear()
 
     def _forget(self, number: int) -> None:
-        page = self.pages.pop(number, None)
+        page = self.pages.get(number)
         if page is None:
             return  # released: its cache was dropped, not closed, and is found only now
         self.bounds.forget(number)
-        if page.slot is not None:
-            self._slabs[page.precision].give(page.slot)
-            page.slot = None
         if page.record is not None:
             self._unbounded.pop(page.record, None)
             self.kept.forget(page.record)
             self._pager.cold.free(page.record)
             self._pager.reader.forget_freed()
+        if page.slot is not None:
+            slot, page.slot = page.slot, None
+            self._slabs[page.precision].give(slot)
+        del self.pages[number]  # last: `recover` finds by it what was not given back yet
 
     # Sealing
 
@@ -400,13 +413,22 @@ class LayerPager:
                 self._pager.counters.pressed += 1
         if slab.used >= smaller:  # one slot is left for the page that comes
             return
-        pages = sorted(self._warm_pages(precision), key=lambda page: page.slot or 0)
-        returned = slab.shrink(smaller, [self._slot_of(page) for page in pages])
-        for slot, page in enumerate(pages):
-            page.slot = slot
+        pages, before = sorted(self._warm_pages(precision), key=lambda p: p.slot or 0), slab.nbytes
+        moved = slab.gathered(smaller, [self._slot_of(page) for page in pages])
+        self._moving = precision, moved, pages
+        self._finish_moving()
         self.moves += 1
-        self._pager.counters.warm_bytes_returned += returned
+        self._pager.counters.warm_bytes_returned += before - slab.nbytes
         mx.clear_cache()  # MLX would keep it otherwise
+
+    def _finish_moving(self) -> None:
+        """Have pages where their slab's new array has them; doing it twice is fine."""
+        if self._moving is not None:
+            precision, array, pages = self._moving
+            for slot, page in enumerate(pages):
+                page.slot = slot
+            self._slabs[precision].exchange(array, range(len(pages)))
+            self._moving = None
 
     def _demote_farthest(self, precision: Precision) -> None:
         """Move one page to the cold tier: of the sequence longest unused, the oldest token's."""
@@ -426,8 +448,8 @@ class LayerPager:
         assert page.slot is not None
         if self._pager.budget.bounds_bytes:
             self.bounds.add(page.number, self._geometry(page), slab.page_view(page.slot))
-        slab.give(page.slot)
-        page.slot = None
+        slot, page.slot = page.slot, None
+        slab.give(slot)
         self.moves += 1
         self._pager.counters.demoted += 1
 
@@ -512,10 +534,11 @@ class LayerPager:
             record = self._one_record(page)
             if page.record is not None:
                 self.kept.forget(page.record)
-            page.slot = slab.take()
-            self._order[page.precision].add(page, slab.used)
-            slab.write([page.slot], record)
+            slot = slab.take()
+            slab.write([slot], record)
             mx.eval(slab.array)
+            page.slot = slot  # only now: its copy on disk is what counts until then
+            self._order[page.precision].add(page, slab.used)
             self.moves += 1
             moved += 1
         self._pager.counters.promoted += moved
@@ -647,6 +670,33 @@ class LayerPager:
         """Let go of all memory; no page is there any more."""
         self.pages, self._slabs, self._order, self._unbounded = {}, {}, {}, {}
         self.bounds, self.kept = LayerBounds(0), KeptPages(0)
+
+    def recover(self) -> None:
+        """Let everything follow from the tables, after an operation that was broken off.
+
+        Tables say which pages there are, a page says where it is; references, slots and the order
+        of demotion are counted again. What is on disk, `FileColdStore.recover` sees to.
+        """
+        self._finish_moving()
+        tables = list(self._tables)
+        for table in tables:
+            table.recover()
+        held = Counter(entry.page for table in tables for entry in table)
+        for number in self.pages.keys() - held:
+            page = self.pages[number]
+            self.bounds.forget(number)
+            if page.record is not None:
+                self._unbounded.pop(page.record, None)
+                self.kept.forget(page.record)
+            del self.pages[number]
+        self.allocator.reset(held)
+        for precision, slab in self._slabs.items():
+            warm = self._warm_pages(precision)
+            slab.exchange(slab.array, [self._slot_of(page) for page in warm])
+            order = DemotionOrder()
+            for page in warm:
+                order.add(page, len(warm))
+            self._order[precision] = order
 
     # Accounts
 

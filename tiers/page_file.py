@@ -114,5 +114,11 @@ class PageFile:
 
     def close(self) -> None:
         """Close; closing twice is fine."""
-        self._fd = -1
-        self._close()
+        if self._close.alive:
+            try:
+                self._disk.close(self._fd)
+            except OSError:
+                self._close.detach()  # gone all the same
+                raise
+            self._close.detach()
+            self._fd = -1

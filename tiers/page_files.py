@@ -61,6 +61,8 @@ class Extent:
         holders: how many hold each.
         failures: how often the disk failed to make writes durable. What was written before a
             failure may be lost although the system no longer knows, and is written again.
+        pinned: so many slots, from the first on, have a holder that cannot be read: a damaged
+            checkpoint.
     """
 
     file: PageFile
@@ -68,6 +70,7 @@ class Extent:
     slots: SlotPool = field(default_factory=SlotPool)
     holders: Counter[int] = field(default_factory=Counter)
     failures: int = 0
+    pinned: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +166,16 @@ class PageFiles:
         for place in places:
             self.extent(place).let_go(place.slot)
 
+    def hold_only(self, places: Iterable[Place]) -> None:
+        """Have these holders and no others, whatever was held before."""
+        held = {key: Counter(range(extent.pinned)) for key, extent in self._extents.items()}
+        for layer, page_bytes, slot in places:
+            held[layer, page_bytes][slot] += 1
+        for key, holders in held.items():
+            extent = self._extents[key]
+            extent.holders = holders
+            extent.slots.reset(holders)
+
     def holds(self, place: Place) -> bool:
         """Whether the slot is held by anyone."""
         extent = self._extents.get((place.layer, place.page_bytes))
@@ -230,6 +243,7 @@ class PageFiles:
         # A slot beyond the end holds nothing to protect: whoever reads it is told.
         extent.holders = Counter({slot: n for slot, n in slots.items() if slot < there})
         if keep_all:
+            extent.pinned = there
             extent.holders.update(range(there))
         end = max(extent.holders, default=-1) + 1
         if size > end * extent.page_bytes:

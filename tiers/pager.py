@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.allocator import KVShape, LayerLadders, PageTable
+from pagedkv.allocator import KVShape, LayerLadders, TableEntry
 from pagedkv.tiers.budget import TierBudget
 from pagedkv.tiers.checkpoint import ENTRY
 from pagedkv.tiers.cold import FileColdStore
@@ -46,7 +46,9 @@ class Pager:
     Attributes:
         budget: limits.
         layers: layers that share the budgets, in proportion to what a token takes in each.
-        abandoned: tables whose owners are gone, to be released at the next safe point.
+        abandoned: entries of tables that are gone, to be released at the next safe point.
+        inconsistent: whether an operation was broken off (Ctrl-C, no memory, an error that is
+            not ours): `recover` comes before anything else.
         users: open layer caches, whatever their class; the last one to go closes the pager.
         disk: the file system of the cold tier.
         identity: of a cold store that lasts; None for one that goes with `close`.
@@ -63,7 +65,8 @@ class Pager:
     budget: TierBudget
     layers: int
     counters: PagerCounters = field(default_factory=PagerCounters)
-    abandoned: deque[PageTable] = field(default_factory=deque)
+    abandoned: deque[tuple[LayerPager, list[TableEntry]]] = field(default_factory=deque)
+    inconsistent: bool = False
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     disk: Disk = field(default_factory=lambda: RealDisk())
     identity: StoreIdentity | None = None
@@ -151,7 +154,8 @@ class Pager:
         """The cold store, opened at first use."""
         if self._cold is None:
             budget = self.budget
-            self._cold = FileColdStore(
+            reserve = self._checkpoint_reserve()
+            store = FileColdStore(
                 budget.cold_dir,
                 budget.cold_bytes,
                 self.layers,
@@ -161,8 +165,8 @@ class Pager:
                 write_limit=budget.write_limit,
                 workers=self.workers,
             )
-            self._cold.budget.ladders = budget.ladders
-            self._cold.budget.reserve = self._checkpoint_reserve()
+            store.budget.ladders, store.budget.reserve = budget.ladders, reserve
+            self._cold = store
         return self._cold
 
     def _checkpoint_reserve(self) -> int:
@@ -216,8 +220,31 @@ class Pager:
 
     def reclaim(self) -> None:
         """Release what sequences left behind that were dropped and not closed."""
+        if self.inconsistent:
+            self.recover()
         while self.abandoned:
-            self.abandoned.popleft().clear()
+            layer, entries = self.abandoned.popleft()
+            layer.release_entries(entries)
+
+    def recover(self) -> None:
+        """Make everything agree again, after an operation that was broken off at any point.
+
+        Layers cut what they hold to their length, pages that no table has are given up, and all
+        counts follow. May be broken off itself: it is done again then.
+        """
+        self.inconsistent = True
+        self.abandoned.clear()  # those tables are gone, and so are not counted
+        for user in list(self.users):
+            user.recover()
+        for layer in self._layer_pagers.values():
+            layer.recover()
+        if self._reader:
+            # Who was waiting for what is not known: those reads go where nobody looks.
+            self._reader = self._reader.afresh()
+        if self._cold:
+            pages = [page for layer in self._layer_pagers.values() for page in layer.pages.values()]
+            self._cold.recover([page.record for page in pages if page.record is not None])
+        self.inconsistent = False
 
     def relieve(self) -> bool:
         """See that somebody gives up a sequence, if there is one to give up."""
@@ -238,3 +265,4 @@ class Pager:
         if self._cold:
             self._cold.close()
         self._reader = self._cold = None
+        self.inconsistent = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -90,11 +91,13 @@ class ColdReader:
             workers: whom the store lets read; threads if None.
         """
         self._store = store
+        self._staging_bytes, self._workers = staging_bytes, workers
         self._depth = depth
         self._unit = min(REQUEST_BYTES, staging_bytes // (depth + 1))
         self._buffers = BufferPool(staging_bytes, workers)
         self._tickets: OrderedDict[Batch, _Ticket] = OrderedDict()
-        self._requests = 0
+        # Weak: what a read that was interrupted leaves behind is not under way.
+        self._requests: weakref.WeakSet[_Request] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.counters = ReadCounters()
 
@@ -135,7 +138,7 @@ class ColdReader:
 
     def _read_ahead(self, wanted: Sequence[Batch], start: int) -> int:
         """Ask for batches from `start` on; returns the first one that is not under way."""
-        while start < len(wanted) and self._requests <= self._depth:
+        while start < len(wanted) and len(self._requests) <= self._depth:
             if wanted[start] in self._tickets:
                 start += 1
                 continue
@@ -182,7 +185,7 @@ class ColdReader:
         done = self._store.fetch(records, buffer[: ends[-1]])
         request = _Request(buffer, len(group), len(group))
         with self._lock:
-            self._requests += 1
+            self._requests.add(request)
         return [_Ticket(b, part, done, request) for b, part in zip(group, parts, strict=True)]
 
     def _release(self, ticket: _Ticket) -> None:
@@ -191,7 +194,7 @@ class ColdReader:
             ticket.request.users -= 1
             if ticket.request.users:
                 return
-            self._requests -= 1
+            self._requests.discard(ticket.request)
         self._buffers.give(ticket.request.buffer)
 
     def _wait(self, ticket: _Ticket) -> None:
@@ -225,6 +228,12 @@ class ColdReader:
         ticket = self._tickets.pop(batch)
         ticket.done.exception()  # waits; a failure concerns nobody any more
         self._release(ticket)
+
+    def afresh(self) -> ColdReader:
+        """A reader like this one that waits for nothing; what this one is waiting for is lost."""
+        twin = ColdReader(self._store, self._staging_bytes, self._depth, self._workers)
+        twin.counters = self.counters
+        return twin
 
     def close(self) -> None:
         """Wait for reads in flight and forget them."""

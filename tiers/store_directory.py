@@ -55,8 +55,9 @@ class StoreDirectory:
         self._touched = time.monotonic()
         _held.add(self)
         self._remove = [temporary]
+        self._held = disk, path, fd, self._remove, os.getpid()
         # Also when it is merely dropped, and at exit.
-        self._close = weakref.finalize(self, _let_go, disk, path, fd, self._remove, os.getpid())
+        self._close = weakref.finalize(self, _let_go, *self._held)
 
     @classmethod
     def make_temporary(cls, parent: str | None, disk: Disk) -> StoreDirectory:
@@ -157,7 +158,9 @@ class StoreDirectory:
         """Let go of it, and delete it if it is temporary or `remove` says so."""
         _held.discard(self)
         self._remove[0] |= remove
-        self._close()
+        if self._close.alive:
+            _let_go(*self._held)
+            self._close.detach()  # only now: who was interrupted closes again
 
 
 _held: weakref.WeakSet[StoreDirectory] = weakref.WeakSet()

@@ -85,23 +85,25 @@ class WarmSlab:
                 capacity = half
             self._grow(capacity)
 
-    def shrink(self, slots: int, kept: Sequence[int]) -> int:
-        """Move pages together in a smaller array; nothing may be reading or writing the slab.
+    def gathered(self, slots: int, kept: Sequence[int]) -> mx.array:
+        """A smaller array with the pages moved together, to `exchange` for this one's.
+
+        Nothing may be reading or writing the slab.
 
         Args:
             slots: that the slab then has, at least as many as are kept.
             kept: the slots that are taken, in the order of their new numbers, from 0 on.
-
-        Returns:
-            Bytes given back.
         """
-        before = self.nbytes
         rows = [*kept, *[kept[0] if kept else 0] * (slots - len(kept))]
-        self._array = self.records(rows)
-        mx.eval(self._array)
-        self._slots = SlotPool(slots)
-        self._slots.claim(range(len(kept)))
-        return before - self.nbytes
+        array = self.records(rows)
+        mx.eval(array)
+        return array
+
+    def exchange(self, array: mx.array, taken: Sequence[int]) -> None:
+        """Have this array, of whose slots these are taken."""
+        slots = SlotPool(int(array.shape[0]))
+        slots.claim(taken)
+        self._array, self._slots = array, slots
 
     def give(self, slot: int) -> None:
         """Give a slot back; its bytes become meaningless."""
@@ -137,10 +139,10 @@ class WarmSlab:
         larger = mx.zeros((slots, self._words), mx.uint32)
         if self._slots.capacity:
             larger = mx.slice_update(larger, self._array, mx.array([0]), [0])  # in place
-        self._array = larger
         # Waited for: while it is under way what is written next would be written to a copy, and
         # three slabs would be there at once.
-        mx.eval(self._array)
+        mx.eval(larger)
+        self._array = larger
         self._slots.grow(slots)
 
 

@@ -109,9 +109,12 @@ class WriteBehind:
     def retry(self) -> bool:
         """Try once more to write what failed; whether anything got through, or nothing waits."""
         with self.lock:
-            failed, self._failed = self._failed, []
+            failed = list(self._failed)
         for record in failed:
             self.add(record)
+            with self.lock:  # one by one: what an interruption leaves here is tried next time
+                if record in self._failed:
+                    self._failed.remove(record)
         self.wait()
         with self.lock:
             return not failed or len(self._failed) < len(failed)
@@ -132,7 +135,7 @@ class WriteBehind:
                 return False
             record.live = False
             if record in self._failed:
-                self._failed.remove(record)
+                self._failed = [other for other in self._failed if other is not record]
                 self._give_back(record)
         if not self._closed:
             self._thread.submit(self._drop, record)
@@ -158,6 +161,21 @@ class WriteBehind:
         """Those of the pages that are not on disk."""
         with self.lock:
             return [r for r in records if r.pending is not None]
+
+    def keep(self, records: Iterable[ColdRecord]) -> None:
+        """Forget pages that wait to be written and are none of these; see to the others."""
+        known = set(records)
+        with self.lock:
+            lost = {*list(self._queue), *self._failed} - known  # a list: the writer takes from it
+        for record in lost:
+            self.drop(record)
+        if not self._closed:
+            self._thread.submit(self._write_rest)
+
+    def _write_rest(self) -> None:
+        """On the writer thread: write what nobody asked for, for who queued it was interrupted."""
+        while self._queue:
+            self._write_next()
 
     def _write_next(self) -> None:
         """On the writer thread: write what is first in the queue, and what follows it in its file.
