@@ -269,10 +269,11 @@ def _saved_and_loaded(cache: list[Any], folder: Path) -> Iterator[list[Any]]:
         yield stock.load_prompt_cache(path)
 
 
-TOLERANCE = 1e-4
-"""Distance between logits, as a share of how far they spread. Seen: at most 1.1e-5."""
+TOLERANCE = 2.5e-4
+"""Distance between logits, as a share of how far they spread. Seen: at most 1.1e-5 with MLX's own
+BLAS, and 1.4e-4 (muse_spark) with OpenBLAS, which sums otherwise for other numbers of rows."""
 
-NOTICED = 20 * TOLERANCE
+NOTICED = 8 * TOLERANCE
 """What one page of values that is off by a token changes, at least. Seen: 0.009 to 1.2."""
 
 
@@ -317,7 +318,7 @@ def require_right_pages(
             assert cache.stats().cold.pages
     assert paged.trimmable == rounded.trimmable
     for name, logits in rounded.logits.items():
-        assert error(paged.logits[name], logits) < TOLERANCE, name
+        assert (off := error(paged.logits[name], logits)) < TOLERANCE, (name, off)
     return paged
 
 
