@@ -25,7 +25,6 @@ from pagedkv.kernels.source import KernelText
 from tests import test_fused, test_fused_treated
 from tests.emulator import HostLauncher
 from tests.test_attention import config, queries
-from tests.test_kernels import LINUX
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +99,6 @@ def live(failure: str) -> None:
     assert all(any(f"kernel {name} is not used" in text for text in said) for name in failed)
 
 
-@LINUX
 @pytest.mark.parametrize("failure", [*FAILURES, "it cannot be launched"])
 def test_a_process_lives_when_kernels_fail(failure: str) -> None:
     code = f"from tests.test_fallbacks import live; live({failure!r}); print('alive')"
