@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pagedkv
 from pagedkv import ConfigError, KVShape, Precision, TierConfig
 from pagedkv.cli.main import main
 from pagedkv.stress import (
