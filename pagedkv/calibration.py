@@ -16,7 +16,7 @@ from pagedkv.model_facts import fingerprint, stock_maker
 from pagedkv.recording import Stream, measure
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Treatment
-from pagedkv.treatments import balanced, rope_of
+from pagedkv.treatment_rules import balanced, rope_of
 
 LEAST = 256
 """Tokens of a text."""

@@ -29,7 +29,7 @@ class Calibration(Mapping[int, Treatment]):
 
     Attributes:
         model: fingerprint of the model that they were measured in; they are for no other.
-        tokens: how many were read.
+        tokens: how many were read; 0 for what was not made by `calibrate`.
         treatments: by layer; layers whose queries were not seen do not occur, and are left as
             they are.
     """
@@ -54,6 +54,7 @@ class Calibration(Mapping[int, Treatment]):
                 "layer": number,
                 "shape": _sizes(treatment.shape),
                 **treatment.describe(),
+                "reason": treatment.reason,
                 "matrices": base64.b64encode(_little(treatment.all_words)).decode(),
             }
             for number, treatment in sorted(self.items())
@@ -181,7 +182,7 @@ def _layer(entry: dict[str, Any], tokens: int) -> tuple[int, Treatment]:
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{number!r} is no layer")
     words = np.frombuffer(base64.b64decode(entry["matrices"], validate=True), "<u4")
-    reason = f"calibrated on {tokens:,} tokens"
+    reason = f"calibrated on {tokens:,} tokens" if tokens else str(entry.get("reason", ""))
     return number, Treatment.restore(entry, words.astype(np.uint32), KVShape(*sizes), reason)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.allocator import KVShape
 from pagedkv.allocator.precision import GROUP_TOKENS
 from pagedkv.tiers.arrays import evaluated
 
@@ -137,10 +133,6 @@ class Covariances:
         numbers = values[:, never:].astype(mx.float32)
         self._attended = self._attended + (asked[:, never:] * numbers).swapaxes(1, 2) @ numbers
 
-    def forget_attention(self) -> None:
-        """Go on as if nobody had attended to anything: all queries and tokens count alike."""
-        self._attending = self._attended = self._attention = mx.array(0.0)
-
     def add_keys(self, keys: mx.array, position: int) -> None:
         """Count keys in: how they spread within groups that share a scale and a bias.
 
@@ -171,38 +163,6 @@ class Covariances:
         if rows.shape[1]:
             self._values = self._values + rows.swapaxes(1, 2) @ rows
             self.value_tokens += int(rows.shape[1])
-
-    def to_dict(self) -> dict[str, Any]:
-        """What was seen with queries so far, bit for bit, for JSON."""
-        return {
-            "tokens": self.query_tokens,
-            "rows": self._rows,
-            "queries": _packed(self._queries),
-            "attending": _packed(self._attending),
-            "attended": _packed(self._attended),
-            "attention": _packed(self._attention),
-        }
-
-    def recall(self, told: dict[str, Any], shape: KVShape) -> None:
-        """Go on from what `to_dict` gave.
-
-        Args:
-            told: by `to_dict`.
-            shape: of the layer.
-
-        Raises:
-            KeyError, TypeError, ValueError, OverflowError: if it is none.
-        """
-        heads, dims = shape.kv_heads, (shape.key_dim, shape.value_dim)
-        tokens, rows = int(told["tokens"]), int(told["rows"])
-        if not (0 < tokens <= rows and rows % tokens == 0):
-            raise ValueError(f"{rows} rows of {tokens} tokens")
-        queries = _unpacked(told["queries"], heads, dims[0], dims[0])
-        attending = _unpacked(told["attending"], heads, dims[0], dims[0])
-        attended = _unpacked(told["attended"], heads, dims[1], dims[1])
-        attention = _unpacked(told["attention"], heads, rows // tokens)
-        self._queries, self._rows, self.query_tokens = queries, rows, tokens
-        self._attending, self._attended, self._attention = attending, attended, attention
 
     @property
     def queries(self) -> Floats:
@@ -252,21 +212,3 @@ class Covariances:
         total = np.array(evaluated(self._attention), np.float64).sum(axis=1)[:, None, None]
         mean = np.array(evaluated(attention), np.float64) / np.where(total > 0, total, 1.0)
         return np.where(total > 0, ALIKE * alike + (1 - ALIKE) * mean, alike)
-
-
-def _packed(sums: mx.array) -> str:
-    return base64.b64encode(np.asarray(evaluated(sums)).astype("<f4").tobytes()).decode()
-
-
-def _unpacked(text: str, *shape: int) -> mx.array:
-    """What `_packed` gave; zeros where nothing had been seen.
-
-    Raises:
-        ValueError, TypeError: if it is something else.
-    """
-    sums = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
-    if sums.size == 1 and not sums.any():
-        return mx.array(0.0)
-    if not np.isfinite(sums).all():
-        raise ValueError("sums are not finite")
-    return mx.array(sums.reshape(shape))

@@ -100,7 +100,7 @@ class PagedLayerCache(LayerPages):
         known = self.reaches_hook[self._appended == 1]
         if not view.entries:
             # Nothing to learn and nothing to seal afterwards: the stock path.
-            if known is not None and not self._overflowing() and not (known and self._asks()):
+            if known is not None and not self._overflowing():
                 return view.keys, view.values
         elif known and hook.installed():
             return self._stand_ins(view)
@@ -121,11 +121,6 @@ class PagedLayerCache(LayerPages):
         dims = (shape.key_dim, shape.value_dim)
         form = (1, shape.kv_heads, view.tokens, dims, self._dtype)
         return stand_ins(self, self.layer, view, *form, lambda: self._dense(view))
-
-    def _asks(self) -> bool:
-        """Whether the queries of this call are to be seen, before there is a page."""
-        chooser = self._pager.chooser if self._pager else None
-        return chooser is not None and chooser.wants(self._appended, self.offset - self._appended)
 
     @exclusive
     @interruptible_call
@@ -219,10 +214,6 @@ class PagedLayerCache(LayerPages):
         few = length <= DECODE_TOKENS
         heads = self._pager.shape.kv_heads if self._pager else view.hot.keys.shape[1]
         self._rows = query_heads * length // heads if few else 0
-        chooser = self._pager.chooser if self._pager else None
-        if chooser and chooser.wants(length, self.offset - length):
-            keys, values = (x[:, :, : view.hot.used] for x in (view.hot.keys, view.hot.values))
-            chooser.see(q, keys, values, self.offset - length, scale, sinks)
         if not few:
             self._catch_up(view, q)
         scratch = self._context.pager.budget.scratch_bytes

@@ -238,8 +238,6 @@ class LayerPages:
             return
         self._wait()
         self._lower()  # first: it makes room where the new pages go
-        if self._pager.chooser is not None:
-            self._pager.decide(*self._hot.view())
         sealed: list[int] = []
         precisions = self._page_precisions(due, self.offset)
         for precision, group in itertools.groupby(precisions):

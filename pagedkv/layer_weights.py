@@ -6,7 +6,6 @@ linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -124,29 +123,6 @@ def measure_spread(layer: Any, shape: KVShape) -> Spread | None:
         _rms(values, heads, value_dim),
         outputs,
     )
-
-
-class Spreads:
-    """What the weights of a model's layers say, measured when it is first asked for."""
-
-    def __init__(self, model: Any, shapes: Mapping[int, KVShape]) -> None:
-        """Nothing is measured yet.
-
-        Args:
-            model: with ``layers``.
-            shapes: by layer number, what layers cache, as far as it is known.
-        """
-        self._model, self._shapes = model, shapes
-        self._found: dict[int, Spread | None] = {}
-
-    def of(self, number: int) -> Spread | None:
-        """Of a layer; None if its weights say nothing."""
-        if number not in self._found:
-            self._found[number] = None
-            with suppress(Exception):  # whatever an unknown layer raises
-                layer = self._model.layers[number]
-                self._found[number] = measure_spread(layer, self._shapes[number])
-        return self._found[number]
 
 
 def output_products(layer: Any, shape: KVShape, asks: Floats) -> Floats | None:

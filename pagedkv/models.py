@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -14,10 +14,9 @@ import mlx.core as mx
 from pagedkv import hook, sequences, state
 from pagedkv.allocator import KVShape, Ladder, LayerLadders
 from pagedkv.cache import PagedCache
-from pagedkv.config import TierConfig, lookup_count, names_file, require_config
+from pagedkv.config import AUTO, TierConfig, lookup_count, names_file, require_config
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, ConfigError
-from pagedkv.layer_weights import Spreads
 from pagedkv.lookup_layers import lookup_layers, must_look
 from pagedkv.model_facts import (
     asked_kv_size,
@@ -33,7 +32,7 @@ from pagedkv.probe import LayerProbe, left_as_it_was, probe
 from pagedkv.streams import inner_caches, replaced, streams
 from pagedkv.tiers import Pager
 from pagedkv.tiers.turn import Turn, exclusive
-from pagedkv.treatments import FirstTokens, choose_treatments, choosers_for, name_of
+from pagedkv.treatments import choose_treatments, name_of
 
 _WRAPPED = "_pagedkv_wrapping"
 
@@ -200,21 +199,14 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
     from pagedkv.mlx_lm_cache import keeps_all
 
     pager, name, config = wrapping.pager, wrapping.fingerprint, wrapping.config
-    shapes = _plain_layers(kinds, wrapping.probes)
-    spreads = Spreads(model, shapes)
-
-    def treat(some: Mapping[int, KVShape]) -> dict[int, FirstTokens]:
-        ladders = pager.budget.ladders
-        chosen = choose_treatments(model, config, some, name, spreads, ladders)
-        choosers = choosers_for(model, config, some, chosen, spreads, ladders)
-        pager.treatments |= chosen
-        pager.choosers |= choosers
-        return choosers
-
-    choosers = treat(shapes)
-    told = name_of(config, pager.treatments, any(c.keys for c in choosers.values()))
-    # Those that see the whole context, and whose queries can be seen.
+    # Those whose queries can be seen.
     reaching = {n for n, probe in wrapping.probes.items() if probe.reaches_hook.get(False)}
+    shapes, ladders = _plain_layers(kinds, wrapping.probes), pager.budget.ladders
+    if config.treatment == AUTO:
+        shapes = {number: shape for number, shape in shapes.items() if number in reaching}
+    mine = choose_treatments(model, config, shapes, name) if names_file(config.treatment) else {}
+    told = name_of(config, shapes, mine, ladders)
+    # Those of them that see the whole context.
     candidates = reaching & {n for n, cache in enumerate(streams(kinds)) if keeps_all(cache)}
     open_layers = config.lookup_ladder is not None and lookup_count(len(candidates)) > 0
     pager.identity = config.store_identity(name, pager.layers, told, found=open_layers)
@@ -225,12 +217,12 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
             found = seen if found is None else found
         assert found is not None
         ladder = cast(Ladder, config.lookup_ladder)
-        pager.set_ladders(LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder)))
-        for number in found:
-            pager.settle(number, None)
-        treat({number: shapes[number] for number in found if number in shapes})
-    if pager.has_cold:  # opened now: a bad directory shows here, not in mid-text
-        sequences.settle_treatments(pager, name, shapes)
+        ladders = LayerLadders.of_layers(config.ladder, dict.fromkeys(found, ladder))
+        pager.set_ladders(ladders)
+    # A bad directory shows here, not in mid-text.
+    kept = sequences.kept_treatments(pager, name, shapes) if pager.has_cold else None
+    chosen = choose_treatments(model, config, shapes, name, ladders, unknown=kept is None)
+    pager.treatments |= chosen if kept is None else kept
 
 
 def _plain_layers(kinds: list[Any], probes: dict[int, LayerProbe]) -> dict[int, KVShape]:
@@ -339,7 +331,7 @@ def load(path: str | os.PathLike[str], model: Any, config: TierConfig | None = N
                 f"{layers}"
             )
         for layer, meta, saved in zip(cache.paged_layers, metas, states, strict=True):
-            state.restore(layer, meta, saved)
+            state.restore(layer, meta, saved, adopt=wrapping is None)
     except BaseException:
         cache.close()
         if wrapping is None:

@@ -35,6 +35,7 @@ def measure(
     watch: Callable[[int, int], None],
     found: dict[int, Stream] | None = None,
     at_once: int = AT_ONCE,
+    kind: type[Stream] | None = None,
 ) -> dict[int, Stream]:
     """What the streams of a model are like that reads texts, by their numbers.
 
@@ -44,17 +45,13 @@ def measure(
         watch: called with tokens read, and all there are.
         found: where streams are put as soon as they are there, for `watch` to look at.
         at_once: queries of a call, at most, whose attention is looked at.
+        kind: of what is noted; `Stream` if None.
 
     Raises:
         ConfigError: if this is no such model, no layer's queries were seen, or other processes
             have some of its layers: they would have to read along.
     """
-    require_model(model)
-    if (parts := pipeline_size(model)) > 1:
-        raise ConfigError(
-            f"the layers of {type(model).__name__} are in {parts} processes, and cannot be "
-            f"measured there: calibrate the model in one process"
-        )
+    require_readable(model)
     make, done, total = stock_maker(model), 0, sum(len(text) for text in texts)
     from pagedkv.mlx_lm_cache import paged_kind  # there is mlx-lm
 
@@ -65,7 +62,7 @@ def measure(
         for text in texts:
             caches = make()
             recorders = [
-                _Recorder(cache, found.setdefault(i, Stream()), at_once)
+                _Recorder(cache, found.setdefault(i, (kind or Stream)()), at_once)
                 for i, cache in enumerate(streams(caches))
                 if paged_kind(cache)
             ]
@@ -92,6 +89,21 @@ def measure(
     return found
 
 
+def require_readable(model: Any) -> None:
+    """Check that a model can read by itself.
+
+    Raises:
+        ConfigError: if this is no model, or other processes have some of its layers: they would
+            have to read along.
+    """
+    require_model(model)
+    if (parts := pipeline_size(model)) > 1:
+        raise ConfigError(
+            f"the layers of {type(model).__name__} are in {parts} processes, and cannot be "
+            f"measured there: calibrate the model in one process"
+        )
+
+
 @dataclass
 class Stream:
     """What was seen of one stream.
@@ -103,6 +115,66 @@ class Stream:
 
     seen: Covariances = field(default_factory=Covariances)
     shape: KVShape | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be computed some time."""
+        return self.seen.arrays
+
+    def add_tokens(self, keys: mx.array, values: mx.array, position: int) -> None:
+        """Note tokens, the first at this position: ``[1, kv_heads, tokens, dim]``."""
+        self.seen.add_keys(keys, position)
+        self.seen.add_values(values, position)
+
+    def add_call(self, call: AttentionCall, position: int, at_once: int) -> None:
+        """Note queries, the first at this position, and how they attend."""
+        q, keys, values, scale, sinks = call.q, call.keys, call.values, call.scale, call.sinks
+        self.seen.add_queries(q, keys, values, position, scale, sinks, at_once)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer asked attention for.
+
+    Attributes:
+        q: queries, ``[1, query_heads, tokens, key_dim]``.
+        keys: of all tokens that the cache holds, the last of these at the end, ``[1, kv_heads,
+            held, key_dim]``.
+        values: likewise.
+        scale: of scores.
+        mask: what the layer gave for one.
+        sinks: scores of nothing, one per query head, where a model has them.
+    """
+
+    q: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None
+
+
+@dataclass
+class LastCall(Stream):
+    """The last call of one stream, as it is: for whoever wants to attend otherwise.
+
+    Attributes:
+        call: None as long as no query was seen.
+    """
+
+    call: AttentionCall | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The queries; keys and values are computed with those that the cache holds."""
+        return [] if self.call is None else [self.call.q]
+
+    def add_tokens(self, keys: mx.array, values: mx.array, position: int) -> None:
+        """Nothing: the call has them."""
+
+    def add_call(self, call: AttentionCall, position: int, at_once: int) -> None:
+        """Note the call in place of the one before."""
+        self.call = call
 
 
 class _Recorder:
@@ -118,7 +190,7 @@ class _Recorder:
     @property
     def taken(self) -> list[mx.array]:
         """What has to be computed: sums so far, and what the cache holds now."""
-        return [*self._stream.seen.arrays, *(self._stored or ())]
+        return [*self._stream.arrays, *(self._stored or ())]
 
     def let_go(self) -> None:
         """A call of the model is computed."""
@@ -133,8 +205,7 @@ class _Recorder:
         fetched = self._fetch(keys, values)
         if not values.shape[3]:  # an index of keys: nobody attends to it
             return fetched
-        self._stream.seen.add_keys(keys, self._tokens)
-        self._stream.seen.add_values(values, self._tokens)
+        self._stream.add_tokens(keys, values, self._tokens)
         self._tokens += int(keys.shape[2])
         all_keys, all_values = self._stored = fetched
         held = int(all_keys.shape[2])
@@ -153,5 +224,5 @@ class _Recorder:
         keys, values, stream = view.keys, view.values, self._stream
         stream.shape = KVShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))
         at = self._tokens - int(q.shape[2])
-        stream.seen.add_queries(q, keys, values, at, scale, sinks, self._at_once)
+        stream.add_call(AttentionCall(q, keys, values, scale, mask, sinks), at, self._at_once)
         return stock_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import time
 import warnings
@@ -24,13 +23,19 @@ from pagedkv.errors import (
     ClosedError,
     ColdStoreError,
     ConfigError,
-    OutOfPagesError,
     StoreLockedError,
     StoreMismatchError,
 )
 from pagedkv.interruption import interruptible
 from pagedkv.streams import streams
-from pagedkv.tiers import FileColdStore, LayerState, Pager, SequenceState, StoredSequence
+from pagedkv.tiers import (
+    FileColdStore,
+    LayerState,
+    Pager,
+    SequenceState,
+    StoredSequence,
+    Treatment,
+)
 from pagedkv.tiers.arrays import evaluated
 from pagedkv.tiers.checkpoint import Checkpoint, Entries, damaged, precisions, read_hot
 from pagedkv.tiers.sequence_store import SequenceStore, StoredPage
@@ -47,7 +52,7 @@ TREATMENTS = "treatments.json"
 """Kept in a store, in the format of calibrations: the matrices of its pages."""
 
 UNDECIDED = "undecided.json"
-"""Likewise, before there is a page: what layers have seen by which theirs will be chosen."""
+"""Of earlier versions, which chose matrices by what was read first: removed."""
 
 LAYERS = "layers.json"
 """Likewise: the layers that have the ladder of those that look things up."""
@@ -233,22 +238,16 @@ def _keep_layers(cache: PagedCache, store: SequenceStore, durable: bool) -> None
 
 
 def _keep_treatments(cache: PagedCache, store: SequenceStore, durable: bool) -> None:
-    """Write the matrices into the store that its pages need, or what is to decide on them."""
+    """Write the matrices into the store that its pages need; that there are none, too."""
     pager = cache.context.pager
-    if settled := pager.settled:
-        mine = Calibration(cache.context.fingerprint, 0, settled)
+    may_be = pager.treatments or store.checkpoints.identity.model.endswith(f" treatment={AUTO}")
+    if may_be and any(layer.pages for layer in pager.layer_pagers):
+        mine = Calibration(cache.context.fingerprint, 0, pager.treatments)
         if not store.checkpoints.wrote(TREATMENTS):
             _require_no_others(store, mine)
         # Made only if they are others than before: an 8B model's are 33 MB.
         store.checkpoints.keep(TREATMENTS, digest_of(mine), mine.to_bytes, durable)
-    seen = {number: chooser.told() for number, chooser in sorted(pager.choosers.items())}
-    with suppress(OutOfPagesError, ColdStoreError):  # only quality depends on it
-        if any(seen.values()):
-            content = json.dumps(seen).encode()
-            mark = hashlib.sha256(content).hexdigest()
-            store.checkpoints.keep(UNDECIDED, mark, lambda: content, durable)
-        elif not seen:
-            store.checkpoints.drop(UNDECIDED)
+    store.checkpoints.drop(UNDECIDED)
 
 
 def _require_no_others(store: SequenceStore, mine: Calibration) -> None:
@@ -273,24 +272,26 @@ def _require_no_others(store: SequenceStore, mine: Calibration) -> None:
         )
 
 
-def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -> None:
-    """Treat what is to come like the pages that are in the store, which is opened for it.
+def kept_treatments(
+    pager: Pager, model: str, shapes: Mapping[int, KVShape]
+) -> dict[int, Treatment] | None:
+    """What the pages in the store are treated with; it is opened for it.
 
     Args:
         pager: without pages.
         model: fingerprint.
         shapes: by layer, as far as they are known.
 
+    Returns:
+        By layer number; None if the store does not say.
+
     Raises:
         See `Pager.cold`.
     """
     store = pager.cold.sequences
-    if store is None:
-        return
-    _recall(pager, store.checkpoints.kept(UNDECIDED))
-    content = store.checkpoints.kept(TREATMENTS)
-    if content is None:
-        return
+    content = store.checkpoints.kept(TREATMENTS) if store else None
+    if store is None or content is None:
+        return None
     path = str(store.checkpoints.directory / TREATMENTS)
     try:
         kept = Calibration.from_bytes(content, path)
@@ -298,9 +299,8 @@ def settle_treatments(pager: Pager, model: str, shapes: Mapping[int, KVShape]) -
     except ConfigError as e:
         # Not the end of it: each sequence says which matrices it needs, and is refused.
         warnings.warn(f"{e}: the sequences in this store cannot be read", stacklevel=3)
-        return
-    for number, treatment in kept.items():
-        pager.settle(number, replace(treatment, reason="kept in the store"))
+        return None
+    return {number: replace(t, reason="kept in the store") for number, t in kept.items()}
 
 
 def _dtype_name(layer: PagedLayerCache) -> str:
@@ -316,17 +316,6 @@ def _hot(layers: list[PagedLayerCache]) -> Iterator[Bytes]:
                 if plain.dtype == mx.bfloat16:
                     plain = plain.view(mx.uint16)  # numpy has no bfloat16
                 yield np.asarray(evaluated(plain)).reshape(-1).view(np.uint8)
-
-
-def _recall(pager: Pager, content: bytes | None) -> None:
-    """Let what was seen in another process decide here; only quality depends on it."""
-    try:
-        seen = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
-        return
-    for number, chooser in pager.choosers.items():
-        if isinstance(seen, dict) and isinstance(told := seen.get(str(number)), dict):
-            chooser.recall(told)
 
 
 # Resuming
@@ -457,8 +446,6 @@ def _bind(layer: PagedLayerCache, state: LayerState, checkpoint: Checkpoint) -> 
             f"{_treatment_of(layer) or 'those of no treatment'}: the store's {TREATMENTS} is "
             f"missing, damaged or another one"
         )
-    if state.pages and pager.chooser:
-        pager.treat(pager.treatment)  # as its pages are
 
 
 def _tell(shape: KVShape, dtype: str, page_tokens: int) -> str:

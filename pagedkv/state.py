@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import threading
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from pagedkv.snapshot_file import (
 from pagedkv.streams import inner_caches
 from pagedkv.tiers import Pager, Run, Treatment
 from pagedkv.tiers.arrays import evaluated
+from pagedkv.tiers.codec import AffineCodec, Sixteen, codec_for
 from pagedkv.tiers.turn import exclusive
 
 if TYPE_CHECKING:
@@ -408,10 +410,17 @@ def require_all_loaded(context: SequenceContext) -> None:
 
 @exclusive
 @interruptible
-def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
+def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any, adopt: bool = False) -> None:
     """Put saved tokens into an empty layer cache whose tiers exist.
 
     The arrays are taken out of `value` one by one, so that no more than one page is in memory.
+
+    Args:
+        cache: of the layer.
+        meta: its description, by `parse_meta`.
+        value: its state.
+        adopt: whether new pages are to be treated like those of the file, where there are none; if
+            not, pages that were treated otherwise are encoded anew.
 
     Raises:
         CacheStateError: if arrays are missing, damaged, or of another shape than described.
@@ -435,7 +444,7 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
                 f"{cache._pager.page_tokens}: load it with page_tokens={meta['page_tokens']}"
             )
         _require_precisions(cache, meta)
-        _accept_treatment(cache, meta, _treatment(meta, value))
+        foreign = _foreign_codecs(cache, meta, _treatment(meta, value), adopt)
         cache.accept_window(meta.get("window", {}), meta["offset"])
         if cache.sink_tokens != meta["sink_tokens"]:
             raise CacheStateError(
@@ -446,6 +455,8 @@ def restore(cache: PagedLayerCache, meta: dict[str, Any], value: Any) -> None:
             precision = Precision.parse(name)
             record = _taken(meta, value, f"p{i}")
             _require_page(shape, meta["page_tokens"], precision, tokens, record)
+            if theirs := foreign.get(precision):
+                record = _encoded_anew(record, theirs, cache._pager.codecs[precision])
             page = cache._pager.store(record[None], precision, position, cache._context.lineage)
             cache._table.append(page, tokens)
         keys, values = (_taken(meta, value, name) for name in ("hot_keys", "hot_values"))
@@ -537,27 +548,36 @@ def _taken(meta: dict[str, Any], value: Any, name: str) -> mx.array:
     return array
 
 
-def _accept_treatment(
-    cache: PagedLayerCache, meta: dict[str, Any], saved: Treatment | None
-) -> None:
-    """See that new pages are treated like those of a file.
+def _foreign_codecs(
+    cache: PagedLayerCache, meta: dict[str, Any], saved: Treatment | None, adopt: bool
+) -> dict[Precision, AffineCodec | Sixteen]:
+    """What reads a file's pages that are treated otherwise than this cache's; else nothing.
 
-    Raises:
-        CacheStateError: if other pages are treated otherwise already.
+    A model's matrices are the same in all processes, until they are measured on another machine or
+    by another version. New pages keep this model's, in whatever order files are loaded.
     """
     pager = cache._pager
     assert pager is not None
-    if not meta["pages"]:
-        return
-    if pager.chooser:
+    if not meta["pages"] or pager.treatment == saved:
+        return {}
+    if adopt and not pager.pages:
         pager.treat(saved)
-    elif pager.treatment != saved:
-        told = [f"{t.kind} {t.digest}" if t else "none" for t in (saved, pager.treatment)]
-        raise CacheStateError(
-            f"layer {cache.layer}: the saved pages' treatment is {told[0]} and this cache's "
-            f"{told[1]}: load it before the wrapped model reads anything, or wrap it with the "
-            f"treatment that the file was made with"
-        )
+        return {}
+    warnings.warn(
+        f"the pages of a saved cache are {saved.kind if saved else 'not treated'} by other "
+        f"matrices than this model's: they are encoded anew, which costs a rounding",
+        stacklevel=6,
+    )
+    size, dtype = meta["page_tokens"], pager.hot_dtype
+    return {p: codec_for(pager.shape, size, p, dtype, saved) for p in pager.precisions}
+
+
+def _encoded_anew(
+    record: mx.array, theirs: AffineCodec | Sixteen, mine: AffineCodec | Sixteen
+) -> mx.array:
+    """A page's record ``[words]`` as another codec has it."""
+    keys = theirs.keys(record[None], mx.float32)[0].swapaxes(1, 2)
+    return mine.encode(keys, theirs.values(record[None], mx.float32)[0])[0]
 
 
 def _require_page(

@@ -303,9 +303,7 @@ def _ladder(layer: Any) -> str:
 
 def _treatment(layer: Any) -> str:
     first = next(rows_of([layer]), None)
-    told = str(first.treatment) if first is not None and first.treatment else "none"
-    waits = first is not None and first._pager is not None and first._pager.chooser
-    return f"{told}; the first page decides on keys" if waits else told
+    return str(first.treatment) if first is not None and first.treatment else "none"
 
 
 def _kind(layer: Any) -> str:

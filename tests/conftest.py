@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ if blas.path:
     os.environ["LD_PRELOAD"] = str(blas.path)  # what tests start computes as they do
     blas.made = False  # for no test to hear of
 
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
 settings.register_profile(
     "pagedkv", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -38,6 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     mx.set_default_device(getattr(mx, config.getoption("--device")))
+    # What is found out of tiny models is kept for this run alone; workers of it share the folder.
+    if not hasattr(config, "workerinput"):
+        config.stash[_CACHE] = folder = tempfile.TemporaryDirectory(prefix="pagedkv-treatments-")
+        os.environ["PAGEDKV_TREATMENTS"] = folder.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if folder := config.stash.get(_CACHE, None):
+        folder.cleanup()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -26,7 +26,7 @@ from pagedkv.tiers.rounding import (
     quantize,
 )
 from pagedkv.tiers.treatment import rotation_matrix
-from pagedkv.treatments import balanced
+from pagedkv.treatment_rules import balanced
 from tests.reference import attention_moments
 
 LLAMA3 = {

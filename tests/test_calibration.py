@@ -126,8 +126,7 @@ def test_layers_that_say_nothing(silent: str) -> None:
     found = pagedkv.calibrate(made, ids())
     assert all(t.feedback is not None and t.parts == (True, True) for t in found.values())
     with pagedkv.wrap(made, pagedkv.TierConfig(**SETTINGS)) as cache:
-        mx.eval(made(random_tokens(600), cache=cache))
-        assert all("keys balanced" in told for told in cache.stats().treatments)
+        assert mx.isfinite(made(random_tokens(600), cache=cache)).all().item()
     pagedkv.unwrap(made)
 
 
@@ -202,8 +201,9 @@ def test_pages_and_stores_keep_their_calibration(model: Any, file: str, tmp_path
     loaded = load_prompt_cache(saved)  # without the file: the saved pages say what was done
     got = model(random_tokens(3, seed=1), cache=loaded)
     np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
-    with pytest.raises(pagedkv.CacheStateError, match="treatment"):
-        pagedkv.load(saved, model, pagedkv.TierConfig(treatment=str(other), **SETTINGS))
+    pagedkv.wrap(model, pagedkv.TierConfig(treatment=str(other), **SETTINGS)).close()
+    with pytest.warns(UserWarning, match="encoded anew"):
+        pagedkv.load(saved, model).close()
     pagedkv.unwrap(model)
     with pytest.raises(pagedkv.PagedKVError):
         pagedkv.resume(model, others)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import pagedkv
+from pagedkv import race, treatment_rules
 from pagedkv.allocator import KVShape, Precision
+from pagedkv.layer_weights import measure_spread
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.codec import codec_for
 from pagedkv.tiers.rounding import FLOAT16_MAX, quantize
@@ -234,10 +236,10 @@ def plant(model: Any, channels: tuple[int, ...], factor: float) -> None:
 def test_outlier_channels_are_scaled_down_before_they_are_mixed() -> None:
     model = tiny_llama(dim=256)
     plant(model, (3, 11), 16.0)
-    config = pagedkv.TierConfig(kv="K4V4")
-    chosen = choose_treatments(model, config, shapes(model))
-    assert sorted(chosen) == [0, 1]
-    for treatment in chosen.values():
+    for number, shape in shapes(model).items():
+        spread = measure_spread(model.layers[number], shape)
+        assert spread is not None
+        treatment = treatment_rules.scaled(spread, shape)
         for head in np.array(treatment.queries):
             lengths = np.log2(np.linalg.norm(head, axis=1))  # what queries are multiplied with
             planted, others = lengths[[3, 11, 35, 43]], np.delete(lengths, [3, 11, 35, 43])
@@ -247,8 +249,9 @@ def test_outlier_channels_are_scaled_down_before_they_are_mixed() -> None:
         assert 12 < float(treatment.reason.split()[3]) < 24
 
 
-def test_only_what_has_few_bits_is_treated() -> None:
+def test_only_what_has_few_bits_is_treated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
+    monkeypatch.setattr(race, "LEAST_GAIN", -9.0)  # random models gain little: all can win
 
     def parts(kv: str, treatment: str = "auto") -> set[str]:
         config = pagedkv.TierConfig(kv=kv, treatment=treatment)
@@ -319,7 +322,8 @@ def test_a_plan_counts_treatments(kv: str, treatment: str, treated: bool) -> Non
         stats = cache.stats()
     pagedkv.unwrap(model)
     plan = pagedkv.plan(KVShape(2, 32, 32), 3, 2000, config)
-    assert plan.treatment_bytes == stats.treatment_bytes
+    assert plan.treatment_bytes == stats.treatment_bytes or treatment == "auto"
+    assert plan.treatment_bytes >= stats.treatment_bytes, "it is the most that a race may choose"
     assert (plan.treatment_bytes > 0) == treated
     without = pagedkv.plan(KVShape(2, 32, 32), 3, 2000, replace(config, treatment="none"))
     assert plan.memory_bytes == without.memory_bytes + plan.treatment_bytes
@@ -332,7 +336,7 @@ def test_saved_pages_keep_their_treatment(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pagedkv.wrap(model, config) as cache:
         mx.eval(model(tokens, cache=cache))
-        assert all("balanced and rotated" in told for told in cache.stats().treatments)
+        assert all("attention errs" in told for told in cache.stats().treatments)
         assert cache.stats().treatment_bytes > 0
         cache.save(str(path))
         want = model(random_tokens(3, seed=1), cache=cache)
@@ -346,8 +350,8 @@ def test_saved_pages_keep_their_treatment(tmp_path: Path) -> None:
     got = model(random_tokens(3, seed=1), cache=loaded)  # not wrapped: attended densely
     np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
     pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS, treatment="none")).close()
-    with pytest.raises(pagedkv.CacheStateError, match="treatment"):
-        pagedkv.load(str(path), model)
+    with pytest.warns(UserWarning, match="encoded anew"):
+        pagedkv.load(str(path), model).close()
     pagedkv.unwrap(model)
 
 

@@ -15,12 +15,11 @@ from pagedkv.tiers.pager import Pager
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.records import ColdRecord, PageIdentity
 from pagedkv.tiers.sequence import LayerState, SequenceState, StoreIdentity
-from pagedkv.tiers.treatment import Chooser, Treatment
+from pagedkv.tiers.treatment import Treatment
 from pagedkv.tiers.warm import WarmSlab
 
 __all__ = [
     "AffineCodec",
-    "Chooser",
     "ColdReader",
     "ColdRecord",
     "ColdStore",

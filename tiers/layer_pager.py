@@ -33,7 +33,7 @@ from pagedkv.tiers.kept_pages import KeptPages
 from pagedkv.tiers.page_bounds import LayerBounds
 from pagedkv.tiers.reader import Batch
 from pagedkv.tiers.records import ColdRecord
-from pagedkv.tiers.treatment import Chooser, Treatment
+from pagedkv.tiers.treatment import Treatment
 from pagedkv.tiers.warm import WarmSlab
 
 if TYPE_CHECKING:
@@ -133,7 +133,6 @@ class LayerPager:
         hot_dtype: mx.Dtype,
         span: int | None = None,
         treatment: Treatment | None = None,
-        chooser: Chooser | None = None,
     ) -> None:
         budget = pager.budget
         self._pager = pager
@@ -141,7 +140,6 @@ class LayerPager:
         self.shape = shape
         self.hot_dtype = hot_dtype
         self.treatment = treatment
-        self.chooser = chooser
         self.precisions = budget.ladders.of(layer).beyond(budget.hot_tokens)
         self.page_tokens = budget.page_tokens or choose_page_tokens(shape, self.precisions, span)
         self.codecs: dict[Precision, AffineCodec | Sixteen] = {
@@ -163,16 +161,6 @@ class LayerPager:
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
         self._moving: tuple[Precision, mx.array, list[Page]] | None = None
 
-    def decide(self, keys: mx.array, values: mx.array) -> None:
-        """Settle what is done to keys and values, now that a page is to be sealed.
-
-        Args:
-            keys: of the sequence's first tokens, ``[1, kv_heads, tokens, key_dim]``.
-            values: likewise.
-        """
-        if self.chooser is not None:
-            self.treat(self.chooser.choose(keys, values))
-
     def treat(self, treatment: Treatment | None) -> None:
         """Settle what is done to keys and values.
 
@@ -184,7 +172,6 @@ class LayerPager:
                 f"layer {self.layer} has {len(self.pages)} pages, and those of one layer are all "
                 f"made with the same matrices; please report this"
             )
-        self.chooser = None
         self.treatment = treatment
         self._pager.settle(self.layer, treatment)
         for precision in self.precisions:

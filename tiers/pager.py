@@ -19,7 +19,7 @@ from pagedkv.tiers.layer_pager import LayerPager, Lineage
 from pagedkv.tiers.pressure import Pressure
 from pagedkv.tiers.reader import ColdReader
 from pagedkv.tiers.sequence import StoreIdentity
-from pagedkv.tiers.treatment import Chooser, Treatment, file_bytes, treated_parts
+from pagedkv.tiers.treatment import Treatment, file_bytes, treated_parts
 from pagedkv.tiers.turn import Turn
 from pagedkv.tiers.workers import ThreadWorkers, Workers
 
@@ -57,7 +57,6 @@ class Pager:
         relief: asked in turn when there is no room for pages: each gives up a sequence that it
             keeps for later, and says whether it had one.
         treatments: of layers' keys and values, to be set before a layer's first page.
-        choosers: of layers where the first tokens decide on another one.
         rotation: of layers that have none of those; empty for none.
         turn: of the threads that use it.
     """
@@ -74,7 +73,6 @@ class Pager:
     pressure: Pressure = field(init=False)
     relief: list[Callable[[], bool]] = field(default_factory=list)
     treatments: dict[int, Treatment] = field(default_factory=dict)
-    choosers: dict[int, Chooser] = field(default_factory=dict)
     rotation: str = ""
     turn: Turn = field(default_factory=Turn)
 
@@ -101,12 +99,7 @@ class Pager:
         """
         if layer not in self._layer_pagers:
             treatment = self._treatment(layer, shape)
-            chooser = self.choosers.get(layer)
-            if chooser and chooser.shape != shape:
-                chooser = None
-            self._layer_pagers[layer] = LayerPager(
-                self, layer, shape, hot_dtype, span, treatment, chooser
-            )
+            self._layer_pagers[layer] = LayerPager(self, layer, shape, hot_dtype, span, treatment)
             if self._cold:
                 self._cold.budget.reserve = self._checkpoint_reserve()
         return self._layer_pagers[layer]
@@ -122,7 +115,6 @@ class Pager:
 
     def settle(self, layer: int, treatment: Treatment | None) -> None:
         """Note a layer's treatment for as long as this pager is used."""
-        self.choosers.pop(layer, None)
         self.treatments.pop(layer, None)
         if treatment:
             self.treatments[layer] = treatment
@@ -133,11 +125,6 @@ class Pager:
         self.budget = replace(self.budget, ladders=ladders)
         if self._cold:
             self._cold.budget.ladders = ladders
-
-    @property
-    def settled(self) -> dict[int, Treatment]:
-        """By layer, treatments that can change no more."""
-        return {n: t for n, t in sorted(self.treatments.items()) if n not in self.choosers}
 
     @property
     def layer_pagers(self) -> list[LayerPager]:
@@ -178,7 +165,7 @@ class Pager:
             hot = budget.sink_tokens + budget.hot_tokens + layer.page_tokens
             pages = budget.cold_share(self.layers, layer.layer) // layer.least_page_bytes
             total += layer.shape.token_bytes(8 * layer.hot_dtype.size) * hot
-            if layer.treatment or layer.chooser:
+            if layer.treatment:
                 total += file_bytes(layer.shape)
             total += pages * ENTRY.itemsize
         return 2 * total

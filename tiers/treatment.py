@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -151,13 +151,27 @@ class Treatment:
 
     def only(self, keys: bool, values: bool) -> Treatment:
         """The same for keys or values alone."""
-        q = np.asarray(self.queries, np.float64) if keys and self.parts[0] else None
-        o = np.asarray(self.outputs, np.float64) if values and self.parts[1] else None
-        gains = [
-            None if told is None else np.asarray(told, np.float64)
-            for told in (self.feedback, self.value_feedback)
-        ]
-        return Treatment.of(self.shape, q, o, gains[0], self.kind, self.reason, gains[1])
+        mine = self if keys else None, self if values else None
+        return Treatment.joined(self.shape, *mine, self.reason)
+
+    @classmethod
+    def joined(
+        cls, shape: KVShape, keys: Treatment | None, values: Treatment | None, reason: str = ""
+    ) -> Treatment:
+        """One treatment's part for keys and another's for values.
+
+        Args:
+            shape: of the layer.
+            keys: whose keys' part; None to leave keys alone.
+            values: whose values' part; None to leave values alone.
+            reason: why these were chosen, for people.
+        """
+        q = np.asarray(keys.queries, np.float64) if keys and keys.parts[0] else None
+        o = np.asarray(values.outputs, np.float64) if values and values.parts[1] else None
+        told = keys and keys.feedback, values and values.value_feedback
+        gains = [None if x is None else np.asarray(x, np.float64) for x in told]
+        kinds = dict.fromkeys(t.kind for t in (keys, values) if t)
+        return cls.of(shape, q, o, gains[0], " / ".join(kinds), reason, gains[1])
 
     def __str__(self) -> str:
         names = ("keys", "values")
@@ -304,61 +318,6 @@ class Treatment:
     def page_queries(self, rows: mx.array) -> mx.array:
         """Query rows ``[kv_heads, rows, key_dim]`` whose products with page keys are the scores."""
         return rows.astype(mx.float32) @ self.queries
-
-
-class Chooser(Protocol):
-    """Decides on a layer's treatment when its first page is to be sealed.
-
-    Attributes:
-        shape: what the layer must cache per token.
-    """
-
-    shape: KVShape
-
-    def wants(self, tokens: int, position: int) -> bool:
-        """Whether it would look at the queries of so many tokens, the first at this position."""
-        ...
-
-    def see(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        position: int,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> None:
-        """Note queries.
-
-        Args:
-            queries: ``[1, query_heads, tokens, key_dim]``.
-            keys: of all tokens until the last of these, ``[1, kv_heads, tokens, key_dim]``.
-            values: likewise.
-            position: of the first query.
-            scale: of scores.
-            sinks: the model's scores of nothing, one per query head; None if it has none.
-        """
-        ...
-
-    def told(self) -> dict[str, Any] | None:
-        """What was seen so far, for JSON; None for nothing."""
-        ...
-
-    def recall(self, told: dict[str, Any]) -> None:
-        """Go on from what another one told; what is none is not minded."""
-        ...
-
-    def choose(self, keys: mx.array, values: mx.array) -> Treatment | None:
-        """The treatment, given what was seen and the first tokens.
-
-        Args:
-            keys: ``[1, kv_heads, tokens, key_dim]``.
-            values: ``[1, kv_heads, tokens, value_dim]``.
-
-        Returns:
-            None to leave both as they are.
-        """
-        ...
 
 
 def file_bytes(shape: KVShape) -> int:
