@@ -38,6 +38,10 @@ QUERIES = 64
 """Of the last call, the newest."""
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int_]
+
+Candidate = tuple[Treatment, tuple[bool, bool]]
+"""A treatment, and whether it may be used for keys and for values."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,10 @@ def raced(
     return chosen
 
 
-def _candidates(
-    layer: Any, stream: Stream, want: Wanted, weights: LayerWeights
-) -> list[tuple[Treatment, tuple[bool, bool]]]:
-    """Treatments, and whether they may be used for keys and for values."""
+def _candidates(layer: Any, stream: Stream, want: Wanted, weights: LayerWeights) -> list[Candidate]:
+    """All that is known to help a layer."""
     shape, both = want.shape, (want.keys, want.values)
-    found = [(Treatment.plain(shape, "hadamard"), both)]
+    found: list[Candidate] = [(Treatment.plain(shape, "hadamard"), both)]
     if weights.spread is not None:
         with suppress(ValueError):  # numbers that are not finite, or that float16 does not hold
             found.append((scaled(weights.spread, shape), both))
@@ -116,29 +118,65 @@ def _candidates(
 
 def _winner(
     call: AttentionCall,
-    candidates: list[tuple[Treatment, tuple[bool, bool]]],
+    candidates: list[Candidate],
     want: Wanted,
     outputs: Floats | None,
 ) -> Treatment | None:
-    """The best part for keys, and the best one for values; None if neither is worth it."""
+    """Of each head the best for keys, and the best for values; None if nothing is worth it."""
     plain = errors(call, None, want, outputs)
-    best: list[tuple[float, Treatment | None]] = [(1 - LEAST_GAIN, None)] * 2
-    for treatment, parts in candidates:
-        for part, error in enumerate(errors(call, treatment, want, outputs)):
-            # Not finite where numbers are not: whatever is compared with it does not win.
-            if parts[part] and error < best[part][0] * plain[part]:
-                best[part] = error / plain[part], treatment
-    (keys, first), (values, second) = best
-    if first is None and second is None:
+    least = (1 - LEAST_GAIN) * plain  # what has to be beaten
+    winners = np.full(plain.shape, -1)
+    for number, (treatment, parts) in enumerate(candidates):
+        found = errors(call, treatment, want, outputs)
+        # Not finite where numbers are not: whatever is compared with it does not win.
+        wins = (found < least) & np.array(parts)[:, None]
+        least, winners = np.where(wins, found, least), np.where(wins, number, winners)
+    if (winners < 0).all():
         return None
-    ratios = (f"{r:.2g}" for r, winner in ((keys, first), (values, second)) if winner)
+    q, key_gains, kind = _assembled(0, winners[0], candidates)
+    o, value_gains, other = _assembled(1, winners[1], candidates)
+    treated = (winners >= 0).any(axis=1)
+    costs = np.where(winners < 0, plain, least)[treated].sum(axis=1)
+    ratios = [f"{ratio:.2g}" for ratio in costs / plain[treated].sum(axis=1)]
+    kinds = " / ".join(dict.fromkeys(filter(None, (kind, other))))
     reason = f"attention errs {' and '.join(ratios)} times as much as without"
-    return Treatment.joined(want.shape, first, second, reason)
+    return Treatment.of(want.shape, q, o, key_gains, kinds, reason, value_gains)
+
+
+def _assembled(
+    part: int, winners: Ints, candidates: list[Candidate]
+) -> tuple[Floats | None, Floats | None, str]:
+    """The winners' matrices, head by head; heads without one are left as they are.
+
+    Args:
+        part: 0 for keys, 1 for values.
+        winners: numbers of candidates, ``[kv_heads]``, or -1.
+        candidates: treatments.
+
+    Returns:
+        Matrices, feedback, and what is done, for people.
+    """
+    some = {n: candidates[n][0] for n in dict.fromkeys(winners.tolist()) if n >= 0}
+    if not some:
+        return None, None, ""
+    shape = next(iter(some.values())).shape
+    dim, heads = (shape.key_dim, shape.value_dim)[part], shape.kv_heads
+    matrices, gains = np.tile(np.eye(dim), (heads, 1, 1)), np.zeros((heads, dim, dim))
+    for number, treatment in some.items():
+        mine = winners == number
+        matrices[mine] = np.array((treatment.queries, treatment.outputs)[part])[mine]
+        feedback = (treatment.feedback, treatment.value_feedback)[part]
+        if feedback is not None:
+            gains[mine] = np.array(feedback)[mine]
+    kind = " or ".join(dict.fromkeys(t.kind for t in some.values()))
+    if (winners < 0).any():
+        kind += " or not at all"
+    return matrices, gains if gains.any() else None, kind
 
 
 def errors(
     call: AttentionCall, treatment: Treatment | None, want: Wanted, outputs: Floats | None = None
-) -> tuple[float, float]:
+) -> Floats:
     """By how much attention changes where keys, or values, are rounded.
 
     The newest `QUERIES` of the call attend. The first `FIRST` tokens and the `NEAR` before the
@@ -152,13 +190,14 @@ def errors(
             value_dim, value_dim]``, if that is known.
 
     Returns:
-        Sums of squares over heads and queries; 0 where no token is rounded.
+        Sums of squares over queries, ``[2, kv_heads]``: of keys, and of values; 0 where no token is
+        rounded.
     """
     q, keys, values = (x.astype(mx.float32) for x in (call.q, call.keys, call.values))
     count, held = min(QUERIES, int(q.shape[2])), int(keys.shape[2])
     end = FIRST + (held - count - NEAR - FIRST) // GROUP_TOKENS * GROUP_TOKENS
     if end <= FIRST:
-        return 0.0, 0.0
+        return np.zeros((2, want.shape.kv_heads))
     q = q[:, :, -count:]
     mask = call.mask[..., -count:, :] if isinstance(call.mask, mx.array) else call.mask
     sinks = None if call.sinks is None else call.sinks.astype(mx.float32)
@@ -175,9 +214,8 @@ def errors(
     exact = attended(keys, values)
     weights = mx.eye(exact.shape[2]) if outputs is None else mx.array(outputs, mx.float32)
     changes = attended(page_keys, values) - exact, attended(keys, page_values) - exact
-    costs = mx.stack([((x @ weights) * x).sum() for x in changes])
-    first, second = np.asarray(evaluated(costs)).tolist()
-    return first, second
+    costs = mx.stack([((x @ weights) * x).sum(axis=(1, 2)) for x in changes])
+    return np.array(evaluated(costs), np.float64)
 
 
 def _rounded(

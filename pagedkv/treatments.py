@@ -8,10 +8,8 @@ directory under the model's fingerprint. So every process that uses the model ha
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,16 @@ import mlx.core as mx
 from pagedkv.allocator import KVShape, LayerLadders, Precision
 from pagedkv.calibration_file import Calibration, digest_of
 from pagedkv.config import TierConfig, names_file
-from pagedkv.demo_model import cache_root
 from pagedkv.errors import ConfigError
 from pagedkv.lookup_layers import must_look
+from pagedkv.model_notes import keep_note, note_path, read_note
 from pagedkv.own_text import own_texts
 from pagedkv.race import Wanted, raced
 from pagedkv.tiers import Treatment
 from pagedkv.tiers.treatment import treated_parts
 
-RULES = 1
+RULES = 2
 """Counted up when the same model would get other matrices."""
-
-FOLDER = "PAGEDKV_TREATMENTS"
-"""Names another folder than ``treatments`` in the user's cache directory: a file per model and what
-is wanted of it."""
 
 
 def choose_treatments(
@@ -114,8 +108,9 @@ def _automatic(
     model: Any, wanted: Mapping[int, Wanted], fingerprint: str, unknown: bool
 ) -> dict[int, Treatment]:
     """The winners of the race, or of an earlier one."""
-    path = _path(fingerprint, wanted) if fingerprint else None
-    known = _kept(path, fingerprint, wanted) if path else None
+    what = hashlib.sha256(f"{RULES} {sorted(wanted.items())}".encode()).hexdigest()[:16]
+    path = note_path(fingerprint, f"{what}.json")
+    known = _kept(path, fingerprint, wanted)
     if not must_look(model, unknown and known is None):
         return dict(known or {})
     try:
@@ -130,30 +125,18 @@ def _automatic(
         return {}
     finally:
         mx.clear_cache()
-    if path:
-        with suppress(OSError, ConfigError):  # it is found out again then
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            Calibration(fingerprint, 0, found).save(path)
+    keep_note(path, Calibration(fingerprint, 0, found).to_bytes())
     return found if known is None else dict(known)
 
 
-def _path(fingerprint: str, wanted: Mapping[int, Wanted]) -> Path | None:
-    """Where the winners of a race are kept; None where the user has no such place."""
-    what = hashlib.sha256(f"{RULES} {sorted(wanted.items())}".encode()).hexdigest()[:16]
-    with suppress(RuntimeError):  # there is no home
-        folder = Path(os.environ.get(FOLDER) or cache_root() / "treatments")
-        return folder / f"{fingerprint}-{what}.json"
-    return None
-
-
 def _kept(
-    path: Path, fingerprint: str, wanted: Mapping[int, Wanted]
+    path: Path | None, fingerprint: str, wanted: Mapping[int, Wanted]
 ) -> Mapping[int, Treatment] | None:
     """What an earlier race found; None if there was none, or the file is damaged."""
-    if not path.is_file():
+    if path is None or (content := read_note(path)) is None:
         return None
     try:
-        kept = Calibration.load(path)
+        kept = Calibration.from_bytes(content, path)
         kept.require(fingerprint, {n: want.shape for n, want in wanted.items()}, str(path))
     except ConfigError:
         return None

@@ -43,8 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     mx.set_default_device(getattr(mx, config.getoption("--device")))
     # What is found out of tiny models is kept for this run alone; workers of it share the folder.
     if not hasattr(config, "workerinput"):
-        config.stash[_CACHE] = folder = tempfile.TemporaryDirectory(prefix="pagedkv-treatments-")
-        os.environ["PAGEDKV_TREATMENTS"] = folder.name
+        config.stash[_CACHE] = folder = tempfile.TemporaryDirectory(prefix="pagedkv-models-")
+        os.environ["PAGEDKV_MODELS"] = folder.name
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -15,6 +15,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 import pagedkv
 from pagedkv import lookup_layers as module
+from pagedkv import model_notes
 from pagedkv.config import lookup_count
 from pagedkv.lookup_layers import LEAST_ECHO, echoes, lookup_layers
 from pagedkv.model_facts import fingerprint
@@ -113,6 +114,21 @@ def test_a_model_whose_queries_cannot_be_seen_is_not_asked(
     assert not recwarn.list
 
 
+def test_a_model_is_heard_once_on_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(model_notes.FOLDER, str(tmp_path))
+    heard(monkeypatch, 3)
+    assert lookup_layers(fresh(), range(8), "a") == (3,)
+    heard(monkeypatch, 5)
+    assert lookup_layers(fresh(), range(8), "a") == (3,)
+    assert lookup_layers(fresh(), range(8), "b") == (5,)
+    (path,) = tmp_path.glob("a-*")
+    for content in (b"", b"[3", b"[]", b'{"x": 1}', b'{"0": []}'):
+        path.write_bytes(content)
+        assert lookup_layers(fresh(), range(8), "a") == (5,)
+
+
 def test_looking_leaves_nothing_in_memory() -> None:
     model = tiny_llama(layers=8, dim=256)
     gc.collect()
@@ -197,6 +213,12 @@ def test_only_layers_that_see_everything_are_asked(
 def heard(monkeypatch: pytest.MonkeyPatch, *layers: int) -> None:
     found = {n: 0.5 if n in layers else 0.0 for n in range(8)}
     monkeypatch.setattr(module, "echoes", lambda model: found)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any model, from other tests."""
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
 
 
 def fresh() -> Any:

@@ -127,16 +127,18 @@ def ranks(folder: Path, *command: str) -> Iterator[list[subprocess.Popen[str]]]:
 def test_a_model_in_two_processes_answers_as_in_one(tmp_path: Path) -> None:
     with ranks(tmp_path, "-c", "from tests.test_processes import take_part; take_part()") as both:
         first, second = (json.loads(p.communicate(timeout=120)[0]) for p in both)
-    alone = answers(eight_layers(), replace(CONFIG, layer_kv="same"))
+    alone = answers(eight_layers(), replace(CONFIG, layer_kv="same", treatment="none"))
     assert alone["sealed"] > 0
     for found in (first["pipeline"], second["pipeline"]):
         assert (found["parts"], found["shared"]) == (2, False)
         assert found["alone"] == alone["alone"] and found["rows"] == alone["rows"]
         assert found["sealed"] == alone["sealed"] / 2  # half of the layers
         # Nobody reads tokens that the other one does not know of.
-        assert found["layers"] == "" and len(found["said"]) == 1
-        assert "layers of Model are in 2 processes" in found["said"][0]
-        assert "layer_kv='same'" in found["said"][0]
+        assert found["layers"] == "" and len(found["said"]) == 2
+        for told, instead in zip(
+            found["said"], ("layer_kv='same'", "treatment='none'"), strict=True
+        ):
+            assert "layers of Model are in 2 processes" in told and instead in told
     first, second = first["tensor"], second["tensor"]
     assert first == second  # also the layers that look things up
     assert (first["parts"], first["shared"], first["looks"], first["said"]) == (1, True, True, [])

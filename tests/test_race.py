@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import pagedkv
-from pagedkv import KVShape, Precision, own_text, race, treatments
+from pagedkv import KVShape, Precision, model_notes, own_text, race, treatments
 from pagedkv.calibration_file import Calibration
 from pagedkv.model_facts import fingerprint
 from pagedkv.own_text import LENGTH, ROWS, SHOWN, own_texts
@@ -21,6 +21,7 @@ from pagedkv.race import Wanted, errors
 from pagedkv.recording import AttentionCall
 from pagedkv.sequences import TREATMENTS, UNDECIDED
 from pagedkv.tiers import Treatment
+from pagedkv.tiers.codec import codec_for
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama
 from tests.test_treatment import SETTINGS, divergence
@@ -49,7 +50,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Another machine: nothing is known of any model there, and it computes otherwise."""
 
     def go() -> None:
-        monkeypatch.setenv(treatments.FOLDER, str(tmp_path / "elsewhere"))
+        monkeypatch.setenv(model_notes.FOLDER, str(tmp_path / "elsewhere"))
         real = own_text.own_texts
         monkeypatch.setattr(treatments, "own_texts", lambda model: tuple(reversed_all(real(model))))
 
@@ -140,48 +141,78 @@ def test_errors_are_those_of_attention(kind: str | None, window: int | None) -> 
     whole[0][:, 64:end], whole[1][:, 64:end] = page_keys, page_values
     for number, other in enumerate((attended(whole[0], values), attended(keys, whole[1]))):
         change = other - exact
-        cost = np.einsum("hrqd,hde,hrqe->", change, outputs, change)
-        assert cost > 0
+        cost = np.einsum("hrqd,hde,hrqe->h", change, outputs, change)
+        assert (cost > 0).all()
         np.testing.assert_allclose(got[number], cost, rtol=2e-3)
 
 
-def test_the_plain_codec_wins_ties(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+SHAPE = KVShape(2, 64, 64)
+
+
+def winner(
+    monkeypatch: pytest.MonkeyPatch, costs: list[Any], *parts: tuple[bool, bool]
+) -> Treatment | None:
+    """Of a rotation by each transform, which cost so much; the first is what no treatment costs."""
+    treatments = [Treatment.plain(SHAPE, name) for name in ("hadamard", "fourier")]
+    told = {treatment: np.array(cost) for treatment, cost in zip([None, *treatments], costs)}  # noqa: B905
+    monkeypatch.setattr(race, "errors", lambda call, t, *rest: told[t])
+    given = parts or ((True, True),) * 2
+    candidates = list(zip(treatments[: len(costs) - 1], given, strict=False))
+    want = Wanted(SHAPE, Precision(4, 4), True, True)
+    return race._winner(None, candidates, want, None)  # type: ignore[arg-type]
+
+
+ONE, HALF = [[1.0, 1.0], [1.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_the_plain_codec_wins_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rounds as well as no treatment is not used, nor what gains next to nothing."""
-    shape = KVShape(2, 64, 64)
-    want = Wanted(shape, Precision(4, 4), True, True)
-    candidates = [(Treatment.plain(shape, "hadamard"), (True, True))]
-    costs = {True: (1.0, 1.0), False: (1.0, 1.0)}
-    monkeypatch.setattr(race, "errors", lambda call, t, *rest: costs[t is None])
-    assert race._winner(None, candidates, want, None) is None
-    costs[False] = 0.95, 0.95
-    assert race._winner(None, candidates, want, None) is None
-    costs[False] = 0.5, 0.95
-    found = race._winner(None, candidates, want, None)
+    assert winner(monkeypatch, [ONE, ONE]) is None
+    assert winner(monkeypatch, [ONE, [[0.95, 0.95], [0.95, 0.91]]]) is None
+    found = winner(monkeypatch, [ONE, [[0.5, 0.5], [0.95, 0.95]]])
     assert found is not None and found.parts == (True, False)
-    assert str(found).endswith(
-        "keys rotated (hadamard): attention errs 0.5 times as much as without"
-    )
-    costs[False] = float("nan"), 0.5
-    found = race._winner(None, candidates, want, None)
+    assert str(found) == "keys rotated (hadamard): attention errs 0.5 times as much as without"
+    found = winner(monkeypatch, [ONE, [[np.nan, np.nan], [0.5, 0.5]]])
     assert found is not None and found.parts == (False, True)
-    costs[True] = 0.0, 0.0  # nothing was rounded
-    assert race._winner(None, candidates, want, None) is None
+    assert winner(monkeypatch, [[[0.0, 0.0]] * 2] * 2) is None, "nothing was rounded"
+    assert winner(monkeypatch, [ONE, HALF], (False, False)) is None
 
 
-def test_parts_are_raced_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = KVShape(2, 64, 64)
-    want = Wanted(shape, Precision(4, 4), True, True)
-    first = Treatment.plain(shape, "hadamard")
-    second = Treatment.plain(shape, "fourier")
-    costs = {None: (1.0, 1.0), first: (0.2, 0.8), second: (0.3, 0.1)}
-    monkeypatch.setattr(race, "errors", lambda call, t, *rest: costs[t])
-    found = race._winner(None, [(first, (True, True)), (second, (True, True))], want, None)
+def test_keys_and_values_are_raced_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [ONE, [[0.2, 0.2], [0.8, 0.8]], [[0.3, 0.3], [0.1, 0.1]]]
+    found = winner(monkeypatch, costs)
+    first, second = (Treatment.plain(SHAPE, name) for name in ("hadamard", "fourier"))
     assert found is not None
     assert mx.array_equal(found.queries, first.queries).item()
     assert mx.array_equal(found.outputs, second.outputs).item()
     assert "keys and values rotated (hadamard) / rotated (fourier)" in str(found)
-    found = race._winner(None, [(first, (True, False)), (second, (False, False))], want, None)
+
+
+def test_heads_are_raced_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = winner(monkeypatch, [ONE, [[0.2, 1.2], [2.0, 2.0]], [[0.3, 1.1], [2.0, 2.0]]])
     assert found is not None and found.parts == (True, False)
+    rotated = Treatment.plain(SHAPE, "hadamard").queries
+    assert mx.array_equal(found.queries[0], rotated[0]).item()
+    assert mx.array_equal(found.queries[1], mx.eye(64)).item()
+    told = "keys rotated (hadamard) or not at all: attention errs 0.6 times as much as without"
+    assert str(found) == told
+
+
+def test_a_head_that_is_left_alone_is_rounded_as_without(model: Any) -> None:
+    """Beside one whose errors are made up for."""
+    rng = np.random.default_rng(0)
+    feedback = np.triu(rng.standard_normal((2, 64, 64)), 1) * 0.1
+    feedback[1] = 0
+    q = np.array(Treatment.plain(SHAPE, "hadamard").queries, np.float64)
+    q[1] = np.eye(64)
+    treatment = Treatment.of(SHAPE, q, q, feedback, "", "", feedback)
+    keys, values = (mx.array(rng.standard_normal((2, 256, 64)), mx.float16) for _ in range(2))
+    codecs = [codec_for(SHAPE, 256, Precision(4, 4), mx.float16, t) for t in (treatment, None)]
+    mixed, plain = ((c.keys(r, mx.float32), c.values(r, mx.float32))
+                    for c in codecs for r in [c.encode(keys, values)])  # fmt: skip
+    for ours, theirs in zip(mixed, plain, strict=True):
+        assert mx.array_equal(ours[:, 1], theirs[:, 1]).item()
+        assert not mx.array_equal(ours[:, 0], theirs[:, 0]).item()
 
 
 def test_matrices_that_would_ruin_a_layer_are_not_used(
@@ -198,7 +229,7 @@ def test_matrices_that_would_ruin_a_layer_are_not_used(
         return Treatment.of(shape, q, np.array(good.outputs), None, "ruined", "")
 
     monkeypatch.setattr(race, "balanced", ruinous)
-    monkeypatch.setenv(treatments.FOLDER, "/dev/null/nowhere")
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
     with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS)) as cache:
         assert not any("keys ruined" in t or "keys and values ruined" in t
                        for t in cache.stats().treatments)  # fmt: skip
@@ -247,7 +278,7 @@ def test_the_race_is_run_once_per_model(
     runs: list[int] = []
     real = treatments.raced
     monkeypatch.setattr(treatments, "raced", lambda *args: (runs.append(1), real(*args))[1])
-    monkeypatch.setenv(treatments.FOLDER, str(tmp_path))
+    monkeypatch.setenv(model_notes.FOLDER, str(tmp_path))
 
     def chosen(kv: str = "K4V4") -> list[str]:
         with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS, kv=kv)) as cache:
@@ -281,7 +312,7 @@ def test_nothing_is_read_where_nothing_is_decided(
 def test_where_nothing_can_be_learned_of_keys_the_rest_runs(
     model: Any, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(treatments.FOLDER, "/dev/null/nowhere")
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
     if problem == "embedding":
         monkeypatch.setattr(race, "rope_of", lambda layer: lambda rows, offset: rows**2 + 1)
     else:
@@ -302,7 +333,7 @@ def test_a_model_that_cannot_write_is_left_plain(
         raise ValueError("images first")
 
     monkeypatch.setattr(treatments, "own_texts", fails)
-    monkeypatch.setenv(treatments.FOLDER, "/dev/null/nowhere")
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
     with pytest.warns(UserWarning, match="did not read tokens of its own.*images first"):
         cache = pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS))
     assert set(cache.stats().treatments) == {"none"}
@@ -311,7 +342,7 @@ def test_a_model_that_cannot_write_is_left_plain(
 
 
 def test_the_race_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(treatments.FOLDER, "/dev/null/nowhere")
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
     before, name = read(model, make_prompt_cache(model), 100), fingerprint(model)
     pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS)).close()
     pagedkv.unwrap(model)
@@ -348,7 +379,7 @@ def test_other_kinds_of_models(
 ) -> None:
     """Shared keys, windows, partial embeddings, recurrent layers; attention of a model's own."""
     monkeypatch.setattr(race, "LEAST_GAIN", -9.0)  # random models gain little: all that can win do
-    monkeypatch.setenv(treatments.FOLDER, "/dev/null/nowhere")
+    monkeypatch.setenv(model_notes.FOLDER, "/dev/null/nowhere")
     other = build(kind)
     with pagedkv.wrap(other, pagedkv.TierConfig(**SETTINGS)) as cache:
         out = read(other, cache, 640)

@@ -151,27 +151,13 @@ class Treatment:
 
     def only(self, keys: bool, values: bool) -> Treatment:
         """The same for keys or values alone."""
-        mine = self if keys else None, self if values else None
-        return Treatment.joined(self.shape, *mine, self.reason)
-
-    @classmethod
-    def joined(
-        cls, shape: KVShape, keys: Treatment | None, values: Treatment | None, reason: str = ""
-    ) -> Treatment:
-        """One treatment's part for keys and another's for values.
-
-        Args:
-            shape: of the layer.
-            keys: whose keys' part; None to leave keys alone.
-            values: whose values' part; None to leave values alone.
-            reason: why these were chosen, for people.
-        """
-        q = np.asarray(keys.queries, np.float64) if keys and keys.parts[0] else None
-        o = np.asarray(values.outputs, np.float64) if values and values.parts[1] else None
-        told = keys and keys.feedback, values and values.value_feedback
-        gains = [None if x is None else np.asarray(x, np.float64) for x in told]
-        kinds = dict.fromkeys(t.kind for t in (keys, values) if t)
-        return cls.of(shape, q, o, gains[0], " / ".join(kinds), reason, gains[1])
+        q = np.asarray(self.queries, np.float64) if keys and self.parts[0] else None
+        o = np.asarray(self.outputs, np.float64) if values and self.parts[1] else None
+        gains = [
+            None if told is None else np.asarray(told, np.float64)
+            for told in (self.feedback, self.value_feedback)
+        ]
+        return Treatment.of(self.shape, q, o, gains[0], self.kind, self.reason, gains[1])
 
     def __str__(self) -> str:
         names = ("keys", "values")
