@@ -45,6 +45,9 @@ class SequenceContext:
         taken: the layers that have the tokens of the model's call under way, or of its last one,
             each with its length before.
         count: tokens that the call gave the first of them.
+        latest: the one that came last, and the tokens that it was given.
+        uneven: layers that it gave other numbers of tokens.
+        early: likewise, when it had reached all others: they may be the first ones of the next.
     """
 
     config: TierConfig
@@ -65,6 +68,9 @@ class SequenceContext:
     loaded: dict[str, Any] | None = None
     taken: dict[int, int] = field(default_factory=dict)
     count: int = 0
+    latest: tuple[int, int] = (-1, 0)
+    uneven: set[int] = field(default_factory=set)
+    early: set[int] = field(default_factory=set)
 
     @property
     def settled(self) -> TierConfig:
@@ -108,25 +114,45 @@ class SequenceContext:
         """Note that a layer is about to take tokens, and see that no other one lags behind.
 
         No code of ours runs when a call of the model is broken off between two layers: the next
-        call finds it, for a layer that has the tokens of a call comes first in another one. Then no
-        layer may be shorter, and those that follow begin at the same length. Layers that are given
-        other numbers of tokens (cross-attention) do not take part in this.
+        call finds it, which begins where a layer comes again. Then all layers must have come that
+        are given tokens in each call, or be as long as this one all the same (some trim layers one
+        by one). Where a model splits its tokens, a layer comes several times on end, and a call
+        that was broken off in the first layer shows by too few tokens of the second. Layers that
+        are given other numbers of tokens than the model (cross-attention, summaries of several
+        tokens) do not take part in this; `LayerProbe.in_step` tells them.
 
         Raises:
             CacheStateError: if a call was broken off. Its tokens are taken back.
         """
         if not layer.in_step:
+            whole = self.taken and not self._behind(self._start + self.count)
+            (self.early if whole else self.uneven).add(layer.layer)
             return
-        if not self.taken or layer.layer in self.taken:
-            lengths = self._lengths()
-            if min(lengths, default=layer.offset) < layer.offset:
-                self._refuse(lengths)
-            self.taken, self.count = {}, count
-        elif count != self.count:
+        number, given = self.latest
+        if layer.splits and layer.layer == number:
+            given += count
+            self.latest, self.count = (number, given), given if len(self.taken) == 1 else self.count
+            return
+        lacks = {self._start} if layer.splits and self.taken and given != self.count else set()
+        if layer.layer in self.taken or lacks:
+            if lacks := lacks | self._behind(layer.offset):
+                self._refuse({layer.offset, *lacks})
+            self.taken, self.uneven, self.early = {}, self.early, set()
+        if not self.taken:
+            self.count = count
+        elif count != self.count and not layer.splits:
             layer.in_step = False
-        elif layer.offset and layer.offset != (start := self._start):
-            self._refuse({layer.offset, start})
-        self.taken[layer.layer] = layer.offset
+            self.uneven.add(layer.layer)
+            return
+        self.taken[layer.layer], self.latest = layer.offset, (layer.layer, count)
+
+    def _behind(self, length: int) -> set[int]:
+        """Lengths of layers that the call under way has not reached, if they are shorter."""
+        return {
+            cache.offset
+            for cache in self.alive()
+            if cache.in_step and cache.layer not in self.taken and 0 < cache.offset < length
+        }
 
     def require_start(self, layer: PagedLayerCache, shape: Sequence[int]) -> None:
         """See that a layer without tokens is not about to follow layers that had some.
@@ -149,10 +175,6 @@ class SequenceContext:
         """The length at which the call under way began."""
         return next(iter(self.taken.values()))
 
-    def _lengths(self) -> set[int]:
-        """Of the layers that are called together; some models have layers that they never call."""
-        return {cache.offset for cache in self.alive() if cache.offset and cache.in_step}
-
     def _refuse(self, lengths: set[int]) -> None:
         length = min(lengths)
         self.take_back_to(length)
@@ -174,13 +196,17 @@ class SequenceContext:
         """Forget what came after the first `length` tokens, everywhere, after a call that failed.
 
         A recurrent state cannot forget: a sequence with one cannot go on. Nor can one with a window
-        that has left behind what would be seen then.
+        that has left behind what would be seen then, or with a layer that was given another number
+        of tokens.
         """
         self.behind = None
-        before, self.taken = self.taken, {}
+        unknown = self.uneven | self.early
+        self.taken, self.uneven, self.early, self.latest = {}, set(), set(), (-1, 0)
         for cache in self.alive():
-            left = length if cache.in_step else before.get(cache.layer, cache.offset)
-            self.torn |= not cache.take_back_to(left)
+            if cache.in_step:
+                self.torn |= not cache.take_back_to(length)
+            else:  # nothing tells how many of its tokens are of this call
+                self.torn |= cache.layer in unknown
         for other in self.others:
             beyond = getattr(other, "offset", length) - length
             if beyond > 0 and other.is_trimmable():

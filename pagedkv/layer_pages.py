@@ -57,7 +57,8 @@ class LayerPages:
         self._full = 0  # hot tokens that make a page due
         self._may_promote = False
         self._closed = False
-        self.in_step = True  # whether it is given as many tokens as the model's first layer
+        self.splits = False  # whether a call may give it its tokens in several parts
+        self.in_step = True  # whether it is given as many tokens as the model in every call
         self._attended: tuple[mx.array, ...] = ()  # what may still be reading the slabs
         self._backend = choose_backend(context.config.backend)
 
@@ -444,7 +445,7 @@ class LayerPages:
             if self._pager is None:
                 self.bind(other._pager.shape, other._dtype)
             table, hot = other._table.fork(), other._hot.share()
-        self.in_step = other.in_step
+        self.in_step, self.splits = other.in_step, other.splits
         self._hold(table, hot, other.offset, other.dropped)
 
     def _hold(self, table: PageTable | None, hot: HotBuffer, offset: int, dropped: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -99,6 +99,7 @@ class Wrapping:
                 cache.bind(probe.shape, probe.dtype)
                 cache.reaches_hook.update(probe.reaches_hook)
                 cache.readers = probe.readers
+                cache.in_step, cache.splits = probe.in_step, probe.splits
             return cache
 
         return PagedCache(replaced(self.stock(), paged), context)
@@ -146,17 +147,13 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     register()
     kinds = stock()
     pageable = {i for i, cache in enumerate(streams(kinds)) if paged_kind(cache)}
+    _require_some(pageable, model, kinds)
     with hooked(), left_as_it_was(model):
         probes = probe(model, kinds, pageable)
     # Flags of tokens (glm5_next of mlx-vlm) are no keys.
     left = {i for i, seen in probes.items() if not mx.issubdtype(seen.dtype, mx.floating)}
     pageable -= left
-    if not pageable:
-        names = ", ".join(sorted({type(c).__name__ for c in streams(kinds)}))
-        raise ConfigError(
-            f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
-            f"a way that can be paged (they use {names}): there is nothing to page"
-        )
+    _require_some(pageable, model, kinds)
     config.require_layers(pageable)
     name = fingerprint(model)
     wrapping = Wrapping(
@@ -184,6 +181,20 @@ def wrap(model: Any, config: TierConfig | None = None) -> PagedCache:
     object.__setattr__(model, "make_cache", wrapping.make_cache)
     object.__setattr__(model, "__reduce_ex__", _plain_copy(model))
     return cache
+
+
+def _require_some(pageable: Collection[int], model: Any, kinds: Sequence[Any]) -> None:
+    """See that there is something to page.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if not pageable:
+        names = ", ".join(sorted({type(c).__name__ for c in streams(kinds)}))
+        raise ConfigError(
+            f"none of the {len(kinds)} layers of {type(model).__name__} caches keys and values in "
+            f"a way that can be paged (they use {names}): there is nothing to page"
+        )
 
 
 def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -28,12 +28,16 @@ class LayerProbe:
         reaches_hook: whether both tags arrived at attention, for one query token (True) and for
             several (False).
         readers: how many times they did per call; more than one where layers share keys.
+        in_step: whether it was given as many tokens as the model in every call.
+        splits: whether it was given them in several parts.
     """
 
     shape: KVShape
     dtype: mx.Dtype
     reaches_hook: dict[bool, bool]
     readers: int
+    in_step: bool = True
+    splits: bool = False
 
 
 class _ProbeCache(PagedLayerCache):
@@ -44,7 +48,7 @@ class _ProbeCache(PagedLayerCache):
         self._held = offset
         self.offset = offset
         self.seen: tuple[KVShape, mx.Dtype] | None = None
-        self.reached = 0
+        self.reached = self.updates = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.seen = (
@@ -55,6 +59,7 @@ class _ProbeCache(PagedLayerCache):
         earlier = min(self._held, window - 1)
         self._fetched = _behind(keys, earlier), _behind(values, earlier)
         self.offset += int(keys.shape[2])
+        self.updates += 1
         return self.keys_and_values()
 
     @property
@@ -162,12 +167,17 @@ def _look(
     for i in pageable:
         seen = probed[i].seen
         if seen is None:
+            if i in probes:
+                probes[i] = replace(probes[i], in_step=False)
             continue
         shape, dtype = seen
         known = probes.get(i) or LayerProbe(shape, dtype, {}, 1)
         single, reached = tokens == 1, probed[i].reached
         known.reaches_hook[single] = known.reaches_hook.get(single, True) and reached > 0
-        probes[i] = LayerProbe(shape, dtype, known.reaches_hook, max(known.readers, reached))
+        in_step = known.in_step and probed[i].offset == held + tokens
+        splits = known.splits or probed[i].updates > 1
+        readers = max(known.readers, reached)
+        probes[i] = LayerProbe(shape, dtype, known.reaches_hook, readers, in_step, splits)
     return True
 
 

@@ -169,6 +169,8 @@ def describe(cache: PagedLayerCache) -> dict[str, Any]:
     }
     if window := cache.window_state():
         meta["window"] = window
+    if cache.splits or not cache.in_step:
+        meta["calls"] = [cache.in_step, cache.splits]
     if cache._pager is not None and cache._table is not None:
         shape = cache._pager.shape
         meta["shape"] = [shape.kv_heads, shape.key_dim, shape.value_dim]
@@ -228,6 +230,7 @@ _POSSIBLE: dict[str, Callable[[Any], bool]] = {
     "fingerprint": lambda text: isinstance(text, str),
     "config": lambda told: isinstance(told, dict),
     "digests": lambda told: isinstance(told, dict),
+    "calls": lambda told: told is None or [type(x) for x in told] == [bool, bool],
     "window": lambda told: told is None or all(map(is_whole, dict(told).values())),
 }
 _POSSIBLE_OF_TOKENS: dict[str, Callable[[Any], bool]] = {
@@ -357,6 +360,7 @@ def restore_into(cache: PagedLayerCache, value: Any) -> None:
     except (KeyError, TypeError, ConfigError) as e:
         raise CacheStateError(f"the saved state is not that of a {type(cache).__name__}") from e
     cache.readers = meta["readers"]
+    cache.in_step, cache.splits = map(bool, meta.get("calls", (True, False)))
     try:
         restore(cache, meta, value)
     except ConfigError as e:

@@ -447,3 +447,81 @@ def test_a_call_of_a_batch_can_be_made_again(windows: bool, new: int) -> None:
             for layer in (*batch, *plain):
                 layer.close()
             a.check()
+
+
+# Models that give layers their tokens in other ways
+
+
+def rows(count: int) -> tuple[mx.array, mx.array]:
+    return mx.zeros((1, 2, count, DIM), mx.float16), mx.ones((1, 2, count, DIM), mx.float16)
+
+
+def split_call(cache: PagedCache, count: int, until: tuple[int, int] | None = None) -> None:
+    """Layer by layer, one token after the other; broken off after so many of one layer."""
+    for number, layer in enumerate(cache.paged_layers):
+        for token in range(count):
+            layer.append(*rows(1))
+            if (number, token + 1) == until:
+                return
+
+
+@pytest.mark.parametrize("until", [(n, t) for n in range(LAYERS) for t in (1, 3, 5)])
+def test_tokens_one_by_one(until: tuple[int, int]) -> None:
+    with PagedCache.standalone(LAYERS, pagedkv.TierConfig(cold=0)) as cache:
+        for layer in cache.paged_layers:
+            layer.splits = True
+        for count in (9, 5, 1, 1, 4, 5):
+            split_call(cache, count)
+        whole = until == (LAYERS - 1, 5)
+        split_call(cache, 5, until)
+        if whole:
+            split_call(cache, 2)
+            return
+        with pytest.raises(pagedkv.CacheStateError, match="every layer holds 25 tokens now"):
+            split_call(cache, 5)
+        assert {layer.offset for layer in cache.paged_layers} == {25}
+        split_call(cache, 5)
+        assert {layer.offset for layer in cache.paged_layers} == {30}
+
+
+@pytest.mark.parametrize("uneven", range(LAYERS))
+def test_a_layer_that_takes_fewer_tokens(uneven: int) -> None:
+    """It holds a summary of every four; nothing tells how many of them are of a call."""
+
+    def call(cache: PagedCache, count: int, until: int = LAYERS) -> None:
+        for layer in cache.paged_layers[:until]:
+            summaries = (seen[0] + count) // 4 - seen[0] // 4
+            if layer.in_step:
+                layer.append(*rows(count))
+            elif summaries:
+                layer.append(*rows(summaries))
+        seen[0] += count * (until == LAYERS)
+
+    for broken in (1, 8):
+        seen = [0]
+        with PagedCache.standalone(LAYERS, pagedkv.TierConfig(cold=0)) as cache:
+            cache.paged_layers[uneven].in_step = False
+            for count in (9, 1, 1, 1, 1, 8, 1, 2, 1, 1, 1):
+                call(cache, count)
+            lengths = [layer.offset for layer in cache.paged_layers]
+            assert lengths[uneven] == 6 and {*lengths} == {6, 27}
+            call(cache, broken, until=1 if uneven == 2 else 2)
+            with pytest.raises(pagedkv.CacheStateError, match="was broken off"):
+                call(cache, 1)
+                call(cache, 1)  # where it began with the layer that was not reached
+            if uneven < 2:
+                with pytest.raises(pagedkv.CacheStateError, match="not all of its layers can give"):
+                    call(cache, 8)
+
+
+def test_a_probe_tells_how_layers_are_called() -> None:
+    from tests.vlm_zoo import build
+
+    model = build("deepseek_v4")
+    with pagedkv.wrap(model) as cache:
+        assert all(layer.splits and layer.in_step for layer in cache.paged_layers)
+    pagedkv.unwrap(model)
+    model = build("glm5_next")
+    with pagedkv.wrap(model) as cache:
+        assert {layer.in_step for layer in cache.paged_layers} == {True, False}
+    pagedkv.unwrap(model)

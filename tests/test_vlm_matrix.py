@@ -38,16 +38,7 @@ def _nothing_compiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-UNEVEN = pytest.mark.xfail(
-    raises=pagedkv.CacheStateError,
-    reason="layers that take fewer tokens than others are taken for a call that was broken off",
-)
-PAGED = [
-    pytest.param(t, marks=UNEVEN) if t in ("deepseek_v4", "glm5_next") else t
-    for t in model_types()
-    if t not in WITHOUT_PAGES
-]
-REFUSED = [t for t in WITHOUT_PAGES if t != "qwen4_exp"]  # its graph takes minutes to build
+PAGED = [t for t in model_types() if t not in WITHOUT_PAGES]
 
 
 @pytest.mark.parametrize("model_type", PAGED)
@@ -63,7 +54,7 @@ def test_a_model_type(model_type: str) -> None:
         require_pages_in_windows(build(model_type, window=LONG_WINDOW))
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", WITHOUT_PAGES)
 def test_a_model_type_without_anything_to_page_is_refused(model_type: str) -> None:
     model = build(model_type)
     with pytest.raises(pagedkv.ConfigError, match="there is nothing to page"):
