@@ -79,9 +79,9 @@ class TierConfig:
         prefix_salt: mixed into what prefixes are found by: sequences with different salts share
             nothing.
         treatment: what is done to keys and values before they are quantized to less than 8 bits,
-            and undone around attention: ``"auto"`` balances channels by the queries and keys of the
-            first tokens that a wrapped model reads, or by its weights where queries cannot be seen
-            (nothing where neither is known, such as in a standalone cache), and rotates them;
+            and undone around attention: ``"auto"`` is what wins a race on text that the model
+            writes itself, once per model, head by head; nothing where queries cannot be seen, such
+            as in a standalone cache;
             ``"hadamard"``, ``"fourier"`` and ``"householder"`` (which hardly mixes) rotate all
             without scaling, ``"none"`` leaves them; or the path of a file ``NAME.json`` that
             `Calibration.save` wrote, which is read when a model is wrapped (a path as `cold_dir`).
