@@ -3,6 +3,7 @@
     python benchmarks/treatment.py --out benchmarks/results/treatment-h100.json
 
 check    how much more the kernel errs than plain MLX, as queries see it, for head sizes and bits
+race     wrapping a model that was never seen: what it writes and reads, the race; and once more
 seal     a layer's pages (8 heads of 128): sealing as they are, and the kernel, or compiled MLX,
          before it
 prefill  a prompt of an 8B-shaped model (random weights of 4 bits): mlx-lm's own cache, K4V4 pages
@@ -16,17 +17,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 
-from pagedkv import KVShape, Precision, TierConfig, unwrap, wrap
+from pagedkv import KVShape, Precision, TierConfig, lookup_layers, treatments, unwrap, wrap
+from pagedkv import race as race_module
 from pagedkv.allocator import PageGeometry
 from pagedkv.bench.result import describe_machine
 from pagedkv.bench.subject import WIDTHS, LlamaShape, random_llama
@@ -36,6 +41,7 @@ from pagedkv.kernel_check import compensate_difference, results
 from pagedkv.kernels.compensate import CompensateSpec, compensate
 from pagedkv.kernels.launch import DeviceLauncher
 from pagedkv.kernels.seal import SealSpec, seal_pages
+from pagedkv.model_notes import FOLDER
 from pagedkv.models import wrapping_of
 from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for
 
@@ -149,9 +155,51 @@ class Kinds:
         return time.perf_counter() - start
 
 
-def kinds_of(args: argparse.Namespace, tokens: int) -> Kinds:
+def model_of(args: argparse.Namespace) -> Any:
     layers, heads = (32, (32, 8, 128)) if args.shape == "llama3-8b" else (2, (4, 2, 64))
-    return Kinds(random_llama(LlamaShape(layers, *heads, *WIDTHS[args.shape]), DTYPE), tokens)
+    return random_llama(LlamaShape(layers, *heads, *WIDTHS[args.shape]), DTYPE)
+
+
+def race(args: argparse.Namespace) -> Iterator[Row]:
+    model = model_of(args)
+    mx.eval(model.parameters())
+    wrap(model, TierConfig(cold=0, treatment="none", layer_kv="same")).close()
+    unwrap(model)  # the hash of its weights is known
+    watched = (
+        (treatments, "own_texts"),
+        (race_module, "measure"),
+        (treatments, "raced"),
+        (lookup_layers, "echoes"),
+    )
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {FOLDER: folder}):
+        for what in ("first", "second"):
+            took: dict[str, float] = {}
+            with ExitStack() as stack:
+                for module, name in watched:
+                    watching = timed(getattr(module, name), took)
+                    stack.enter_context(mock.patch.object(module, name, watching))
+                start = time.perf_counter()
+                wrap(model, TierConfig(cold=0)).close()
+                seconds = time.perf_counter() - start
+            unwrap(model)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+            yield {"part": "race", "wrap": what, "seconds": seconds, "bytes": size, "of_it": took}
+
+
+def timed(function: Callable[..., Any], took: dict[str, float]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            before = took.get(function.__name__, 0.0)
+            took[function.__name__] = before + time.perf_counter() - start
+
+    return run
+
+
+def kinds_of(args: argparse.Namespace, tokens: int) -> Kinds:
+    return Kinds(model_of(args), tokens)
 
 
 def prefill(args: argparse.Namespace) -> Iterator[Row]:
@@ -204,7 +252,7 @@ def decode(args: argparse.Namespace) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--part", nargs="+", default=["check", "seal", "prefill", "decode"])
+    parser.add_argument("--part", nargs="+", default=["check", "race", "seal", "prefill", "decode"])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--decode-tokens", type=int, default=32768, help="before decoding")
     parser.add_argument("--shape", choices=("llama3-8b", "tiny"), default="llama3-8b")
@@ -213,6 +261,7 @@ def main() -> int:
     args = parser.parse_args()
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "check": check,
+        "race": lambda: race(args),
         "seal": seal,
         "prefill": lambda: prefill(args),
         "decode": lambda: decode(args),

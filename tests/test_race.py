@@ -143,7 +143,7 @@ def test_errors_are_those_of_attention(kind: str | None, window: int | None) -> 
         change = other - exact
         cost = np.einsum("hrqd,hde,hrqe->h", change, outputs, change)
         assert (cost > 0).all()
-        np.testing.assert_allclose(got[number], cost, rtol=2e-3)
+        np.testing.assert_allclose(got[number], cost, rtol=5e-3)  # TF32 on CUDA
 
 
 SHAPE = KVShape(2, 64, 64)
