@@ -17,6 +17,7 @@ import pagedkv
 from pagedkv import ColdStoreError, ConfigError, PagedCache, TierConfig
 from pagedkv.cli.main import main
 from pagedkv.cli.stress_progress import StressProgress
+from pagedkv.model_notes import FOLDER
 from pagedkv.models import Wrapping
 from pagedkv.stress import (
     OPERATIONS,
@@ -359,6 +360,7 @@ def test_layers_with_more_bits_are_no_other_model(monkeypatch: pytest.MonkeyPatc
         return make_cache(wrapping)
 
     monkeypatch.setattr(Wrapping, "make_cache", noted)
+    monkeypatch.setenv(FOLDER, "/dev/null/nowhere")
     monkeypatch.setattr("pagedkv.lookup_layers.echoes", lambda model: {0: 0.0, 2: 0.5})
     config = tiers(warm="240KB")
     stress = ModelStress("tiny", tiny_llama(layers=4), Letters(), options(tokens=1500), config)
