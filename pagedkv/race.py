@@ -34,6 +34,9 @@ from pagedkv.treatment_rules import balanced, is_latent, rope_of, scaled
 LEAST_GAIN = 0.1
 """A treatment has to take so much of the error away: less may be chance, and it costs a product."""
 
+BY_HEAD = "mixed head by head"
+"""What is told of a layer whose heads have different winners."""
+
 QUERIES = 64
 """Of the last call, the newest."""
 
@@ -138,7 +141,8 @@ def _winner(
     treated = (winners >= 0).any(axis=1)
     costs = np.where(winners < 0, plain, least)[treated].sum(axis=1)
     ratios = [f"{ratio:.2g}" for ratio in costs / plain[treated].sum(axis=1)]
-    kinds = " / ".join(dict.fromkeys(filter(None, (kind, other))))
+    kinds = BY_HEAD if BY_HEAD in (kind, other) else " / ".join(filter(None, (kind, other)))
+    kinds = kind if kind == other else kinds
     reason = f"attention errs {' and '.join(ratios)} times as much as without"
     return Treatment.of(want.shape, q, o, key_gains, kinds, reason, value_gains)
 
@@ -168,9 +172,7 @@ def _assembled(
         feedback = (treatment.feedback, treatment.value_feedback)[part]
         if feedback is not None:
             gains[mine] = np.array(feedback)[mine]
-    kind = " or ".join(dict.fromkeys(t.kind for t in some.values()))
-    if (winners < 0).any():
-        kind += " or not at all"
+    kind = BY_HEAD if (winners != winners[0]).any() else some[int(winners[0])].kind
     return matrices, gains if gains.any() else None, kind
 
 
