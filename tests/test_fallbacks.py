@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pagedkv import kernel_check
 from pagedkv.backends import KernelBackend
 from pagedkv.kernels.source import KernelText
 from tests import test_fused, test_fused_treated
-from tests.emulator import HostLauncher
+from tests.emulator import HostLauncher, unavailable
 from tests.test_attention import config, queries
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,8 @@ def live(failure: str) -> None:
 
 @pytest.mark.parametrize("failure", [*FAILURES, "it cannot be launched"])
 def test_a_process_lives_when_kernels_fail(failure: str) -> None:
+    if failure in FAILURES and (why := unavailable()):
+        pytest.skip(why)
     code = f"from tests.test_fallbacks import live; live({failure!r}); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
@@ -112,6 +115,9 @@ def test_an_evaluation_that_raises_is_a_failed_check(
 ) -> None:
     monkeypatch.setattr(kernel_check, "results", {})
     good = mx.ones((2, 3))
+    with suppress(RuntimeError):
+        mx.eval(fail(good))
+        pytest.skip("MLX compiles nothing without a compiler, so nothing fails there")
     difference = kernel_check._difference
     with pytest.warns(UserWarning, match="the GPU kernel broken is not used") as caught:
         answers = [
