@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pagedkv.allocator import KVShape
 from pagedkv.config import names_file
 from pagedkv.errors import ConfigError
 from pagedkv.tiers import Treatment
+from pagedkv.whole_file import whole_file
 
 FORMAT = "pagedkv calibration 2"
 
@@ -72,15 +72,10 @@ class Calibration(Mapping[int, Treatment]):
             ConfigError: if the name ends otherwise, or the file cannot be written.
         """
         target, content = require_name(path), self.to_bytes()
-        temporary = ""
         try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "wb") as file:
+            with whole_file(target) as file:
                 file.write(content)
-            Path(temporary).replace(target)
         except OSError as e:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
             raise ConfigError(f"cannot write {str(path)!r}: {e.strerror}") from e
 
     @classmethod

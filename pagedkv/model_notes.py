@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from pagedkv.demo_model import cache_root
+from pagedkv.whole_file import whole_file
 
 FOLDER = "PAGEDKV_MODELS"
 """Names another folder than ``models`` in the user's cache directory."""
@@ -41,13 +41,7 @@ def keep_note(path: Path | None, content: bytes) -> None:
     """Write it, complete or not at all; where that fails it is found out again next time."""
     if path is None:
         return
-    temporary = ""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-        Path(temporary).replace(path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)

@@ -8,7 +8,6 @@ import math
 import os
 import stat
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.tiers.checksums import SECTOR_BYTES, sector_sums
+from pagedkv.whole_file import whole_file
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -134,25 +134,19 @@ def write_arrays(
             "data_offsets": [at, at + entry.nbytes],
         }
         at += entry.nbytes
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            if mode is not None:
-                os.fchmod(handle, mode)
-            _write_header(f, header)
-            for entry in entries:
-                array = entry.produce()
-                if (array.dtype, array.shape) != (entry.dtype, entry.shape):
-                    raise CacheStateError("the cache was changed while it was saved: save again")
-                f.write(bytes_of(array).data)
-            complete(header)
-            _write_header(f, header)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(target) as f:
+        if mode is not None:
+            os.fchmod(f.fileno(), mode)
+        _write_header(f, header)
+        for entry in entries:
+            array = entry.produce()
+            if (array.dtype, array.shape) != (entry.dtype, entry.shape):
+                raise CacheStateError("the cache was changed while it was saved: save again")
+            f.write(bytes_of(array).data)
+        complete(header)
+        _write_header(f, header)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
