@@ -45,7 +45,7 @@ def calibrate(
             numbers are not finite.
     """
     texts = _texts(tokens)
-    seen = measure(model, texts, watch or (lambda done, total: None))
+    seen = measure(model, texts, watch)
     nested = any(inner_caches(cache) is not None for cache in stock_maker(model)())
     layers = () if nested else model.layers  # streams and layers have the same numbers then
     chosen = {

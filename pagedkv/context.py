@@ -130,8 +130,9 @@ class SequenceContext:
             return
         number, given = self.latest
         if layer.splits and layer.layer == number:
-            given += count
-            self.latest, self.count = (number, given), given if len(self.taken) == 1 else self.count
+            self.latest = number, given + count
+            if len(self.taken) == 1:
+                self.count = given + count
             return
         lacks = {self._start} if layer.splits and self.taken and given != self.count else set()
         if layer.layer in self.taken or lacks:

@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.config import lookup_count
-from pagedkv.model_facts import logits_of, sharing_group
+from pagedkv.model_facts import sharing_group
 from pagedkv.model_notes import keep_note, note_path, read_note
-from pagedkv.probe import left_as_it_was
+from pagedkv.probe import vocabulary_of
 from pagedkv.recording import CHUNK, Stream, measure
 
 LEAST_ECHO = 0.01
@@ -109,10 +109,8 @@ def echoes(model: Any) -> dict[int, float]:
     Raises:
         ConfigError: if no layer's queries can be seen.
     """
-    with left_as_it_was(model):
-        vocabulary = int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])  # not computed
     random = np.random.default_rng(0)
-    ids, others = random.integers(0, vocabulary, (2, CHUNK)).tolist()
+    ids, others = random.integers(0, vocabulary_of(model), (2, CHUNK)).tolist()
     same, other = (_second_half(model, ids + second) for second in (ids, others))
     found = {number: same[number] - other[number] for number in same}
     if (group := sharing_group(model)) is not None:  # each has seen its own heads

@@ -232,8 +232,9 @@ def _settle(wrapping: Wrapping, model: Any, kinds: list[Any]) -> None:
         pager.set_ladders(ladders)
     # A bad directory shows here, not in mid-text.
     kept = sequences.kept_treatments(pager, name, shapes) if pager.has_cold else None
-    chosen = choose_treatments(model, config, shapes, name, ladders, unknown=kept is None)
-    pager.treatments |= chosen if kept is None else kept
+    if open_layers or not mine:  # a file is not read twice for the same ladders
+        mine = choose_treatments(model, config, shapes, name, ladders, unknown=kept is None)
+    pager.treatments |= mine if kept is None else kept
 
 
 def _plain_layers(kinds: list[Any], probes: dict[int, LayerProbe]) -> dict[int, KVShape]:

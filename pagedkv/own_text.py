@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.model_facts import context_limit, logits_of, sharing_group, stock_maker
-from pagedkv.probe import left_as_it_was
+from pagedkv.probe import vocabulary_of
 from pagedkv.recording import require_readable
 
 ROWS, LENGTH = 32, 48
@@ -40,8 +40,7 @@ def own_texts(model: Any) -> tuple[list[list[int]], list[int]]:
         ConfigError: if other processes have some of its layers.
     """
     require_readable(model)
-    with left_as_it_was(model):
-        vocabulary = int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])  # not computed
+    vocabulary = vocabulary_of(model)
     try:
         tokens = mx.concatenate(_written(model, vocabulary), axis=1)
     except Exception:  # whatever models raise that take no batches: random text is better than none

@@ -14,6 +14,7 @@ from pagedkv import hook
 from pagedkv.allocator import KVShape
 from pagedkv.attention import KVView
 from pagedkv.layer import PagedLayerCache
+from pagedkv.model_facts import logits_of
 from pagedkv.streams import replaced, streams
 from pagedkv.tiers import HotTokens
 
@@ -200,6 +201,12 @@ def windows_of(model: Any) -> list[int]:
     for name in ("args", "config"):
         collect("", getattr(model, name, None))
     return sorted(found)[:MOST_WINDOWS]
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a model knows, by the logits of a call; nothing is computed."""
+    with left_as_it_was(model):
+        return int(logits_of(model(mx.zeros((1, 1), mx.int32))).shape[-1])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ does not clearly beat that is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +82,8 @@ def raced(
     Raises:
         ConfigError: if no layer's queries can be seen.
     """
-    nobody: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
-    streams = measure(model, texts, nobody)
-    calls = measure(model, [others], nobody, kind=LastCall)
+    streams = measure(model, texts)
+    calls = measure(model, [others], kind=LastCall)
     chosen: dict[int, Treatment] = {}
     for number, want in wanted.items():
         stream, last = streams.get(number), calls.pop(number, None)
@@ -141,10 +140,10 @@ def _winner(
     treated = (winners >= 0).any(axis=1)
     costs = np.where(winners < 0, plain, least)[treated].sum(axis=1)
     ratios = [f"{ratio:.2g}" for ratio in costs / plain[treated].sum(axis=1)]
-    kinds = BY_HEAD if BY_HEAD in (kind, other) else " / ".join(filter(None, (kind, other)))
-    kinds = kind if kind == other else kinds
+    kinds = dict.fromkeys(filter(None, (kind, other)))
+    told = BY_HEAD if BY_HEAD in kinds else " / ".join(kinds)
     reason = f"attention errs {' and '.join(ratios)} times as much as without"
-    return Treatment.of(want.shape, q, o, key_gains, kinds, reason, value_gains)
+    return Treatment.of(want.shape, q, o, key_gains, told, reason, value_gains)
 
 
 def _assembled(
@@ -231,6 +230,5 @@ def _rounded(
     page_keys = codec.keys(records, mx.float32).transpose(1, 0, 3, 2)
     page_values = codec.values(records, mx.float32).swapaxes(0, 1)
     heads = want.shape.kv_heads
-    both = (x.reshape(heads, -1, x.shape[3])[:, :tokens] for x in (page_keys, page_values))
-    first, second = both
-    return first, second
+    page_keys = page_keys.reshape(heads, -1, want.shape.key_dim)[:, :tokens]
+    return page_keys, page_values.reshape(heads, -1, want.shape.value_dim)[:, :tokens]

@@ -32,7 +32,7 @@ AT_ONCE = 64
 def measure(
     model: Any,
     texts: Sequence[Sequence[int]],
-    watch: Callable[[int, int], None],
+    watch: Callable[[int, int], None] | None = None,
     found: dict[int, Stream] | None = None,
     at_once: int = AT_ONCE,
     kind: type[Stream] | None = None,
@@ -42,7 +42,7 @@ def measure(
     Args:
         model: of mlx-lm.
         texts: ids, each read from empty caches.
-        watch: called with tokens read, and all there are.
+        watch: called with tokens read, and all there are, if given.
         found: where streams are put as soon as they are there, for `watch` to look at.
         at_once: queries of a call, at most, whose attention is looked at.
         kind: of what is noted; `Stream` if None.
@@ -73,7 +73,8 @@ def measure(
                 for recorder in recorders:
                     recorder.let_go()
                 done += int(ids.size)
-                watch(done, total)
+                if watch is not None:
+                    watch(done, total)
             while recorders:
                 recorders.pop().leave()
     finally:

@@ -38,7 +38,6 @@ def balanced(
     turns: Sequence[Turn] | None,
     weights: LayerWeights,
     values: bool = True,
-    reason: str = "",
 ) -> Treatment:
     """Keys and values balanced by what was seen.
 
@@ -48,7 +47,6 @@ def balanced(
         turns: by the layer's rotary embedding; None to leave keys as they are.
         weights: of the layer.
         values: whether they are to be treated.
-        reason: what else is to be told.
 
     Raises:
         ValueError: if numbers are not finite, or float16 does not hold the matrices (ConfigError).
@@ -70,8 +68,7 @@ def balanced(
     what = f"keys balanced over {seen.query_tokens:,} tokens"
     if turns is None:
         what = f"balanced over {seen.value_tokens:,} tokens"
-    told = f"{what}; {reason}" if reason else what
-    return Treatment.of(shape, q, o, key_gains, "balanced and rotated", told, value_gains)
+    return Treatment.of(shape, q, o, key_gains, "balanced and rotated", what, value_gains)
 
 
 def _not_quieter(moments: Floats, expected: Floats, part: float) -> Floats:
