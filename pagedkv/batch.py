@@ -290,7 +290,7 @@ class BatchPagedLayerCache:
             yield
         except BaseException as e:
             if not isinstance(e, PagedKVError):
-                self.rows[0]._context.break_off()
+                self.rows[0]._context.recover()
             for batch in self._siblings():
                 batch._back_to(mark)
                 if batch is self:

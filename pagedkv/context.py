@@ -125,11 +125,10 @@ class SequenceContext:
             CacheStateError: if a call was broken off. Its tokens are taken back.
         """
         if not layer.in_step:
-            whole = self.taken and not self._behind(self._start + self.count)
-            (self.early if whole else self.uneven).add(layer.layer)
+            (self.early if self._whole() else self.uneven).add(layer.layer)
             return
         number, given = self.latest
-        if layer.splits and layer.layer == number:
+        if self._goes_on(layer):
             self.latest = number, given + count
             if len(self.taken) == 1:
                 self.count = given + count
@@ -185,13 +184,42 @@ class SequenceContext:
             f"every layer holds {length:,} tokens now, go on with those that come after them"
         )
 
+    def unbegun(self, layer: PagedLayerCache) -> dict[int, int] | None:
+        """What the call before has taken, if the next tokens of a layer begin another call.
+
+        None if they belong to the call under way. What is returned once that call has begun is
+        another dictionary.
+        """
+        if layer.in_step:
+            again = layer.layer in self.taken
+            return self.taken if again and not self._goes_on(layer) else None
+        return self.taken if layer.layer not in self.early and self._whole() else None
+
+    def _goes_on(self, layer: PagedLayerCache) -> bool:
+        """Whether the call under way gives a layer its tokens in parts, and this one now."""
+        return layer.splits and layer.layer == self.latest[0]
+
+    def _whole(self) -> bool:
+        """Whether all layers have come that are to come in each call."""
+        return bool(self.taken) and not self._behind(self._start + self.count)
+
     def break_off(self) -> None:
         """Take back the tokens of a call in which something was raised that is not ours."""
         with self.pager.turn.lock:
+            self.recover()
+            if self.taken:
+                # Where the only layer is given tokens in parts, nothing tells where a call began.
+                in_step = [cache for cache in self.alive() if cache.in_step]
+                self.torn |= len(in_step) == 1 and in_step[0].splits
+                self.take_back_to(self._start)
+            else:
+                self.torn |= bool(self.uneven or self.early)
+
+    def recover(self) -> None:
+        """Put right what an operation that was broken off may have left half done."""
+        with self.pager.turn.lock:
             self.pager.inconsistent = True
             self.pager.reclaim()
-            if self.taken:
-                self.take_back_to(self._start)
 
     def take_back_to(self, length: int) -> None:
         """Forget what came after the first `length` tokens, everywhere, after a call that failed.

@@ -55,6 +55,32 @@ def interruptible_call(
     return taken_back
 
 
+def interruptible_append(
+    method: Callable[Concatenate[Any, P], T],
+) -> Callable[Concatenate[Any, P], T]:
+    """A part of a call that may begin it: see `interruptible_call`.
+
+    If it is broken off before the call has begun, the tokens of the call before stay.
+    """
+
+    @functools.wraps(method)
+    def taken_back(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        context = self._context
+        waits = context.unbegun(self)
+        try:
+            return method(self, *args, **kwargs)
+        except PagedKVError:
+            raise
+        except BaseException:
+            if waits is not None and waits == context.unbegun(self):
+                context.pager.inconsistent = True
+            else:
+                context.break_off()
+            raise
+
+    return taken_back
+
+
 def _context_of(cache: Any) -> SequenceContext:
     """Of one layer's cache, or of the list of them."""
     context: SequenceContext = getattr(cache, "_context", None) or cache.context

@@ -16,7 +16,7 @@ from pagedkv.backends import KernelBackend
 from pagedkv.config import TierConfig
 from pagedkv.context import SequenceContext
 from pagedkv.errors import CacheStateError, PagedKVError, ShapeError
-from pagedkv.interruption import interruptible, interruptible_call
+from pagedkv.interruption import interruptible, interruptible_append, interruptible_call
 from pagedkv.layer_pages import LayerPages
 from pagedkv.selection import ColdSelection, SkipCounters
 from pagedkv.stand_in import stand_ins
@@ -62,7 +62,7 @@ class PagedLayerCache(LayerPages):
 
     # Appending
 
-    @interruptible_call
+    @interruptible_append
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append tokens; the protocol's main call.
 
@@ -123,7 +123,7 @@ class PagedLayerCache(LayerPages):
         return stand_ins(self, self.layer, view, *form, lambda: self._dense(view))
 
     @exclusive
-    @interruptible_call
+    @interruptible_append
     def append(self, keys: mx.array, values: mx.array) -> KVView:
         """Append tokens and return what attention over everything needs.
 

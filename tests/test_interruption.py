@@ -39,6 +39,8 @@ ROUNDING = 0.06
 HERE = str(Path(pagedkv.__file__).parent)
 SOME = 12
 """Points of each operation that CI takes."""
+BEGINNING = 20
+"""Points until a call's first layer has begun it."""
 
 
 class Interrupted:
@@ -67,14 +69,14 @@ def broken_off(n: int, operation: Callable[[], Any]) -> tuple[int, str]:
     return interrupted.entered, ""
 
 
-def points(operation: Callable[[], Any]) -> list[int]:
-    """Numbers of the function entries to be interrupted: all of them, or some, and the first."""
+def points(operation: Callable[[], Any], first: int = 1) -> list[int]:
+    """Numbers of the function entries to be interrupted: all of them, or the first and some."""
     count, _ = broken_off(0, operation)
     every = list(range(1, count + 1))
     if os.environ.get("INTERRUPTIONS") == "all" or count <= SOME:
         return every
     seed = int(os.environ.get("SEED", "1"))
-    return [1, *sorted(random.Random(seed).sample(every[1:], SOME))]
+    return [*every[:first], *sorted(random.Random(seed).sample(every[first:], SOME))]
 
 
 # A model without a model: keys, values and queries follow from a token's number
@@ -194,6 +196,7 @@ def once_more(cache: PagedCache, tokens: list[int], start: int, where: str) -> n
     """Make a call again that was to read `tokens` from `start` on; None if it was over."""
     if all(layer.offset == len(tokens) for layer in cache):
         return None
+    assert all(layer.offset >= start for layer in cache), where
     if cache.offset > start:
         cache.trim(cache.offset - start)
     for _ in range(2):
@@ -210,17 +213,25 @@ def test_a_call_can_be_made_again(windows: bool, new: int) -> None:
     """Bit for bit if the call sealed nothing behind its own tokens' beginning, which 300 do."""
     exact = new < 300
     with course(windows) as a:
-        read(a.base, more := list(range(1300, 1300 + 170)))  # the next tokens make a page due
+        read(a.base, more := list(range(1300, 1300 + 160)))
         a.tokens = [*a.tokens, *more]
-        after = [*a.tokens, *range(2000, 2000 + new)]
+        start = len(a.tokens) + 10
+
+        def twin() -> PagedCache:
+            """With a call of its own, whose tokens stay; the next ones make a page due."""
+            read(cache := a.twin(), range(1460, 1470))
+            return cache
+
+        after = [*a.tokens, *range(1460, 1470), *range(2000, 2000 + new)]
         next_one = [*after, 5]
-        plain = a.twin()
-        right = read(plain, after[len(a.tokens) :])
+        plain = twin()
+        right = read(plain, after[start:])
         right_next = read(plain, [5])
-        for n in points(lambda: read(a.twin(), after[len(a.tokens) :])):
-            cache = a.twin()
-            _, where = broken_off(n, lambda c=cache: read(c, after[len(a.tokens) :]))  # type: ignore[misc]
-            again = once_more(cache, after, len(a.tokens), where)
+        called = twin()
+        for n in points(lambda: read(called, after[start:]), BEGINNING):
+            cache = twin()
+            _, where = broken_off(n, lambda c=cache: read(c, after[start:]))  # type: ignore[misc]
+            again = once_more(cache, after, start, where)
             holds(cache, after)
             if exact and again is not None:
                 assert (again == right).all(), where
@@ -424,18 +435,22 @@ def test_a_call_of_a_batch_can_be_made_again(windows: bool, new: int) -> None:
 
         def rows() -> list[Any]:
             longer = a.twin()
-            read(longer, range(1400, 1430))
+            read(longer, range(1400, 1420))
             both = [longer, a.twin()]
-            return [BatchPagedLayerCache.merge(layers) for layers in zip(*both, strict=True)]
+            batch = [BatchPagedLayerCache.merge(layers) for layers in zip(*both, strict=True)]
+            read_rows(batch, [range(1420, 1430)] * 2)
+            return batch
 
         more = [range(2000, 2000 + new), range(3000, 3000 + new)]
         plain = rows()
         right, following = read_rows(plain, more), read_rows(plain, [[5], [6]])
-        before = [1230, 1200]
-        for n in points(lambda: read_rows(rows(), more)):
+        before = [1230, 1210]
+        called = [rows()]
+        for n in points(lambda: read_rows(called.pop(), more), BEGINNING):
             batch = rows()
             _, where = broken_off(n, lambda b=batch: read_rows(b, more))  # type: ignore[misc]
             lengths = [[row.offset for row in layer.rows] for layer in batch]
+            assert (np.array(lengths) >= before).all(), where
             if lengths != [[held + new for held in before]] * LAYERS:
                 try:
                     again = read_rows(batch, more)
@@ -512,6 +527,40 @@ def test_a_layer_that_takes_fewer_tokens(uneven: int) -> None:
             if uneven < 2:
                 with pytest.raises(pagedkv.CacheStateError, match="not all of its layers can give"):
                     call(cache, 8)
+
+
+def ctrl_c(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_only_layer_takes_its_tokens_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing tells where a call of it began, so nothing is said to be what it was."""
+    with PagedCache.standalone(1, pagedkv.TierConfig(cold=0)) as cache:
+        cache.paged_layers[0].splits = True
+        for count in (9, 5):
+            split_call(cache, count)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(PagedLayerCache, "_start_call", ctrl_c)
+            split_call(cache, 1)
+        with pytest.raises(pagedkv.CacheStateError, match="not all of its layers can give"):
+            split_call(cache, 1)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_call_broken_off_before_it_begins(uneven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of the one before stay."""
+    with PagedCache.standalone(LAYERS, pagedkv.TierConfig(cold=0)) as cache:
+        cache.paged_layers[0].in_step = not uneven
+        for count in (20, 5):
+            for layer in cache.paged_layers:
+                layer.append(*rows(count if layer.in_step else 1))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SequenceContext, "begin", ctrl_c)
+            cache.paged_layers[0].append(*rows(5))
+        lengths = [layer.offset for layer in cache.paged_layers]
+        assert lengths == ([2, 25, 25] if uneven else [25, 25, 25])
+        for layer in cache.paged_layers:
+            layer.append(*rows(5 if layer.in_step else 1))
 
 
 def test_a_probe_tells_how_layers_are_called() -> None:
