@@ -216,7 +216,7 @@ class PagedCache(list[Any]):
         sequences.resume(self, sequence)
 
     @exclusive
-    def remember(self, tokens: Sequence[int] | mx.array) -> int:
+    def remember(self, tokens: Sequence[int] | mx.array, salt: str = "") -> int:
         """Keep what this cache holds for sequences that begin with the same tokens.
 
         Its sealed pages are shared with a cache that `reuse`s them, and stay, within the budgets,
@@ -226,7 +226,8 @@ class PagedCache(list[Any]):
         Args:
             tokens: ids of the tokens that the cache holds, from the first one on. They must be
                 all that decides what it holds: where images or other inputs do too, use a
-                ``prefix_salt`` for each or do not call this.
+                ``salt`` for each or do not call this.
+            salt: sequences with another one share nothing with this; beside ``prefix_salt``.
 
         Returns:
             Tokens that can be reused: the sinks and whole pages; 0 if there is no page, or the
@@ -235,10 +236,10 @@ class PagedCache(list[Any]):
         Raises:
             ConfigError: if they are no token ids.
         """
-        return prefixes.remember(self, tokens)
+        return prefixes.remember(self, tokens, salt)
 
     @exclusive
-    def reuse(self, tokens: Sequence[int] | mx.array) -> int:
+    def reuse(self, tokens: Sequence[int] | mx.array, salt: str = "") -> int:
         """Fill this empty cache with the beginning of a prompt, if it is known.
 
         Looked for are sequences that were remembered while the model is wrapped, and with a
@@ -249,6 +250,7 @@ class PagedCache(list[Any]):
 
         Args:
             tokens: ids of the whole prompt.
+            salt: what they were remembered with.
 
         Returns:
             How many of them the cache holds now, less than there are: give the model the rest.
@@ -258,7 +260,7 @@ class PagedCache(list[Any]):
                 it was wrapped.
             ConfigError: if they are no token ids.
         """
-        return prefixes.reuse(self, tokens)
+        return prefixes.reuse(self, tokens, salt)
 
     @exclusive
     def forget_prefixes(self) -> None:

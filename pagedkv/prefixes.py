@@ -174,15 +174,15 @@ def obstacle(cache: PagedCache) -> str:
 
 
 @interruptible
-def remember(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+def remember(cache: PagedCache, tokens: Sequence[int] | mx.array, salt: str = "") -> int:
     """Keep a cache's sealed pages for others; see `PagedCache.remember`."""
-    held = note(cache, tokens)
+    held = note(cache, tokens, salt)
     if held:
         cache.context.prefixes.keep(cache, cache.context.prefix, held)
     return held
 
 
-def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+def note(cache: PagedCache, tokens: Sequence[int] | mx.array, salt: str = "") -> int:
     """Say which tokens a cache holds, for its next flush; see `PagedCache.remember`."""
     _require_open(cache)
     context = cache.context
@@ -192,7 +192,11 @@ def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     unit = _unit(cache)
     units = min(_full_tokens(layer) for layer in _holding(cache)) // unit
     digests = prefix_digests(
-        _key(context, unit), ids, unit, context.config.sink_tokens, min(units, sequences.MOST_UNITS)
+        _key(context, unit, salt),
+        ids,
+        unit,
+        context.config.sink_tokens,
+        min(units, sequences.MOST_UNITS),
     )
     if rate := context.pace.prompt_per_second:
         context.prefixes.prompt_rate = rate
@@ -201,7 +205,7 @@ def note(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
 
 
 @interruptible
-def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
+def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array, salt: str = "") -> int:
     """Fill an empty cache with what is known of these tokens; see `PagedCache.reuse`."""
     _require_open(cache)
     if cache.offset:
@@ -215,7 +219,7 @@ def reuse(cache: PagedCache, tokens: Sequence[int] | mx.array) -> int:
     ids, unit = _ids(tokens), _unit(cache)
     # Beyond the window of this prompt: tokens within it are 16 bit, as if nothing were reused.
     most = (len(ids) - config.sink_tokens - config.hot_tokens) // unit
-    digests = prefix_digests(_key(context, unit), ids, unit, config.sink_tokens, max(0, most))
+    digests = prefix_digests(_key(context, unit, salt), ids, unit, config.sink_tokens, max(0, most))
     here = context.prefixes.longest(digests)
     there = _longest_stored(cache, digests)
     units = 0
@@ -267,14 +271,14 @@ def _full_tokens(layer: PagedLayerCache) -> int:
     return sum(itertools.takewhile(lambda n: n == layer.page_tokens, tokens))
 
 
-def _key(context: SequenceContext, unit: int) -> bytes:
+def _key(context: SequenceContext, unit: int, salt: str) -> bytes:
     config = context.config
     ladders = str(context.pager.budget.ladders)
     settings = (ladders, config.sink_tokens, config.hot_dtype, unit, config.prefix_salt)
     # What a step leaves out is missing in the pages of all later layers too.
     left_out = (config.skip_below, config.cold_pages)
     context.require_same_weights()
-    return prefix_key(context.fingerprint, *settings, *left_out)
+    return prefix_key(context.fingerprint, *settings, *left_out, *([salt] if salt else []))
 
 
 def _take_over(cache: PagedCache, source: PagedCache, tokens: int) -> None:

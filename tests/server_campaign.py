@@ -14,19 +14,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 
 import pagedkv
-from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import wrapping_of
-from pagedkv.serving import PagedAPIHandler, PagedModelProvider, server_options
-from pagedkv.serving_requests import PagedResponseGenerator
+from pagedkv.server.access import Access
+from pagedkv.server.prompt_cache import KeptPrompts
+from pagedkv.server.provider import PagedModelProvider
+from pagedkv.server.requests import PagedResponseGenerator
+from pagedkv.server.server import bound, listening, server_options
 from pagedkv.tiers import Pager
 from tests.models import byte_model
 
@@ -157,36 +158,42 @@ class Running:
 
 
 @contextmanager
-def running(folder: str, config: pagedkv.TierConfig = CONFIG, *options: str) -> Iterator[Running]:
-    """A server, stopped at the end."""
+def running(
+    folder: str,
+    config: pagedkv.TierConfig = CONFIG,
+    *options: str,
+    access: Access | None = None,
+    **provided: Any,
+) -> Iterator[Running]:
+    """A server, stopped at the end.
+
+    Args:
+        folder: of its model.
+        config: its tiers.
+        options: mlx-lm's.
+        access: who may ask.
+        provided: for `PagedModelProvider`.
+    """
     args = server_options(
         ["--model", folder, "--prefill-step-size", "128", "--log-level", "ERROR", *options],
         argparse.ArgumentParser,
     )
-    provider = PagedModelProvider(args, config)
+    provider = PagedModelProvider(args, config, **provided)
     generator = PagedResponseGenerator(provider, KeptPrompts(args.prompt_cache_size))
-    httpd = None
     try:
         generator.wait()
-        httpd = ThreadingHTTPServer(
-            ("127.0.0.1", 0), lambda *a, **k: _QuietHandler(generator, *a, **k)
-        )
-        threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
-        yield Running(generator, httpd.server_address[1])
+        ready, place = threading.Event(), bound("127.0.0.1", 0)
+        web = listening(generator, access or Access(), ready.set)
+        thread = threading.Thread(target=web.run, args=([place],))
+        thread.start()
+        assert ready.wait(60)
+        try:
+            yield Running(generator, place.getsockname()[1])
+        finally:
+            web.should_exit = True
+            thread.join()
     finally:
-        if httpd is not None:
-            httpd.shutdown()
-            httpd.server_close()
         generator.stop_and_join()
-
-
-class _QuietHandler(PagedAPIHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def handle(self) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # the client went
-            super().handle()
 
 
 def requests(count: int, seed: int) -> list[Request]:

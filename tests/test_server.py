@@ -25,9 +25,9 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch
 
 import pagedkv
 from pagedkv import PagedLayerCache
-from pagedkv.cli import main
-from pagedkv.kept_prompts import KeptPrompts
-from pagedkv.serving_requests import PagedBatchGenerator
+from pagedkv.cli import main, serve
+from pagedkv.server.prompt_cache import KeptPrompts
+from pagedkv.server.requests import PagedBatchGenerator
 from tests.models import byte_model
 from tests.server_campaign import CONFIG, Answer, Request, Running, campaign, running
 
@@ -225,7 +225,7 @@ def test_a_page_that_cannot_be_read_for_one_answer_ends_that_one(
 
 def test_another_model_takes_the_place_of_the_first(folder: str, tmp_path: Path) -> None:
     other = byte_model(tmp_path)
-    with running(folder) as server:
+    with running(folder, others=True) as server:
         server.ask(Request(text(700), 2))
         first = server.pager
         body = json.dumps({"prompt": text(700), "max_tokens": 2, "model": other})
@@ -259,11 +259,38 @@ BAD: dict[str, dict[str, Any]] = {
     "ids, alone": {"prompt": [5, 6, 7], "seed": 1},
     "a number to stop at": {"stop": 3},
     "nothing to stop at": {"stop": [None]},
-    "more than there are": {"temperature": 1.0, "top_k": 100_000},
+    "an empty text to stop at": {"stop": [""]},
+    "more than there are": {"top_k": 100_000},
     "no float": {"temperature": 10**400},
     "no index": {"logit_bias": {str(2**80): 1.0}},
-    "too far back": {"repetition_penalty": 1.5, "repetition_context_size": 10**30},
+    "no such token": {"logit_bias": {"1000000": 1.0}},
+    "below all tokens": {"logit_bias": {"-1": 1.0}},
+    "too far back": {"repetition_context_size": 10**30},
     "no name": {"draft_model": ["a"]},
+    "two answers": {"n": 2},
+    "a form": {"response_format": {"type": "json_object"}},
+    "nobody knows it": {"mirostat": 1},
+}
+"""Each has its field first, which the answer names."""
+
+BAD_CHATS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": []},
+    "messages[0].role": {"messages": [{"content": "no role"}]},
+    "messages[1].content[0].text": {
+        "messages": [{"role": "user"}, {"role": "user", "content": [{"type": "text"}]}]
+    },
+    "messages[0].content[0]": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}],
+            }
+        ]
+    },
+    "messages[0].tool_calls": {"messages": [{"role": "assistant", "tool_calls": 5}]},
+    "chat_template_kwargs": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    "tool_choice": {"tool_choice": "required"},
+    "tools[0]": {"tools": [3]},
 }
 
 
@@ -274,7 +301,12 @@ def test_a_request_that_cannot_be_answered_ends_alone(folder: str) -> None:
         for name, bad in BAD.items():
             status, answer = post(server, {"prompt": "hello", "max_tokens": 3, **bad})
             assert (status, answer["error"]["type"]) == (400, "RequestError"), (name, answer)
+            assert answer["error"]["param"] == next(iter(bad)), (name, answer)
             assert len(answer["error"]["message"]) > 20
+        for field, bad in BAD_CHATS.items():
+            chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **bad}
+            status, answer = post(server, chat, "/v1/chat/completions")
+            assert (status, answer["error"]["param"]) == (400, field), answer
         # One beside it, in the same batch, gets its answer.
         answers: list[Any] = []
         thread = threading.Thread(target=lambda: answers.append(server.ask(Request(text(150), 60))))
@@ -285,8 +317,6 @@ def test_a_request_that_cannot_be_answered_ends_alone(folder: str) -> None:
         assert post(server, {"prompt": "x", **BAD["more than there are"]})[0] == 400
         thread.join()
         assert answers[0].status == 200 and answers[0].text.startswith(alone)
-        chat = {"messages": [{"content": "no role"}], "max_tokens": 2}
-        assert post(server, chat, "/v1/chat/completions")[0] == 400
         assert server.ask(usual).text == alone
         server.wait_idle()
         server.check()
@@ -332,7 +362,7 @@ def test_a_prompt_that_is_all_of_a_sequence_that_was_kept(folder: str) -> None:
         whole = text(300)
         assert post(server, {"prompt": whole, "max_tokens": 3})[0] == 200
         server.wait_idle()
-        tokens = next(server.kept._latest_first())[0]
+        tokens = next(server.kept._latest_first())[1]
         cache, rest = server.kept.fetch_nearest_cache(
             server.generator.model_provider.model_key, tokens
         )
@@ -354,7 +384,7 @@ def test_a_request_for_what_is_not_there_disturbs_nobody(
 
     monkeypatch.setattr(mlx_lm.utils, "snapshot_download", hub)
     (tmp_path / "empty").mkdir()
-    with running(folder) as server:
+    with running(folder, others=True) as server:
         server.ask(Request(text(700), 2))
         server.wait_idle()
         model = server.generator.model_provider.model
@@ -411,7 +441,9 @@ def test_processes_refuse_what_one_of_them_has_no_room_for(monkeypatch: pytest.M
 
 
 def lines(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    code = main.main(["serve", *argv])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "_leave", lambda code: code)  # this process goes on
+        code = main.main(["serve", *argv])
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1, (out, err)
     return code, err

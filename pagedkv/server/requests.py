@@ -10,11 +10,12 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 from weakref import WeakSet
 
@@ -26,21 +27,14 @@ from mlx_lm.models.cache import CacheList
 from pagedkv.admission import Wish, refused
 from pagedkv.batch import BatchPagedLayerCache
 from pagedkv.errors import OutOfPagesError, PagedKVError
-from pagedkv.kept_prompts import KeptPrompts
 from pagedkv.models import wrapping_of
+from pagedkv.server.errors import GenerationError, RequestError, StoppedError, as_ours
+from pagedkv.server.prompt_cache import KeptPrompts, Salted
 from pagedkv.sizes import format_size
 from pagedkv.stats import rows_of
 
 _PATIENCE = 10.0
 """Seconds that another process of a group waits for the first one to end it."""
-
-
-class RequestError(PagedKVError):
-    """A request that cannot be answered as it is: says what is wrong with it."""
-
-
-class GenerationError(PagedKVError):
-    """Something else than pagedkv failed while a request was answered."""
 
 
 class Refusal(BaseException):
@@ -62,17 +56,26 @@ class _Answers:
     """The queue on which one request is answered.
 
     Attributes:
+        salt: what its sequences are kept apart by.
         failed: whether it was answered with an error; what comes later is left out.
+        alone: whether it is served outside of the batch, so that it may be ended in its midst.
     """
 
-    def __init__(self, queue: Queue[Any], unanswered: WeakSet[_Answers]) -> None:
-        self._queue, self._unanswered = queue, unanswered
+    def __init__(self, queue: Queue[Any], salt: str, owner: PagedResponseGenerator) -> None:
+        self._queue, self.salt, self._owner = queue, salt, owner
         self._context: Any = None
-        self.failed = False
-        unanswered.add(self)
+        self.failed = self.alone = False
+        with owner.answering:
+            owner.unanswered.add(self)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return _abandoned(self._queue)
 
     def put(self, item: Any) -> None:
         """As `Queue.put`."""
+        self._owner.beat = time.monotonic()
         if self.failed:
             return
         if isinstance(item, server.GenerationContext):
@@ -81,7 +84,10 @@ class _Answers:
             # Its frames hold caches, and the thread that gets it must not be who lets go of them.
             item.__traceback__ = item.__context__ = item.__cause__ = None
         if item is None or isinstance(item, BaseException):  # the last one
-            self._unanswered.discard(self)
+            with self._owner.answering:
+                self._owner.unanswered.discard(self)
+        elif self.alone and self.abandoned:
+            raise ConnectionAbortedError("the client has gone")
         self._queue.put(item)
 
     def fail(self, error: BaseException) -> None:
@@ -92,12 +98,19 @@ class _Answers:
             self._context.stop()
 
 
+def _abandoned(queue: Queue[Any]) -> bool:
+    return bool(getattr(queue, "abandoned", False))
+
+
 class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
     """mlx-lm's generation thread, which alone calls MLX.
 
     Attributes:
         answers: of the request that was taken last.
+        unanswered: requests that were taken and are not at their end.
+        answering: held by who looks at these, on any thread.
         given: lists of caches that the last step gave to mlx-lm's loop.
+        beat: when something was last done, on `time.monotonic`'s clock.
     """
 
     def __init__(self, provider: Any, kept: KeptPrompts) -> None:
@@ -110,7 +123,11 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         provider.kept = kept
         kept.model = lambda: provider.model
         self.answers: _Answers | None = None
-        self._unanswered: WeakSet[_Answers] = WeakSet()  # the loop forgets those that were left
+        self.unanswered: WeakSet[_Answers] = WeakSet()  # the loop forgets those that were left
+        self.answering = threading.Lock()
+        self.beat = time.monotonic()
+        self._reading = threading.Lock()
+        self._here = threading.local()
         self._ending = False
         self.given: list[list[Any]] = []
         self._loaded = threading.Event()
@@ -135,14 +152,50 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         if self._failure is not None:
             raise self._failure
 
-    def stop_and_join(self) -> None:
-        """End the thread, and those of the other processes of a group with that of the first."""
-        if not self._is_distributed:
-            super().stop_and_join()
-            return
+    def end_within(self, seconds: float) -> None:
+        """Say how long there is for what is written to disk at the end; the first word counts."""
+        provider = self.model_provider
+        provider.end = min(provider.end, time.monotonic() + seconds)
+
+    @property
+    def left(self) -> float:
+        """Seconds of that time that are left."""
+        return float(max(0.0, self.model_provider.end - time.monotonic()))
+
+    def stop(self) -> None:
+        """Have the thread end after the step under way; all requests are answered with an error."""
         self._ending = True
-        # The others are told where all of them listen; it is not for them to end by themselves.
-        self._generation_thread.join(None if self._rank == 0 else _PATIENCE)
+        if self._is_distributed:
+            return  # the others are told where all of them listen
+        self._stop = True
+        error = StoppedError("the server is about to end; its next start finds what it has kept")
+        with self.answering:
+            left = list(self.unanswered)
+        for answers in left:
+            answers.fail(error)
+        with suppress(Empty):
+            while True:
+                self.requests.get_nowait()[0].put(error)
+
+    def stop_and_join(self, seconds: float | None = None) -> bool:
+        """End the thread, and those of the other processes of a group with that of the first.
+
+        Args:
+            seconds: how long to wait for it; None is for ever.
+
+        Returns:
+            Whether it has ended.
+        """
+        self.stop()
+        if self._is_distributed and self._rank:
+            seconds = _PATIENCE  # it is not for this process to end by itself
+        self._generation_thread.join(seconds)
+        return not self._generation_thread.is_alive()
+
+    @property
+    def still(self) -> float:
+        """Seconds since the thread did anything; 0 while it loads."""
+        return time.monotonic() - self.beat if self._loaded.is_set() else 0.0
 
     def _generate(self) -> None:
         try:
@@ -168,29 +221,85 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
             Exception: the error, if it was no request's, or the other processes of a group would
                 wait for this one where it is no more.
         """
-        if self._is_distributed or not self._unanswered:
-            self._failure = _as_ours(error)
+        if self._is_distributed or not self.unanswered:
+            self._failure = as_ours(error)
             if self._is_distributed and self._rank == 0:
                 _thread.interrupt_main()  # it listens
             raise error
         # As text: who keeps the traceback keeps the caches in its frames.
-        logging.error(f"Requests under way end with an error:\n{traceback.format_exc()}")
-        for answers in list(self._unanswered):
-            answers.fail(_as_ours(error))
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        logging.error(
+            f"Requests under way end with {type(error).__name__} in {where.name} "
+            f"({where.filename}:{where.lineno})"
+        )
+        with self.answering:
+            left = list(self.unanswered)
+        for answers in left:
+            answers.fail(as_ours(error))
         self.answers = None
         self.let_go()
 
     def generate(self, request: Any, generation_args: Any, *args: Any, **options: Any) -> Any:
         """Hand a request to the thread; see `ResponseGenerator.generate`.
 
+        Args:
+            request: mlx-lm's, with ``salt`` and ``gone`` (a `threading.Event`) besides, if any.
+            generation_args: see there.
+            args: see there.
+            options: see there.
+
         Raises:
             Refusal: if it is answered with an error.
         """
+        # An event cannot be sent to other processes, and this thread alone asks for it.
+        self._here.gone = vars(request).pop("gone", None)
+        provider = self.model_provider
         try:
-            self.model_provider.require_known(generation_args.model)
+            provider.require_known(generation_args.model)
+            if self._ending:
+                raise StoppedError("the server is about to end")
+            if not provider.others and not _has_parts(request):
+                # Here, where others are not held up by it.
+                with self._reading:
+                    request.found = self._understood(provider.tokenizer, request, generation_args)
             return super().generate(request, generation_args, *args, **options)
+        except BrokenPipeError:
+            raise
         except Exception as e:
             raise Refusal(e) from None
+
+    def _await_response(self, response_queue: Any) -> Any:
+        while True:
+            if (gone := self._here.gone) is not None and gone.is_set():
+                response_queue.abandoned = True
+                raise BrokenPipeError("the client has gone")
+            try:
+                return response_queue.get(timeout=0.5)
+            except Empty:
+                if not self.generation_available():
+                    raise StoppedError("the generation thread has ended") from None
+
+    def _understood(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """A prompt's tokens, with what mlx-lm tells of them.
+
+        Raises:
+            RequestError: if there are none, or too many.
+        """
+        try:
+            found = super()._tokenize(tokenizer, request, args)
+            tokens = list(found[0])
+        except Exception as e:
+            raise RequestError(f"the request is not understood: {type(e).__name__}: {e}") from e
+        if not tokens:
+            raise RequestError("the prompt has no tokens: there is nothing to answer")
+        if not all(isinstance(token, int) for token in tokens):
+            raise RequestError("the prompt was not made into a list of tokens")
+        most = self.model_provider.limits.prompt
+        if most is not None and len(tokens) > most:
+            raise RequestError(
+                f"the prompt has {len(tokens):,} tokens, and this server takes {most:,} at most"
+            )
+        return found
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """Tokenize a prompt, and try what else mlx-lm makes of the request.
@@ -200,24 +309,25 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         Raises:
             RequestError: if the request cannot be understood.
         """
-        if request.request_type == "text" and not isinstance(request.prompt, str):
+        found = vars(request).pop("found", None) or self._understood(tokenizer, request, args)
+        known = self.model_provider.vocabulary
+        if beyond := [token for token in args.logits.logit_bias or () if not 0 <= token < known]:
             raise RequestError(
-                f"prompt is a text, got {type(request.prompt).__name__}: send one request for each "
-                f"prompt of a list, and text in place of token ids"
+                f"there is no token {beyond[0]}, only 0 to {known - 1}", "logit_bias"
             )
+        if args.sampling.top_k >= known:
+            raise RequestError(f"there are {known:,} tokens, so at most {known - 1:,}", "top_k")
         try:
-            found = super()._tokenize(tokenizer, request, args)
-            tokens = list(found[0])
             self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
             server._make_sampler(args, tokenizer)
             server._make_logits_processors(args)
         except Exception as e:
             raise RequestError(f"the request is not understood: {type(e).__name__}: {e}") from e
-        if not tokens:
-            raise RequestError("the prompt has no tokens: there is nothing to answer")
-        if not all(isinstance(token, int) for token in tokens):
-            raise RequestError("the prompt was not made into a list of tokens")
         return found
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        request[0].alone = True
+        super()._serve_single(request, stream)
 
     def let_go(self) -> None:
         """Take back what the last step gave: mlx-lm's loop holds it until there is another.
@@ -230,11 +340,13 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
 
     def _next_request(self, timeout: float | None = None) -> Any:
         self.let_go()
+        self.beat = time.monotonic()
         request = super()._next_request(timeout)
-        if request is None:
+        if request is None or (not self._is_distributed and _abandoned(request[0])):
             return None
         queue, *rest = request
-        self.answers = _Answers(queue, self._unanswered)
+        self.answers = _Answers(queue, getattr(rest[0], "salt", ""), self)
+        self.prompt_cache.salt = self.answers.salt
         return (self.answers, *rest)
 
     def _share_request(self, request: Any) -> Any:
@@ -287,7 +399,7 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         try:
             uids: list[int] = super().insert_segments(*args, **options)
         except Exception as e:
-            answers.fail(_as_ours(e))
+            answers.fail(as_ours(e))
             uids = [self._uid_count]
             self._uid_count += 1
         self._answers.update(dict.fromkeys(uids, answers))
@@ -301,10 +413,16 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
 
     def extract_cache(self, uids: Any) -> Any:
         """Copies of requests' caches; see `BatchGenerator.extract_cache`."""
-        found = super().extract_cache(uids)
         waiting = {sequence[0] for sequence in self._unprocessed_sequences}
+        found = {
+            uid: (self._salted(uid, caches), tokens)
+            for uid, (caches, tokens) in super().extract_cache(uids).items()
+        }
         self._owner.given += [caches for uid, (caches, _) in found.items() if uid not in waiting]
         return found
+
+    def _salted(self, uid: int, caches: list[Any]) -> Salted:
+        return Salted(caches, self._answers[uid].salt if uid in self._answers else "")
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """One step of every request; see `BatchGenerator.next`.
@@ -313,15 +431,24 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         dropped; it is named once more among the prompts, for the server to forget it.
         """
         self._owner.let_go()
+        self._owner.beat = time.monotonic()
+        if not self._owner._is_distributed:
+            self._forget_abandoned()
         with self._held_back(self._refuse()):
             prompts, answers = self._step()
         for response in answers:
             if response.finish_reason is not None:
-                self._answers.pop(response.uid, None)
                 self._owner.given.append(response.prompt_cache)
+                response.prompt_cache = self._salted(response.uid, response.prompt_cache)
+                self._owner.given.append(response.prompt_cache)
+                self._answers.pop(response.uid, None)
         gone = [uid for uid, answers_to in self._answers.items() if answers_to.failed]
         prompts += [PromptProcessingBatch.Response(uid, (0, 0), False, False) for uid in gone]
         return prompts, answers
+
+    def _forget_abandoned(self) -> None:
+        gone = [uid for uid, answers in self._answers.items() if answers.abandoned]
+        self._fail({uid: StoppedError("the client has gone") for uid in gone})
 
     def _step(self) -> tuple[list[Any], list[Any]]:
         steps, waiting = self._counters.generation_steps, len(self._generation_batch)
@@ -331,7 +458,7 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         except Exception as e:
             if self._owner._is_distributed:
                 raise  # the other processes wait in the middle of this step
-            error = _as_ours(e)
+            error = as_ours(e)
             answering = self._generation_batch.uids
             if waiting and steps == self._counters.generation_steps and error.rows:
                 # Nothing else has begun in this step: it can be made again without these.
@@ -458,13 +585,6 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self._fail({uid: error for uid in self._answers if uid not in waiting})
 
 
-def _as_ours(error: Exception) -> PagedKVError:
-    """An error to answer with; pagedkv's own are as they are."""
-    if isinstance(error, PagedKVError):
-        return error
-    return GenerationError(f"generating failed with {type(error).__name__}: {error}")
-
-
 def _guarded(answers: _Answers, given: Any) -> Any:
     """A request's sampler, or its logits processors, whose errors end this request alone.
 
@@ -490,6 +610,17 @@ def _guard(
         return otherwise(*args)
 
     return call
+
+
+def _has_parts(request: Any) -> bool:
+    """Whether a chat has images: what becomes of them is computed with the model."""
+    contents = [message.get("content") for message in request.messages]
+    return any(
+        part.get("type") != "text"
+        for parts in contents
+        if isinstance(parts, list)
+        for part in parts
+    )
 
 
 def _flat(caches: Iterable[Any]) -> Iterator[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +17,19 @@ from pagedkv.errors import PagedKVError
 from pagedkv.models import wrapping_of
 
 
+class Salted(list[Any]):
+    """A sequence's caches, and what it is kept apart by.
+
+    Attributes:
+        salt: sequences with another one share nothing with it.
+    """
+
+    def __init__(self, caches: Iterable[Any], salt: str) -> None:
+        """Make a list of the same caches."""
+        super().__init__(caches)
+        self.salt = salt
+
+
 class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
     """mlx-lm's prompt caches; with a ``cold_dir`` also what an earlier server left there.
 
@@ -22,6 +37,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
 
     Attributes:
         model: gives the model that is loaded now; None if none is.
+        salt: of the request under way: what other salts have is not found, nor shared.
     """
 
     def __init__(self, max_size: int = 10) -> None:
@@ -32,6 +48,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         """
         super().__init__(max_size)
         self.model: Callable[[], Any] = lambda: None
+        self.salt = ""
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any
@@ -40,7 +57,8 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
 
         See `LRUPromptCache.insert_cache`.
         """
-        super().insert_cache(model, tokens, list(prompt_cache), **options)
+        salt = prompt_cache.salt if isinstance(prompt_cache, Salted) else self.salt
+        super().insert_cache((model, salt), tokens, list(prompt_cache), **options)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """A cache with the longest known beginning of a prompt, and the tokens it lacks.
@@ -59,7 +77,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         return cache, rest
 
     def _nearest(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        cache, rest = super().fetch_nearest_cache(model, tokens)
+        cache, rest = super().fetch_nearest_cache((model, self.salt), tokens)
         if not rest and cache is not None:  # this very sequence was kept
             if not can_trim_prompt_cache(cache):
                 return None, tokens
@@ -70,7 +88,7 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
             return cache, rest
         stored = wrapping.make_cache()
         try:
-            reused = stored.reuse(tokens)
+            reused = stored.reuse(tokens, salt=self.salt)
         except PagedKVError as e:
             logging.warning(f"Prompts kept on disk cannot be used: {e}")
             reused = 0
@@ -79,10 +97,13 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         stored.close()
         return cache, rest
 
-    def flush(self) -> int:
+    def flush(self, seconds: float = math.inf) -> int:
         """Leave what is kept in ``cold_dir``, the one used last first, as far as there is room.
 
         It takes the place of what an earlier server left there, but for what fits beside it.
+
+        Args:
+            seconds: none is begun after so long.
 
         Returns:
             How many sequences were written.
@@ -91,10 +112,14 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
         if wrapping is None or wrapping.pager.identity is None:
             return 0
         written: list[PagedCache] = []
-        for tokens, layers in self._latest_first():
+        end = time.monotonic() + seconds
+        for salt, tokens, layers in self._latest_first():
+            if time.monotonic() > end:
+                logging.warning("Not all prompts are kept on disk: there was no time for more")
+                break
             cache = PagedCache.of(layers)
             try:
-                if prefixes.note(cache, tokens):
+                if prefixes.note(cache, tokens, salt):
                     sequences.flush(cache, None, spare=True)
                     written.append(cache)
             except PagedKVError as e:
@@ -104,11 +129,11 @@ class KeptPrompts(LRUPromptCache):  # type: ignore[misc]
             self._discard_older(written)
         return len(written)
 
-    def _latest_first(self) -> Iterator[tuple[list[int], list[Any]]]:
+    def _latest_first(self) -> Iterator[tuple[str, list[int], list[Any]]]:
         kinds = [self._lru._lrus[kind] for kind in self._lru._ordering]
         for lru in kinds:  # each has the one used longest ago first
             for model, tokens in reversed(lru):
-                yield tokens, self._trie.get(model, tokens).prompt_cache
+                yield model[1], tokens, self._trie.get(model, tokens).prompt_cache
 
     def _discard_older(self, written: list[PagedCache]) -> None:
         """Of those of earlier servers, keep what no other one has, and as many as there may be."""
