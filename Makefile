@@ -12,7 +12,7 @@ PRELOAD = LD_PRELOAD="$$($(BIN)/python -c 'from pagedkv import blas; print(blas.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .PHONY: help demo test check lint unit wheel releases placement faults fuzz kills machine \
-	interruptions clients threads models benchmark format clean
+	interruptions clients requests threads models benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -69,6 +69,9 @@ models: $(VENV)/test  ## try every model type of mlx-lm and mlx-vlm, write docs/
 
 clients: $(VENV)/test  ## 2,000 requests to the server, each answer checked
 	OPENBLAS_NUM_THREADS=1 $(PRELOAD) $(BIN)/python -m tests.server_campaign --requests 2000 --seed $(SEED)
+
+requests: $(VENV)/test  ## 20,000 requests of every kind to `serve`, beside clients with known answers
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.request_fuzz --requests 20000 --seed $(SEED)
 
 benchmark: $(VENV)/test  ## attention, decode and prefill, small, on this machine
 	$(BIN)/pagedkv bench all --quick --cold-rows --format table

@@ -201,21 +201,19 @@ def run(args: argparse.Namespace) -> int:
         others=args.other_models,
         any_name=args.any_model_name,
     )
-    if not access.keys and not _here_alone(options.host):
-        say(
-            f"warning: everybody who reaches {options.host} may use this server: see --api-keys, "
-            f"and put a proxy with TLS in front of it"
-        )
     where = f"http://{options.host}:{options.port}/v1"
     code = 0
+
+    def ready() -> None:
+        if not access.keys and not _here_alone(options.host):
+            say(
+                f"warning: everybody who reaches {options.host} may use this server: see "
+                f"--api-keys, and put a proxy with TLS in front of it"
+            )
+        say(f"serving {args.model} at {where} (stop with Ctrl-C)")
+
     try:
-        serve(
-            provider,
-            access,
-            lambda: say(f"serving {args.model} at {where} (stop with Ctrl-C)"),
-            explain,
-            args.stop_seconds,
-        )
+        serve(provider, access, ready, explain, args.stop_seconds)
     except SystemExit as e:  # told to stop
         code = int(e.code or 0)
     except KeyboardInterrupt:

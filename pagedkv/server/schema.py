@@ -63,7 +63,7 @@ def _only(*allowed: Any) -> AfterValidator:
 
 
 def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
+    stops = [value] if value and isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise _refuse("expected a text, or a list of texts")
     if len(stops) > MOST_STOPS or not all(0 < len(s) <= LONGEST_STOP for s in stops):

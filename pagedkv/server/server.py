@@ -89,13 +89,15 @@ def bound(host: str, port: int) -> socket.socket:
         ConfigError: if it cannot be had.
     """
     made = None
+    if not 0 <= port < 1 << 16:  # the system would take the rest of a division
+        raise ConfigError(f"cannot listen at {host}:{port}: a port is a number from 0 to 65535")
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = infos[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-    except (OSError, OverflowError, UnicodeError) as e:
+    except (OSError, UnicodeError) as e:
         if made is not None:
             made.close()
         reason = getattr(e, "strerror", None) or str(e)
