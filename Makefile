@@ -12,7 +12,7 @@ PRELOAD = LD_PRELOAD="$$($(BIN)/python -c 'from pagedkv import blas; print(blas.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .PHONY: help demo test check lint unit wheel releases placement faults fuzz kills machine \
-	interruptions clients requests threads models benchmark format clean
+	interruptions clients requests ends protocols threads models benchmark format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -72,6 +72,15 @@ clients: $(VENV)/test  ## 2,000 requests to the server, each answer checked
 
 requests: $(VENV)/test  ## 20,000 requests of every kind to `serve`, beside clients with known answers
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.request_fuzz --requests 20000 --seed $(SEED)
+
+ends: $(VENV)/test  ## 200 servers told to stop, interrupted or killed under load
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.server_kills --times 200 --seed $(SEED)
+
+protocols: $(VENV)/test  ## OpenAI's clients, litellm: MODEL=FOLDER served by us and by mlx_lm.server
+	$(BIN)/python -m pip install --quiet --target .protocols openai litellm requests
+	npm install --silent --prefix .protocols openai
+	OPENBLAS_NUM_THREADS=1 $(PRELOAD) PYTHONPATH=.protocols $(BIN)/python -m tests.client_campaign \
+		--model $(MODEL) --node .protocols
 
 benchmark: $(VENV)/test  ## attention, decode and prefill, small, on this machine
 	$(BIN)/pagedkv bench all --quick --cold-rows --format table

@@ -1,0 +1,37 @@
+"""Some of the ends of `tests.server_kills`; `make ends` makes more."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.models import byte_model
+from tests.served import TIERS, Served
+from tests.server_kills import LIMIT, Campaign, campaign
+
+
+def test_servers_that_are_stopped_and_killed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    made = campaign(byte_model(tmp_path / "model", larger=True), tmp_path / "cold", 8, seed=1)
+    assert isinstance(made, Campaign) and made.seen["found"] and made.seen["flushed"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_an_answer_under_way_ends_with_an_error(tmp_path: Path, sign: int) -> None:
+    folder = byte_model(tmp_path, larger=True)
+    with Served(folder, *TIERS, "--warm", "4MB", "--stop-seconds", "4") as server:
+        got: list[bytes] = []
+        body = {"prompt": "hello", "max_tokens": 100_000, "stream": True}
+        client = threading.Thread(target=lambda: got.append(server.send(body)[1]))
+        client.start()
+
+        time.sleep(1.5)
+        code, took = server.stop(sign)
+        client.join()
+        assert code == (143 if sign == signal.SIGTERM else 130) and took < LIMIT
+        assert b"StoppedError" in got[0] and b"data: [DONE]" not in got[0]
+        assert "Traceback" not in server.text()
