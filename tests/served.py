@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 TIERS = ("--hot-tokens", "64", "--sink-tokens", "4", "--kv", "fp16", "--page-tokens", "256")
 """16-bit pages behind a small window: what is reused changes no number."""
 
+NO_END = {"256": -100}
+"""`logit_bias` with which a model of bytes does not end its text."""
+
 
 class Served:
     """A server, from its first line to its end.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import byte_model
-from tests.served import TIERS, Served
+from tests.served import NO_END, TIERS, Served
 
 LIMIT = 10.0
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
@@ -95,9 +95,8 @@ class Campaign:
             prompt = rng.choice(PROMPTS)
             stream = rng.random() < 0.5
             with contextlib.suppress(OSError, http.client.HTTPException):
-                status, data, _ = server.send(
-                    {"prompt": prompt, "max_tokens": rng.choice([4, 200]), "stream": stream}
-                )
+                body = {"prompt": prompt, "max_tokens": rng.choice([4, 2000]), "stream": stream}
+                status, data, _ = server.send({**body, "logit_bias": NO_END})
                 self.seen[f"status {status}"] += 1
                 self.seen["told to come again"] += b"StoppedError" in data
 

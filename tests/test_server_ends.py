@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import byte_model
-from tests.served import TIERS, Served
+from tests.served import NO_END, TIERS, Served
 from tests.server_kills import LIMIT, Campaign, campaign
 
 
@@ -25,7 +25,7 @@ def test_an_answer_under_way_ends_with_an_error(tmp_path: Path, sign: int) -> No
     folder = byte_model(tmp_path, larger=True)
     with Served(folder, *TIERS, "--warm", "4MB", "--stop-seconds", "4") as server:
         got: list[bytes] = []
-        body = {"prompt": "hello", "max_tokens": 100_000, "stream": True}
+        body = {"prompt": "hello", "max_tokens": 100_000, "stream": True, "logit_bias": NO_END}
         client = threading.Thread(target=lambda: got.append(server.send(body)[1]))
         client.start()
 
