@@ -25,7 +25,7 @@ class Limits:
         unknown: whether fields that nobody knows are left out in place of refused.
     """
 
-    body: int = 32 << 20
+    body: int = 32_000_000
     prompt: int | None = None
     answer: int = MOST_TOKENS
     requests: int = 128

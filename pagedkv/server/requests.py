@@ -37,6 +37,10 @@ _PATIENCE = 10.0
 """Seconds that another process of a group waits for the first one to end it."""
 
 
+_MOST_IN_VAIN = 5
+"""So many errors of the loop without a request between them are not any request's."""
+
+
 class Refusal(BaseException):
     """An error that comes before an answer has begun.
 
@@ -129,6 +133,7 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         self._reading = threading.Lock()
         self._here = threading.local()
         self._ending = False
+        self._in_vain = 0  # errors of the loop since the last request
         self.given: list[list[Any]] = []
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
@@ -218,10 +223,11 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         """Answer all requests with an error that escaped mlx-lm's loop, which then begins anew.
 
         Raises:
-            Exception: the error, if it was no request's, or the other processes of a group would
-                wait for this one where it is no more.
+            Exception: the error, if it comes again and again without a request, or the other
+                processes of a group would wait for this one where it is no more.
         """
-        if self._is_distributed or not self.unanswered:
+        self._in_vain += not self.unanswered
+        if self._is_distributed or self._in_vain > _MOST_IN_VAIN:
             self._failure = as_ours(error)
             if self._is_distributed and self._rank == 0:
                 _thread.interrupt_main()  # it listens
@@ -229,7 +235,7 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         # As text: who keeps the traceback keeps the caches in its frames.
         where = traceback.extract_tb(error.__traceback__)[-1]
         logging.error(
-            f"Requests under way end with {type(error).__name__} in {where.name} "
+            f"All requests under way end with {type(error).__name__} in {where.name} "
             f"({where.filename}:{where.lineno})"
         )
         with self.answering:
@@ -256,7 +262,7 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         provider = self.model_provider
         try:
             provider.require_known(generation_args.model)
-            if self._ending:
+            if self._ending or not self.generation_available():
                 raise StoppedError("the server is about to end")
             if not provider.others and not _has_parts(request):
                 # Here, where others are not held up by it.
@@ -342,6 +348,8 @@ class PagedResponseGenerator(server.ResponseGenerator):  # type: ignore[misc]
         self.let_go()
         self.beat = time.monotonic()
         request = super()._next_request(timeout)
+        if request is not None:
+            self._in_vain = 0
         if request is None or (not self._is_distributed and _abandoned(request[0])):
             return None
         queue, *rest = request
@@ -448,7 +456,11 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
 
     def _forget_abandoned(self) -> None:
         gone = [uid for uid, answers in self._answers.items() if answers.abandoned]
-        self._fail({uid: StoppedError("the client has gone") for uid in gone})
+        if gone:
+            super().remove(gone)
+        for uid in gone:
+            logging.info(f"Request {uid}: the client has gone")
+            self._answers[uid].fail(StoppedError("the client has gone"))
 
     def _step(self) -> tuple[list[Any], list[Any]]:
         steps, waiting = self._counters.generation_steps, len(self._generation_batch)
