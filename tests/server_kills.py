@@ -106,7 +106,8 @@ class Campaign:
         self.slowest = max(self.slowest, took)
         assert took < LIMIT, (state, name, took)
         text = server.text()
-        assert "Traceback" not in text, text[-3000:]
+        if not (state == "loading" and sign == signal.SIGINT):  # Python's own, while it imports
+            assert "Traceback" not in text, text[-3000:]
         gone = state == "stopping" and sign == signal.SIGKILL
         loading = state == "loading" and sign == signal.SIGTERM
         allowed = {CODES[sign], *((143,) if gone else ()), *((-15,) if loading else ())}
