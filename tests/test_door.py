@@ -236,7 +236,7 @@ def test_a_client_that_goes_makes_room(folder: str) -> None:
                 assert time.monotonic() < end, more
                 time.sleep(0.1)
             server.wait_idle(20)
-            assert not server.generator.unanswered
+            assert not server.generator.ledger.all()
 
 
 def test_limits(folder: str) -> None:
@@ -307,7 +307,7 @@ def test_a_thread_that_stands_still_is_told_of(folder: str) -> None:
         assert send(server, None, "/health", "GET")[:2] == (200, {"status": "ok"})
         server.generator._next_request = lambda *args, **options: None  # type: ignore[method-assign]
         time.sleep(0.3)
-        server.generator.beat -= 1000
+        server.generator.ledger.beat -= 1000
         status, answer, _ = send(server, None, "/health", "GET")
         assert (status, answer["status"]) == (503, "stands still")
 
