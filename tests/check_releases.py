@@ -19,6 +19,7 @@ CORE = (
     "attention",
     "batch",
     "cli_generate",
+    "door",
     "fallbacks",
     "mlx_lm",
     "server",
