@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -34,4 +35,17 @@ def test_an_answer_under_way_ends_with_an_error(tmp_path: Path, sign: int) -> No
         client.join()
         assert code == (143 if sign == signal.SIGTERM else 130) and took < LIMIT
         assert b"StoppedError" in got[0] and b"data: [DONE]" not in got[0]
+        assert "Traceback" not in server.text()
+
+
+def test_bodies_that_never_come_hold_up_no_end(tmp_path: Path) -> None:
+    folder = byte_model(tmp_path, larger=True)
+    with Served(folder, *TIERS, "--warm", "4MB", "--stop-seconds", "4") as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as s:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n"
+            s.sendall(head + b"{")
+            time.sleep(0.5)
+            code, took = server.stop()
+            assert code == 143 and took < LIMIT
+            assert s.recv(100).startswith(b"HTTP/1.1 503")
         assert "Traceback" not in server.text()

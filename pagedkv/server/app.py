@@ -25,6 +25,7 @@ from pagedkv.server.errors import (
     BusyError,
     ForeignError,
     RequestError,
+    StoppedError,
     TooLargeError,
     UnknownModelError,
     fields_of,
@@ -98,6 +99,8 @@ class _Answering(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (OSError, TimeoutError):
             pass  # the client has gone
+        except asyncio.CancelledError:
+            logging.warning("An answer is cut off: the server ends")
         finally:
             exchange.gone.set()
             left.cancel()
@@ -165,6 +168,9 @@ class Endpoints:
         except ClientDisconnect:
             self._leave()
             return Response(status_code=400)  # nobody sees it
+        except asyncio.CancelledError:  # the server ends, and has waited for this
+            self._leave()
+            return _refused(StoppedError("the server is about to end"))
         except TimeoutError:
             self._leave()
             return JSONResponse(

@@ -89,7 +89,8 @@ class PagedBatchGenerator(BatchGenerator):  # type: ignore[misc]
     def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
         """Drop requests; see `BatchGenerator.remove`."""
         for uid in uids:
-            self._answers.pop(uid, None)
+            if answers := self._answers.pop(uid, None):
+                self._owner.ledger.discard(answers)
         return super().remove(uids, return_prompt_caches)
 
     def extract_cache(self, uids: Any) -> Any:
