@@ -153,6 +153,14 @@ def test_the_model_that_is_served_and_no_other(folder: str, tmp_path: Path) -> N
         assert (status, answer["model"]) == (200, "gpt-4")
 
 
+def test_an_adapter_is_not_left_out_for_the_default_models_name(folder: str) -> None:
+    with running(folder, others=True, name="demo") as server:
+        own = server.generator.model_provider.own
+        assert own({"model": "demo"}) == own({"model": folder}) == {"model": "default_model"}
+        assert own({"adapters": "a"}) == {"adapters": "a", "model": folder}
+        assert own({"model": "demo", "adapters": None})["model"] == "default_model"
+
+
 def test_a_model_without_room_is_an_error_each_time(folder: str, tmp_path: Path) -> None:
     other = byte_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -78,6 +78,9 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
             body = {**body, "draft_model": DEFAULT}
         if body.get("adapters") == self.cli_args.adapter_path:
             body = {key: value for key, value in body.items() if key != "adapters"}
+        if body.get("adapters") is not None and body.get("model", DEFAULT) == DEFAULT:
+            # By that name mlx-lm would leave the adapter out.
+            body = {**body, "model": str(self.cli_args.model)}
         return body
 
     def _load(
