@@ -158,7 +158,7 @@ def test_an_adapter_is_not_left_out_for_the_default_models_name(folder: str) -> 
         own = server.generator.model_provider.own
         assert own({"model": "demo"}) == own({"model": folder}) == {"model": "default_model"}
         assert own({"adapters": "a"}) == {"adapters": "a", "model": folder}
-        assert own({"model": "demo", "adapters": None})["model"] == "default_model"
+        assert own({"model": "demo", "adapters": None}) == {"model": "default_model"}
 
 
 def test_a_model_without_room_is_an_error_each_time(folder: str, tmp_path: Path) -> None:

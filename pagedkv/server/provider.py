@@ -74,7 +74,7 @@ class PagedModelProvider(server.ModelProvider):  # type: ignore[misc]
         """
         if self.any_name or body.get("model") in self._names:
             body = {**body, "model": DEFAULT}
-        if body.get("draft_model") == self.cli_args.draft_model:
+        if "draft_model" in body and body["draft_model"] == self.cli_args.draft_model:
             body = {**body, "draft_model": DEFAULT}
         if body.get("adapters") == self.cli_args.adapter_path:
             body = {key: value for key, value in body.items() if key != "adapters"}
