@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv.backends import KernelBackend
-from pagedkv.kernels.source import KernelText
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.attn.kernels.source import KernelText
 from tests.models import random_tokens, tiny_llama
 from tests.test_in_place import reserve, slab_addresses
 

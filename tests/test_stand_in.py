@@ -16,9 +16,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
 import pagedkv
-from pagedkv import probe
-from pagedkv.probe import windows_of
-from pagedkv.stand_in import StandIn
+from pagedkv.cache.stand_in import StandIn
+from pagedkv.integrations.mlx_lm import probe
+from pagedkv.integrations.mlx_lm.probe import windows_of
 from tests.models import random_tokens, tiny_llama
 
 HEADS, DIM = 2, 16
@@ -284,7 +284,7 @@ def test_a_copy_of_a_wrapped_model_is_a_plain_one() -> None:
     pagedkv.wrap(model, CONFIG)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(copy.deepcopy(model)))):
         assert (
-            pagedkv.models.wrapping_of(twin) is None
+            pagedkv.integrations.mlx_lm.wrapping.wrapping_of(twin) is None
             and not {"make_cache", "__reduce_ex__"} & vars(twin).keys()
         )
         assert mx.array_equal(twin(ids), expected).item()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import state
-from pagedkv.backends import KernelBackend
-from pagedkv.mlx_lm_cache import PagedKVCache, PagedRotatingKVCache
-from pagedkv.window_sizes import SLACK
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.cache.persistence import snapshot as state
+from pagedkv.config.window_sizes import SLACK
+from pagedkv.integrations.mlx_lm.caches import PagedKVCache, PagedRotatingKVCache
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.models import random_tokens
