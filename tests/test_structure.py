@@ -6,7 +6,7 @@ import json
 
 from tests import structure
 
-ON_A_CIRCLE = 18
+ON_A_CIRCLE = 13
 FOREIGN_PRIVATES = 161
 LONG_FILES = 22
 LONGEST = 807

@@ -14,7 +14,8 @@ from pagedkv.tiers.cold.record import ColdRecord, PageIdentity
 from pagedkv.tiers.disk.disk import Disk, RealDisk
 from pagedkv.tiers.hot import HotBuffer, HotTokens
 from pagedkv.tiers.pager import Pager
-from pagedkv.tiers.pages.layer_pager import LayerPager, Lineage, Page, Run
+from pagedkv.tiers.pages.layer_pager import LayerPager
+from pagedkv.tiers.pages.page import Lineage, Page, Run
 from pagedkv.tiers.pages.warm_slab import WarmSlab
 from pagedkv.tiers.store import ColdStore, FileColdStore
 

@@ -19,21 +19,11 @@ from pagedkv.tiers.cold.prefetch import ColdReader
 from pagedkv.tiers.cold.workers import ThreadWorkers, Workers
 from pagedkv.tiers.disk.disk import Disk, RealDisk
 from pagedkv.tiers.memory_pressure import Pressure
-from pagedkv.tiers.pages.layer_pager import LayerPager, Lineage
+from pagedkv.tiers.pages.layer_pager import LayerPager
+from pagedkv.tiers.pages.page import Lineage
+from pagedkv.tiers.shared import PagerCounters
 from pagedkv.tiers.store import FileColdStore
 from pagedkv.tiers.turn import Turn
-
-
-@dataclass
-class PagerCounters:
-    """Page movements since the pager was made; `pressed` are those demoted for want of memory."""
-
-    sealed: int = 0
-    lowered: int = 0
-    demoted: int = 0
-    promoted: int = 0
-    pressed: int = 0
-    warm_bytes_returned: int = 0
 
 
 @dataclass

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pagedkv.tiers.pages.layer_pager import Lineage, Page
+from pagedkv.tiers.pages.page import Lineage, Page
 
 
 class DemotionOrder:

@@ -7,8 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -34,10 +32,9 @@ from pagedkv.tiers.cold.prefetch import Batch
 from pagedkv.tiers.cold.record import ColdRecord
 from pagedkv.tiers.pages.bounds import LayerBounds
 from pagedkv.tiers.pages.demotion import DemotionOrder
+from pagedkv.tiers.pages.page import Lineage, Page, Run
 from pagedkv.tiers.pages.warm_slab import WarmSlab
-
-if TYPE_CHECKING:
-    from pagedkv.tiers.pager import Pager
+from pagedkv.tiers.shared import SharedTiers
 
 RUN_TOKENS = 4096
 """Tokens attended together, at most; a run of cold pages is also one read from disk."""
@@ -73,61 +70,12 @@ def choose_page_tokens(
     return preferred
 
 
-@dataclass(eq=False)
-class Lineage:
-    """A sequence and its forks. `tick` says when one of them was last used."""
-
-    tick: int = 0
-
-
-@dataclass(eq=False)
-class Page:
-    """A sealed page: what it is, and where.
-
-    Attributes:
-        number: page number within the layer.
-        precision: how it was sealed.
-        position: token position of its first token, for demotion by distance.
-        lineage: whose it is.
-        slot: its warm slot, or None.
-        record: its copy on disk, or None. At least one of the two is set; a page with both is
-            warm and clean: demoting it costs no write.
-    """
-
-    number: int
-    precision: Precision
-    position: int
-    lineage: Lineage
-    slot: int | None = None
-    record: ColdRecord | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive pages of one precision that are attended in one piece.
-
-    Where runs begin and end depends on page order and precision alone, never on the tier.
-
-    Attributes:
-        entries: the pages, and how many tokens of each count.
-        precision: of all of them.
-    """
-
-    entries: tuple[TableEntry, ...]
-    precision: Precision
-
-    @property
-    def tokens(self) -> int:
-        """Valid tokens in the run."""
-        return sum(e.tokens for e in self.entries)
-
-
 class LayerPager:
     """The sealed pages of one layer, of all sequences."""
 
     def __init__(
         self,
-        pager: Pager,
+        pager: SharedTiers,
         layer: int,
         shape: KVShape,
         hot_dtype: mx.Dtype,

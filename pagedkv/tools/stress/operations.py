@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -16,24 +15,22 @@ from pagedkv.cache.persistence import snapshot as state
 from pagedkv.errors import CacheStateError, PagedKVError
 from pagedkv.tiers.arrays import evaluated
 from pagedkv.tools.stress.killing import Killed, kill_one
+from pagedkv.tools.stress.run import Run
 from pagedkv.tools.stress.sequence import Sequence
 from pagedkv.tools.stress.verify import page_at
-
-if TYPE_CHECKING:
-    from pagedkv.tools.stress.synthetic import SyntheticStress
 
 _BURST = 4
 _READ_WHOLE = 16384  # tokens up to which a fork is read back whole
 
 
-def decode(run: SyntheticStress) -> None:
+def decode(run: Run) -> None:
     """A few tokens one by one, each asking for needles."""
     steps = min(int(run.rng.integers(1, _BURST + 1)), run.options.tokens - run.main.cache.offset)
     for i in range(steps):
         run.step(run.main, run.main.cache.offset + 1, 1, "decode", first=i)
 
 
-def trim(run: SyntheticStress) -> None:
+def trim(run: Run) -> None:
     """Forget some tokens, a few or whole pages of them; others are written in their place."""
     length = run.main.cache.offset
     window = run.options.chunk if run.rng.random() < 0.3 else 2 * run.options.chunk + 1024
@@ -49,7 +46,7 @@ def trim(run: SyntheticStress) -> None:
     run.step(run.main, left + 1, 1, "decode", first=count)
 
 
-def fork(run: SyntheticStress) -> None:
+def fork(run: Run) -> None:
     """Let a second sequence go its own way for a while, check both, and drop it."""
     main, rng, chunk = run.main, run.rng, run.options.chunk
     # Its next token is of another branch from here on.
@@ -73,7 +70,7 @@ def fork(run: SyntheticStress) -> None:
         twin.cache.close()
 
 
-def save(run: SyntheticStress) -> None:
+def save(run: Run) -> None:
     """Save to a file, close, load it into fresh tiers, compare every byte, and go on from there."""
     main, path = run.main, run.folder / "saved.safetensors"
     needed = sum(layer.nbytes for layer in main.cache.paged_layers)
@@ -106,7 +103,7 @@ def save(run: SyntheticStress) -> None:
     path.unlink()
 
 
-def _loaded(run: SyntheticStress, path: str) -> PagedCache:
+def _loaded(run: Run, path: str) -> PagedCache:
     def load() -> PagedCache:
         fresh = run.reopen()
         try:
@@ -135,7 +132,7 @@ def digest(cache: PagedCache) -> str:
     return found.hexdigest()
 
 
-def kill(run: SyntheticStress) -> None:
+def kill(run: Run) -> None:
     """Flush, let another process go on and kill it (SIGKILL), and resume what it left."""
     main, options = run.main, run.options
     durability = str(run.rng.choice(["process", "power"]))
@@ -154,7 +151,7 @@ def kill(run: SyntheticStress) -> None:
         run.step(main, main.cache.offset + 1, 1, "decode", first=length)
 
 
-def _flush(run: SyntheticStress, durability: str) -> None:
+def _flush(run: Run, durability: str) -> None:
     """Flush a sequence without a damaged page: what the killed process finds must be sound."""
     main = run.main
     while True:
@@ -164,7 +161,7 @@ def _flush(run: SyntheticStress, durability: str) -> None:
         run.repair(main)
 
 
-def _resumed(run: SyntheticStress) -> PagedCache:
+def _resumed(run: Run) -> PagedCache:
     def resume() -> PagedCache:
         fresh = run.reopen()
         try:
@@ -177,7 +174,7 @@ def _resumed(run: SyntheticStress) -> PagedCache:
     return run.survive(run.main, resume)
 
 
-def _judge(run: SyntheticStress, fate: Killed, flushed: int) -> None:
+def _judge(run: Run, fate: Killed, flushed: int) -> None:
     """Resumed must be the last flush that returned, or the one that was under way."""
     length = run.main.cache.offset
     run.resumes.hold(not fate.wrong, f"the process to be killed at {flushed:,} said: {fate.wrong}")
@@ -187,7 +184,7 @@ def _judge(run: SyntheticStress, fate: Killed, flushed: int) -> None:
     )
 
 
-DO: dict[str, Callable[[SyntheticStress], None]] = {
+DO: dict[str, Callable[[Run], None]] = {
     "decode": decode,
     "trim": trim,
     "fork": fork,
