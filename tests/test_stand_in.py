@@ -16,7 +16,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
 import pagedkv
-from pagedkv.cache.stand_in import StandIn
+from pagedkv.attn.stand_in import StandIn
 from pagedkv.integrations.mlx_lm import probe
 from pagedkv.integrations.mlx_lm.probe import windows_of
 from tests.models import random_tokens, tiny_llama

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pagedkv.allocator import KVShape
 from pagedkv.attn.driver import DECODE_TOKENS, KVView
+from pagedkv.attn.stand_in import stand_ins
 from pagedkv.cache import sdpa_hook as hook
 from pagedkv.cache.batch_layout import (
     BatchLayout,
@@ -25,7 +26,6 @@ from pagedkv.cache.batch_layout import (
     batch_mask,
     row_masks,
 )
-from pagedkv.cache.stand_in import stand_ins
 from pagedkv.config.window_sizes import SLACK
 from pagedkv.errors import CacheStateError, OutOfPagesError, PagedKVError, ShapeError
 from pagedkv.sequence.admission import Wish, refused

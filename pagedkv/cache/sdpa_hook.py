@@ -2,7 +2,7 @@
 
 A cache hands the model its keys and values as *tagged* arrays: instances of a subclass of
 `mx.array` that remember the `KVView` they stand for; or, where the numbers are not wanted, as
-`pagedkv.cache.stand_in.StandIn`. A dispatcher in place of `mx.fast.scaled_dot_product_attention`
+`pagedkv.attn.stand_in.StandIn`. A dispatcher in place of `mx.fast.scaled_dot_product_attention`
 recognises a matching pair and runs paged attention.
 """
 
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from pagedkv.attn.driver import KVView, set_hot_attention
+from pagedkv.attn.stand_in import KEYS, VALUES, StandIn
 from pagedkv.cache.batch_layout import BatchView
-from pagedkv.cache.stand_in import KEYS, VALUES, StandIn
 
 
 class Attends(Protocol):

@@ -13,9 +13,9 @@ from pagedkv.allocator import KVShape
 from pagedkv.attn.backends import KernelBackend
 from pagedkv.attn.driver import DECODE_TOKENS, KVView, attend, check_view
 from pagedkv.attn.selection import ColdSelection, SkipCounters
+from pagedkv.attn.stand_in import stand_ins
 from pagedkv.cache import sdpa_hook as hook
 from pagedkv.cache.persistence import snapshot as state
-from pagedkv.cache.stand_in import stand_ins
 from pagedkv.config.tier_config import TierConfig
 from pagedkv.errors import CacheStateError, PagedKVError, ShapeError
 from pagedkv.sequence.interruption import interruptible, interruptible_append, interruptible_call

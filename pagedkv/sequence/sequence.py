@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pagedkv.cache.persistence import snapshot as state
-from pagedkv.cache.prefix_reuse import Prefixes
 from pagedkv.config.tier_config import ALIKE, TierConfig
 from pagedkv.errors import CacheStateError
+from pagedkv.sequence.prefix_cache import Prefixes
 from pagedkv.sequence.throughput import Pace
 from pagedkv.tiers import Lineage, Pager
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 MOST_PARTIAL_FORKS = 1024
 """Forks that wait for their other layers; who forks one layer alone never brings them."""
+
+
+def new_sequence_id() -> str:
+    """A name for a sequence that no other has."""
+    return secrets.token_hex(8)
 
 
 @dataclass
@@ -56,11 +61,11 @@ class SequenceContext:
     layers: list[weakref.ref[PagedLayerCache]] = field(default_factory=list)
     fingerprint: str = ""
     max_tokens: int | None = None
-    sequence_id: str = field(default_factory=state.new_sequence_id)
+    sequence_id: str = field(default_factory=new_sequence_id)
     admitted: int = 0
     behind: weakref.ref[PagedLayerCache] | None = None
     pace: Pace = field(default_factory=Pace)
-    prefixes: Prefixes = field(default_factory=Prefixes)
+    prefixes: Prefixes[Any] = field(default_factory=Prefixes)
     prefix: list[bytes] = field(default_factory=list)
     others: tuple[Any, ...] = ()
     torn: bool = False

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import threading
 import warnings
 import weakref
@@ -800,8 +799,3 @@ def _grouped(path: str, stored: dict[str, StoredArray]) -> list[dict[str, Any]]:
             f"mlx_lm.models.cache.load_prompt_cache loads"
         )
     return [states[place] for place in sorted(states)]
-
-
-def new_sequence_id() -> str:
-    """A name for a sequence that no other has."""
-    return secrets.token_hex(8)

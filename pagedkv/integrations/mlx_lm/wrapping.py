@@ -17,7 +17,6 @@ from pagedkv.cache.nested import inner_caches, replaced, streams
 from pagedkv.cache.paged_cache import PagedCache
 from pagedkv.cache.persistence import snapshot as state
 from pagedkv.cache.persistence import store as sequences
-from pagedkv.cache.prefix_reuse import Prefixes
 from pagedkv.config.tier_config import AUTO, TierConfig, lookup_count, names_file, require_config
 from pagedkv.errors import CacheStateError, ConfigError
 from pagedkv.integrations.mlx_lm.model_info import (
@@ -32,6 +31,7 @@ from pagedkv.integrations.mlx_lm.probe import LayerProbe, left_as_it_was, probe
 from pagedkv.integrations.mlx_lm.retrieval_layers import lookup_layers, must_look
 from pagedkv.integrations.mlx_lm.treatments import choose_treatments, name_of
 from pagedkv.integrations.mlx_nn import hooked
+from pagedkv.sequence.prefix_cache import Prefixes
 from pagedkv.sequence.sequence import SequenceContext
 from pagedkv.tiers import Pager
 from pagedkv.tiers.turn import Turn, exclusive
@@ -66,7 +66,7 @@ class Wrapping:
     own_caches: bool
     probes: dict[int, LayerProbe] = field(default_factory=dict)
     left: frozenset[int] = frozenset()
-    prefixes: Prefixes = field(default_factory=Prefixes)
+    prefixes: Prefixes[Any] = field(default_factory=Prefixes)
 
     @property
     def _turn(self) -> Turn:
