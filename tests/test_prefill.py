@@ -109,7 +109,7 @@ def test_one_layers_pages_are_expanded_at_a_time(
     def cheap(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         return q + (k[:, :1, -1:] + v[:, :1, -1:])
 
-    monkeypatch.setattr(sys.modules["pagedkv.attention"], "stock_attention", cheap)
+    monkeypatch.setattr(sys.modules["pagedkv.attn.driver"], "stock_attention", cheap)
     model, cache = wrapped(90_000)
     sealed = cache.stats().pages_sealed
     mx.eval(model(random_tokens(16), cache=cache))

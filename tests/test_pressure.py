@@ -9,8 +9,7 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv import PagedCache
-from pagedkv.attn import driver as attention
+from pagedkv import PagedCache, attention
 from pagedkv.tiers import memory_pressure as pressure
 from pagedkv.tiers.memory_pressure import Memory, Pressure
 

@@ -113,7 +113,7 @@ def test_the_kernels_see_the_same(kv: str, keep: int) -> None:
 
 def test_the_fast_path_is_taken_for_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token over pages that are partly behind the window goes to the kernels."""
-    attention = importlib.import_module("pagedkv.attention")
+    attention = importlib.import_module("pagedkv.attn.driver")
     cache = window(1024, kv="K4V4", hot_tokens=64, hot_dtype="float16")
     cache._backend = KernelBackend(HostLauncher())
     mx.eval(step(cache, 1100, 0))
