@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from pagedkv import TierConfig
-from pagedkv.bench.result import SKIPPED
-from pagedkv.bench.timing import Deadline
 from pagedkv.cli.eval import record
 from pagedkv.cli.loading import MODELS_OWN, load_model
 from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.evaluation import (
+from pagedkv.tools.bench.result import SKIPPED
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import (
     BUILT_IN,
     LEGS,
     PREFILL,
@@ -53,12 +53,12 @@ from pagedkv.evaluation import (
     paged_variants,
     read_result,
 )
-from pagedkv.evaluation.plots import HINT, available, draw
-from pagedkv.evaluation.report import page
-from pagedkv.evaluation.result import RETRIEVAL
-from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
-from pagedkv.evaluation.retrieval_rows import Retrieval
-from pagedkv.evaluation.variants import PRECISIONS
+from pagedkv.tools.evaluation.plots import HINT, available, draw
+from pagedkv.tools.evaluation.report import page
+from pagedkv.tools.evaluation.result import RETRIEVAL
+from pagedkv.tools.evaluation.retrieval_result import Grid, RetrievalResult
+from pagedkv.tools.evaluation.retrieval_rows import Retrieval
+from pagedkv.tools.evaluation.variants import PRECISIONS
 
 LONG_LADDER = "fp16:512,K8V4:8192,K4V4:65536,K4V2"
 LADDERS = ("K8V4:2048,K4V4", "fp16:1024,K8V4:4096,K4V2", "K4V4:2048,K2V2")

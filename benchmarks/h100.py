@@ -24,7 +24,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.bench import (
+from pagedkv.cli.bench import synthetic_shape
+from pagedkv.errors import PagedKVError
+from pagedkv.tools.bench import (
     AttentionShape,
     BenchSettings,
     Campaign,
@@ -33,12 +35,10 @@ from pagedkv.bench import (
     Task,
     random_llama,
 )
-from pagedkv.bench.page import fill_page
-from pagedkv.bench.plots import HINT, available
-from pagedkv.bench.report import COLUMNS, markdown, yardstick_line
-from pagedkv.bench.seal import seal_tokens
-from pagedkv.cli.bench import synthetic_shape
-from pagedkv.errors import PagedKVError
+from pagedkv.tools.bench.page import fill_page
+from pagedkv.tools.bench.plots import HINT, available
+from pagedkv.tools.bench.report import COLUMNS, markdown, yardstick_line
+from pagedkv.tools.bench.seal import seal_tokens
 
 K = 1024
 KV = ("K8V4", "K4V4", "K4V2", "K2V2")

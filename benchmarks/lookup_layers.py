@@ -7,7 +7,7 @@ A prompt is read once with mlx-lm's own cache. What pages would hold of it is th
 layers and left alone in others, and the same answer is asked again: KL of its tokens, and the root
 mean square change of their margins. Layers are in the order of how much they look things up when a
 text is read twice: what a query's second reading attends to beyond the first (sums of p², as in
-`pagedkv/covariances.py`). That heads which retrieve show it is from RazorAttention
+`pagedkv/calibration/moments.py`). That heads which retrieve show it is from RazorAttention
 (arXiv:2407.15891).
 
 echo    the layers in that order, with their sums
@@ -30,15 +30,15 @@ import numpy.typing as npt
 from mlx_lm.models.cache import KVCache
 
 from pagedkv import KVShape, Precision, TierConfig, unwrap, wrap
-from pagedkv.bench.result import describe_machine
 from pagedkv.cli.loading import MODELS_OWN, load_model
-from pagedkv.evaluation import built_in_text
-from pagedkv.evaluation.caches import own_caches
-from pagedkv.evaluation.prompts import Example, build
-from pagedkv.evaluation.retrieval import read_tokens
-from pagedkv.recording import measure
+from pagedkv.integrations.mlx_lm.recording import measure
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import codec_for
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tools.bench.result import describe_machine
+from pagedkv.tools.evaluation import built_in_text
+from pagedkv.tools.evaluation.caches import own_caches
+from pagedkv.tools.evaluation.prompts import Example, build
+from pagedkv.tools.evaluation.retrieval import read_tokens
 
 CHUNK, PAGE, HOT, SINKS = 2048, 256, 512, 64
 FIRST_PAGES = 2816

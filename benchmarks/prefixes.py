@@ -28,7 +28,7 @@ def first_token(args: argparse.Namespace) -> dict[str, Any]:
     import pagedkv
     from pagedkv.cli.loading import load_model
     from pagedkv.cli.output import Notes
-    from pagedkv.demo_text import demo_document
+    from pagedkv.tools.demo.demo_text import demo_document
 
     model, tokenizer = load_model(args.model, "auto", Notes(quiet=True))
     text = demo_document(args.tokens, lambda part: len(tokenizer.encode(part)))

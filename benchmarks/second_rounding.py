@@ -32,15 +32,16 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 import pagedkv
-from pagedkv import KVShape, Precision, layer_pages
-from pagedkv.bench.result import describe_machine
+from pagedkv import KVShape, Precision
 from pagedkv.cli.loading import load_model
-from pagedkv.evaluation import Text, built_in_text, cut
-from pagedkv.evaluation.bootstrap import paired_interval
-from pagedkv.evaluation.metrics import compare, log_probabilities
+from pagedkv.integrations.mlx_lm.treatments import choose_treatments
+from pagedkv.sequence import layer_kv as layer_pages
 from pagedkv.tiers import LayerPager
-from pagedkv.tiers.codec import codec_for
-from pagedkv.treatments import choose_treatments
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tools.bench.result import describe_machine
+from pagedkv.tools.evaluation import Text, built_in_text, cut
+from pagedkv.tools.evaluation.bootstrap import paired_interval
+from pagedkv.tools.evaluation.metrics import compare, log_probabilities
 
 PAGE, SINKS, HOT, NEAR, CHUNK, BLOCK = 256, 64, 512, 1024, 256, 64
 EVERY = 2

@@ -26,9 +26,9 @@ import mlx.core as mx
 import numpy as np
 
 import pagedkv
-from pagedkv import layer as layer_module
-from pagedkv.attention import KVView
+from pagedkv.attn.driver import KVView
 from pagedkv.cli.loading import load_model
+from pagedkv.sequence import layer as layer_module
 
 NAMES = [
     "Amber",

@@ -30,20 +30,22 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from pagedkv import KVShape, Precision, TierConfig, lookup_layers, treatments, unwrap, wrap
-from pagedkv import race as race_module
+from pagedkv import KVShape, Precision, TierConfig, unwrap, wrap
 from pagedkv.allocator import PageGeometry
-from pagedkv.bench.result import describe_machine
-from pagedkv.bench.subject import WIDTHS, LlamaShape, random_llama
-from pagedkv.bench.timing import Sample
-from pagedkv.evaluation.caches import hooked, own_caches
-from pagedkv.kernel_check import compensate_difference, results
-from pagedkv.kernels.compensate import CompensateSpec, compensate
-from pagedkv.kernels.launch import DeviceLauncher
-from pagedkv.kernels.seal import SealSpec, seal_pages
-from pagedkv.model_notes import FOLDER
-from pagedkv.models import wrapping_of
-from pagedkv.tiers.rounding import compensated, compensated_rows, feedback_for
+from pagedkv.attn.fused.self_check import compensate_difference, results
+from pagedkv.attn.kernels.compensate import CompensateSpec, compensate
+from pagedkv.attn.kernels.launch import DeviceLauncher
+from pagedkv.attn.kernels.seal import SealSpec, seal_pages
+from pagedkv.integrations.mlx_lm import race as race_module
+from pagedkv.integrations.mlx_lm import retrieval_layers as lookup_layers
+from pagedkv.integrations.mlx_lm import treatments
+from pagedkv.integrations.mlx_lm.model_notes import FOLDER
+from pagedkv.integrations.mlx_lm.wrapping import wrapping_of
+from pagedkv.tiers.codec.rounding import compensated, compensated_rows, feedback_for
+from pagedkv.tools.bench.result import describe_machine
+from pagedkv.tools.bench.subject import WIDTHS, LlamaShape, random_llama
+from pagedkv.tools.bench.timing import Sample
+from pagedkv.tools.evaluation.caches import hooked, own_caches
 
 LAUNCHES, ROUNDS = 20, 15
 CHUNK = 2048

@@ -4,16 +4,18 @@ cache = pagedkv.wrap(model, pagedkv.TierConfig(warm="2GB", cold="64GB"))
 mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 """
 
-from pagedkv import blas
+from pagedkv.integrations import blas
 
 blas.load()  # before anything imports MLX
 
 # ruff: noqa: E402
 from pagedkv.allocator import KVShape, Ladder, PageGeometry, Precision
-from pagedkv.cache import PagedCache, attention
-from pagedkv.calibration import calibrate
-from pagedkv.calibration_file import Calibration
-from pagedkv.config import TierConfig
+from pagedkv.cache.paged_cache import PagedCache, attention
+from pagedkv.cache.stats import CacheStats, TierStats
+from pagedkv.calibration.file import Calibration
+from pagedkv.config.planner import Plan, plan
+from pagedkv.config.sizes import format_size, parse_size
+from pagedkv.config.tier_config import TierConfig
 from pagedkv.errors import (
     CacheStateError,
     ClosedError,
@@ -29,12 +31,10 @@ from pagedkv.errors import (
     StoreMismatchError,
     UnsafeStoreError,
 )
-from pagedkv.layer import PagedLayerCache
-from pagedkv.models import load, resume, unwrap, wrap
-from pagedkv.modules import PagedMultiHeadAttention, hooked, page_attention
-from pagedkv.plan import Plan, plan
-from pagedkv.sizes import format_size, parse_size
-from pagedkv.stats import CacheStats, TierStats
+from pagedkv.integrations.mlx_lm.calibrate import calibrate
+from pagedkv.integrations.mlx_lm.wrapping import load, resume, unwrap, wrap
+from pagedkv.integrations.mlx_nn import PagedMultiHeadAttention, hooked, page_attention
+from pagedkv.sequence.layer import PagedLayerCache
 from pagedkv.tiers import StoredSequence
 
 __version__ = "0.1.0"

@@ -12,9 +12,9 @@ import numpy as np
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from pagedkv import hook
-from pagedkv.attention import stock_attention
-from pagedkv.batch import BatchPagedLayerCache
+from pagedkv.attn.driver import stock_attention
+from pagedkv.cache import sdpa_hook as hook
+from pagedkv.cache.batch_cache import BatchPagedLayerCache
 
 LAYERS, HEADS, QUERY_HEADS, DIM = 2, 2, 4, 64
 SCALE = DIM**-0.5

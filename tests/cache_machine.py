@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import pagedkv
-from pagedkv import state
+from pagedkv.cache.persistence import snapshot as state
 from pagedkv.tiers import RealDisk
 from tests.pager_life import where
 from tests.pager_machine import NUMBER

@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from pagedkv import releases
+from pagedkv.integrations import releases
 
 ROOT = Path(__file__).parent.parent
 CORE = (

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from pagedkv import blas  # before MLX is imported
+from pagedkv.integrations import blas  # before MLX is imported
 
 # isort: split
 import mlx.core as mx
@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import pagedkv
-from pagedkv import hook
-from pagedkv.attention import stock_attention
-from pagedkv.tiers import pressure
+from pagedkv.attn.driver import stock_attention
+from pagedkv.cache import sdpa_hook as hook
+from pagedkv.tiers import memory_pressure as pressure
 
 if blas.path:
     os.environ["LD_PRELOAD"] = str(blas.path)  # what tests start computes as they do

@@ -2,7 +2,7 @@
 
     python -m tests.fault_campaign --faults 100000 --seed 1
 
-A store is driven at random, its disk fails at random (`pagedkv.tiers.faults`), and a dictionary
+A store is driven at random, its disk fails at random (`faulty_disk`), and a dictionary
 knows what every page must contain. A page may come back right or not at all, with an error that
 says so; it may be absent only if a fault touched its bytes. Faults that can be recovered from must
 not be noticed. A store that is opened again has its last checkpoints. Ends at the first violation,
@@ -26,8 +26,8 @@ from random import Random
 
 import pagedkv
 from pagedkv.tiers import FileColdStore, RealDisk
-from pagedkv.tiers.faults import APPLIES, ERRORS, SILENT, FaultyDisk
-from pagedkv.tiers.records import ColdRecord
+from pagedkv.tiers.cold.record import ColdRecord
+from pagedkv.tools.stress.faulty_disk import APPLIES, ERRORS, SILENT, FaultyDisk
 from tests.fault_report import Tally, Touched
 from tests.store_oracle import (
     NAMES,

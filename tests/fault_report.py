@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from pagedkv.tiers.faults import APPLIES, SILENT, FaultyDisk, Injection
+from pagedkv.tools.stress.faulty_disk import APPLIES, SILENT, FaultyDisk, Injection
 from tests.store_oracle import Want
 
 HARMLESS = ("flip_read", "slow")

@@ -31,11 +31,18 @@ import numpy as np
 
 import pagedkv
 from pagedkv.tiers import LayerState, PageIdentity, RealDisk, SequenceState, StoreIdentity
-from pagedkv.tiers.checkpoint import ENTRY, HEADER, MAGIC, VERSION, read_checkpoint, read_hot
-from pagedkv.tiers.files import aligned_buffer
-from pagedkv.tiers.records import pack, unpack
-from pagedkv.tiers.store_directory import _signature
-from pagedkv.tiers.write_limit import read_written
+from pagedkv.tiers.checkpoints.file_format import (
+    ENTRY,
+    HEADER,
+    MAGIC,
+    VERSION,
+    read_checkpoint,
+    read_hot,
+)
+from pagedkv.tiers.cold.record import pack, unpack
+from pagedkv.tiers.disk.directory import _signature
+from pagedkv.tiers.disk.io import aligned_buffer
+from pagedkv.tiers.disk.write_limit import read_written
 
 TIMES, CONSTANT = 48, 64 * 1024
 """Bytes of memory that an input of n bytes may take: TIMES * n + CONSTANT. Python's smallest

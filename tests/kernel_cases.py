@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import KVShape, Precision
-from pagedkv.kernels.decode import (
+from pagedkv.attn.kernels.decode import (
     STAGED,
     SplitPlan,
     attend_and_merge,
@@ -20,11 +20,11 @@ from pagedkv.kernels.decode import (
     scratch_words,
     table_words,
 )
-from pagedkv.kernels.launch import Launcher
-from pagedkv.kernels.source import AttentionSpec, group_count
-from pagedkv.tiers import treatment as page_treatment
-from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.rounding import FLOAT16_MAX, feedback_for
+from pagedkv.attn.kernels.launch import Launcher
+from pagedkv.attn.kernels.source import AttentionSpec, group_count
+from pagedkv.tiers.codec import transform as page_treatment
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tiers.codec.rounding import FLOAT16_MAX, feedback_for
 from tests import reference
 
 SLOTS = 3

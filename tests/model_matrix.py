@@ -14,8 +14,8 @@ from mlx_lm.models import cache as stock
 
 import pagedkv
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.streams import replaced, streams
-from pagedkv.tiers.codec import codec_for
+from pagedkv.cache.nested import replaced, streams
+from pagedkv.tiers.codec.affine import codec_for
 from tests.vlm_package import load
 
 WINDOWS = (24, 1, 1, 5, 1, 1, 87, 136)

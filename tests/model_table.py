@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 import pagedkv
-from pagedkv.layer import PagedLayerCache
-from pagedkv.streams import inner_caches, streams
+from pagedkv.cache.nested import inner_caches, streams
+from pagedkv.sequence.layer import PagedLayerCache
 from tests import model_zoo, vlm_zoo
 from tests.model_matrix import (
     LONG_PREFILL,
@@ -111,7 +111,7 @@ def facts_of(model_type: str, model: Any, cache: pagedkv.PagedCache) -> Facts:
 
 
 def _stock_caches(model: Any) -> list[Any]:
-    from pagedkv.models import wrapping_of
+    from pagedkv.integrations.mlx_lm.wrapping import wrapping_of
 
     wrapping = wrapping_of(model)
     return wrapping.stock() if wrapping else stock_caches(model)

@@ -24,8 +24,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from pagedkv.kernels.launch import DeviceLauncher
-from pagedkv.kernels.source import KernelText
+from pagedkv.attn.kernels.launch import DeviceLauncher
+from pagedkv.attn.kernels.source import KernelText
 from tests.kernel_cases import TOLERANCE, Case, error
 from tests.test_kernels import (
     BORDER,

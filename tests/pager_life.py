@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine
 import pagedkv
 from pagedkv.allocator import PAGE_ALIGNMENT, PageTable
 from pagedkv.tiers import ColdRecord, LayerPager, Lineage, RealDisk
-from pagedkv.tiers.checkpoint import Checkpoint, read_hot
-from pagedkv.tiers.files import aligned_buffer
+from pagedkv.tiers.checkpoints.file_format import Checkpoint, read_hot
+from pagedkv.tiers.disk.io import aligned_buffer
 from tests.pager_oracle import (
     SHAPES,
     Sequence_,

@@ -21,7 +21,7 @@ from pagedkv.tiers import (
     StoreIdentity,
     TierBudget,
 )
-from pagedkv.tiers.records import pack
+from pagedkv.tiers.cold.record import pack
 from tests.store_oracle import NOISE, Violation
 
 TOKENS = 256

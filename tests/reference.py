@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from pagedkv.allocator import PageGeometry
-from pagedkv.covariances import ALIKE, AT_ONCE, FIRST, NEAR
-from pagedkv.layer import PagedLayerCache
-from pagedkv.state import page_records
+from pagedkv.cache.persistence.snapshot import page_records
+from pagedkv.calibration.moments import ALIKE, AT_ONCE, FIRST, NEAR
+from pagedkv.sequence.layer import PagedLayerCache
 
 
 def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:

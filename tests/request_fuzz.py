@@ -21,7 +21,7 @@ import psutil
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from pagedkv.server.schema import SCHEMAS
+from pagedkv.integrations.server.schema import SCHEMAS
 from tests.models import byte_model
 from tests.served import TIERS, Served
 

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from random import Random
 from typing import Any
 
-from pagedkv.tiers.disk import Buffer
-from pagedkv.tiers.faults import SILENT, FaultyDisk
+from pagedkv.tiers.disk.disk import Buffer
+from pagedkv.tools.stress.faulty_disk import SILENT, FaultyDisk
 
 IDLE: list[_Helper] = []
 """Threads without a task: making one costs more than most tasks."""

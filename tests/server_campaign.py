@@ -22,12 +22,12 @@ from typing import Any
 import mlx_lm
 
 import pagedkv
-from pagedkv.models import wrapping_of
-from pagedkv.server.access import Access
-from pagedkv.server.prompt_cache import KeptPrompts
-from pagedkv.server.provider import PagedModelProvider
-from pagedkv.server.requests import PagedResponseGenerator
-from pagedkv.server.server import bound, listening, server_options
+from pagedkv.integrations.mlx_lm.wrapping import wrapping_of
+from pagedkv.integrations.server.access import Access
+from pagedkv.integrations.server.prompt_cache import KeptPrompts
+from pagedkv.integrations.server.provider import PagedModelProvider
+from pagedkv.integrations.server.requests import PagedResponseGenerator
+from pagedkv.integrations.server.server import bound, listening, server_options
 from pagedkv.tiers import Pager
 from tests.models import byte_model
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pagedkv.tiers import FileColdStore, LayerState, SequenceState, StoreIdentity
-from pagedkv.tiers.checkpoint import Checkpoint, read_hot
-from pagedkv.tiers.files import aligned_buffer
-from pagedkv.tiers.records import ColdRecord
+from pagedkv.tiers.checkpoints.file_format import Checkpoint, read_hot
+from pagedkv.tiers.cold.record import ColdRecord
+from pagedkv.tiers.disk.io import aligned_buffer
 
 IDENTITY = StoreIdentity("campaign", 2, "K4V4", 4, None, None)
 SHAPES = {0: (64, 64), 3: (64, 32)}

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 import pagedkv
-from pagedkv.tiers.disk import RealDisk
+from pagedkv.tiers.disk.disk import RealDisk
 
 HEADS, DIM = 1, 64
 

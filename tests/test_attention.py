@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv.backends import choose_backend
+from pagedkv.attn.backends import choose_backend
 from tests import reference
 
 # The output is rounded to the queries' type once; inside, products and sums are float32.
@@ -61,7 +61,7 @@ def check(
     sinks: mx.array | None = None,
     scratch: int = 2**28,
 ) -> None:
-    from pagedkv.attention import attend
+    from pagedkv.attn.driver import attend
 
     scale = q.shape[-1] ** -0.5
     layer = cache[0]

@@ -11,13 +11,22 @@ import pytest
 from mlx import nn
 from mlx_lm.models.rope_utils import initialize_rope
 
-from pagedkv import KVShape, Precision, balance
-from pagedkv.balance import DOUBLINGS, STEP, averaged, balanced_keys, evened, turns_of
-from pagedkv.covariances import Covariances
-from pagedkv.layer_weights import LayerWeights, Spread
+from pagedkv import KVShape, Precision
+from pagedkv.calibration import equalization as balance
+from pagedkv.calibration.equalization import (
+    DOUBLINGS,
+    STEP,
+    averaged,
+    balanced_keys,
+    evened,
+    turns_of,
+)
+from pagedkv.calibration.layer_weights import LayerWeights, Spread
+from pagedkv.calibration.moments import Covariances
+from pagedkv.calibration.treatment_rules import balanced
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.rounding import (
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tiers.codec.rounding import (
     BLOCKS,
     blocks_of,
     compensated,
@@ -25,8 +34,7 @@ from pagedkv.tiers.rounding import (
     feedback_for,
     quantize,
 )
-from pagedkv.tiers.treatment import rotation_matrix
-from pagedkv.treatment_rules import balanced
+from pagedkv.tiers.codec.transform import rotation_matrix
 from tests.reference import attention_moments
 
 LLAMA3 = {
@@ -231,7 +239,7 @@ def test_queries_and_values_count_by_attention(
     calls: tuple[int, ...], scores_of_nothing: bool, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the same sums in float64, for the queries that are looked at."""
-    monkeypatch.setattr("pagedkv.covariances.SCORES", scores)
+    monkeypatch.setattr("pagedkv.calibration.moments.SCORES", scores)
     rng = np.random.default_rng(2)
     q = rng.standard_normal((1, 4, 700, 64))
     k, v = rng.standard_normal((1, 2, 700, 64)), rng.standard_normal((1, 2, 700, 48))

@@ -14,9 +14,11 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from pagedkv import PagedCache, batch_layout, hook
-from pagedkv.batch import BatchPagedLayerCache
-from pagedkv.batch_layout import BatchView
+from pagedkv import PagedCache
+from pagedkv.cache import batch_layout
+from pagedkv.cache import sdpa_hook as hook
+from pagedkv.cache.batch_cache import BatchPagedLayerCache
+from pagedkv.cache.batch_layout import BatchView
 from tests import model_zoo
 from tests.batch_machine import BatchMachine
 from tests.models import lively, random_tokens, tiny_llama

@@ -16,9 +16,10 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv import hook
-from pagedkv.attention import attend
-from pagedkv.bench import (
+from pagedkv.attn.driver import attend
+from pagedkv.cache import sdpa_hook as hook
+from pagedkv.cli import main
+from pagedkv.tools.bench import (
     AttentionShape,
     BenchSettings,
     Campaign,
@@ -37,15 +38,14 @@ from pagedkv.bench import (
     read_result,
     report,
 )
-from pagedkv.bench.caches import budgeted, bytes_read, fill, fill_model
-from pagedkv.bench.contenders import Contender, Place
-from pagedkv.bench.decode import alternating, count_launches, measure_decode
-from pagedkv.bench.prefill import prefill_bytes
-from pagedkv.bench.result import failed, group_of, skipped, succeeded
-from pagedkv.bench.shuffle import shuffle_pages
-from pagedkv.bench.timing import Chain, chain_lengths
-from pagedkv.bench.yardstick import Yardstick, YardstickMeter, call_limit, step_limit
-from pagedkv.cli import main
+from pagedkv.tools.bench.caches import budgeted, bytes_read, fill, fill_model
+from pagedkv.tools.bench.contenders import Contender, Place
+from pagedkv.tools.bench.decode import alternating, count_launches, measure_decode
+from pagedkv.tools.bench.prefill import prefill_bytes
+from pagedkv.tools.bench.result import failed, group_of, skipped, succeeded
+from pagedkv.tools.bench.shuffle import shuffle_pages
+from pagedkv.tools.bench.timing import Chain, chain_lengths
+from pagedkv.tools.bench.yardstick import Yardstick, YardstickMeter, call_limit, step_limit
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -403,7 +403,7 @@ def decoded(model: Any = None, depth: int = 1024, **settings: Any) -> dict[str, 
         Subject("tiny", model), depth, BenchSettings(**given, tiers=small), Deadline()
     )
     assert not hook.installed()
-    assert pagedkv.models.wrapping_of(model) is None
+    assert pagedkv.integrations.mlx_lm.wrapping.wrapping_of(model) is None
     return {row["what"]: row for row in rows}
 
 
@@ -596,7 +596,7 @@ def test_a_result_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_campaign_writes_a_failed_task_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pagedkv.bench import campaign
+    from pagedkv.tools.bench import campaign
 
     def measure(place: Place, deadline: Deadline) -> list[Document]:
         if place.depth == 1:

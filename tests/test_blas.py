@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pagedkv import blas
+from pagedkv.integrations import blas
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine not in blas.COPIES,
@@ -41,7 +41,7 @@ def load(name, mode=0, right=ctypes.CDLL):
             pass
     return Wrong()
 ctypes.CDLL = load
-from pagedkv import blas
+from pagedkv.integrations import blas
 """
 
 

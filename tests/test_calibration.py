@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import hook
-from pagedkv.calibration_file import Calibration
+from pagedkv.cache import sdpa_hook as hook
+from pagedkv.calibration.file import Calibration
+from pagedkv.calibration.layer_weights import output_products
 from pagedkv.cli import main
-from pagedkv.layer_weights import output_products
-from pagedkv.model_facts import fingerprint
-from pagedkv.recording import AT_ONCE, measure
-from pagedkv.treatments import choose_treatments
+from pagedkv.integrations.mlx_lm.model_info import fingerprint
+from pagedkv.integrations.mlx_lm.recording import AT_ONCE, measure
+from pagedkv.integrations.mlx_lm.treatments import choose_treatments
 from tests.model_zoo import build
 from tests.models import byte_model, lively, random_tokens, tiny_llama
 from tests.reference import attention_moments

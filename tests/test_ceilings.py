@@ -10,7 +10,7 @@ import pytest
 import pagedkv
 from pagedkv.cli.generate_report import ceiling
 from pagedkv.cli.main import main
-from pagedkv.pace import Pace
+from pagedkv.sequence.throughput import Pace
 from tests.models import random_tokens, tiny_llama
 
 CONFIG = pagedkv.TierConfig(
@@ -42,7 +42,7 @@ def test_stats_know_the_ceiling_and_what_was_reached() -> None:
 
 def test_pauses_and_prompts_are_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("pagedkv.pace.time.perf_counter", lambda: now)
+    monkeypatch.setattr("pagedkv.sequence.throughput.time.perf_counter", lambda: now)
     pace = Pace()
     for seconds in (9, 2, 2, 2, 500, 2):  # a user who thinks for a while
         now += seconds

@@ -14,7 +14,7 @@ import pytest
 
 import pagedkv
 from pagedkv.tiers import LayerState, RealDisk, SequenceState, StoreIdentity
-from pagedkv.tiers.checkpoint import (
+from pagedkv.tiers.checkpoints.file_format import (
     ENTRY,
     HEADER,
     MAGIC,
@@ -26,7 +26,7 @@ from pagedkv.tiers.checkpoint import (
     read_hot,
     write_checkpoint,
 )
-from pagedkv.tiers.disk import CREATE
+from pagedkv.tiers.disk.disk import CREATE
 
 PAGE = 32768
 IDENTITY = StoreIdentity("mine", 2, "K4V4", 4, None, None)

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from pagedkv.tiers.checksums import checksum, checksums
+from pagedkv.tiers.disk.checksum import checksum, checksums
 
 PAGE = 16384
 

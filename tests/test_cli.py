@@ -20,10 +20,10 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv import releases
 from pagedkv.cli import doctor, doctor_checks, main, options, output, shapes
 from pagedkv.cli.disk import measure_disk
-from pagedkv.model_facts import stock_maker
+from pagedkv.integrations import releases
+from pagedkv.integrations.mlx_lm.model_info import stock_maker
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import pytest
 from pagedkv import ConfigError
 from pagedkv.cli import bench, calibrate, doctor, eval, generate, main, options, serve, stress
 from pagedkv.cli.streams import standard_streams
-from pagedkv.stress import StressOptions
+from pagedkv.tools.stress import StressOptions
 from tests.models import byte_model
 
 Capture = pytest.CaptureFixture[str]

@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pagedkv.bench.result import OK
-from pagedkv.bench.timing import Deadline
 from pagedkv.cli import loading, main
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import Evaluation, plots, read_result, report, retrieval
-from pagedkv.evaluation.haystack import digest
-from pagedkv.evaluation.retrieval_result import RetrievalResult
+from pagedkv.tools.bench.result import OK
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import Evaluation, plots, read_result, report, retrieval
+from pagedkv.tools.evaluation.haystack import digest
+from pagedkv.tools.evaluation.retrieval_result import RetrievalResult
 from tests.models import byte_model
 
 Document = dict[str, Any]

@@ -15,7 +15,7 @@ import pytest
 import pagedkv
 from pagedkv.cli import generate, loading
 from pagedkv.cli.main import main
-from pagedkv.stress import ModelStress
+from pagedkv.tools.stress import ModelStress
 from tests.models import byte_model, tiny_llama
 
 Capture = pytest.CaptureFixture[str]
@@ -350,7 +350,7 @@ def test_a_template_that_fails_is_one_line() -> None:
 
 def test_nothing_is_left_wrapped(capsys: Capture, folder: str) -> None:
     run(capsys, "generate", "--model", folder, "--prompt", "x", "--max-tokens", "1", *TIGHT)
-    assert not pagedkv.hook.installed()
+    assert not pagedkv.cache.sdpa_hook.installed()
 
 
 # Real models elsewhere

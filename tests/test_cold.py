@@ -18,10 +18,10 @@ import pytest
 
 import pagedkv
 from pagedkv.tiers import ColdReader, FileColdStore
-from pagedkv.tiers.buffers import BufferPool
-from pagedkv.tiers.disk import RealDisk
-from pagedkv.tiers.files import aligned_buffer
-from pagedkv.tiers.page_file import PageFile
+from pagedkv.tiers.cold.buffers import BufferPool
+from pagedkv.tiers.disk.disk import RealDisk
+from pagedkv.tiers.disk.io import aligned_buffer
+from pagedkv.tiers.disk.page_file import PageFile
 from tests.models import random_tokens, tiny_llama
 
 PAGE = 2 * 16384
@@ -268,7 +268,9 @@ def test_pages_that_lie_together_are_written_together(
 def test_a_decode_step_reads_every_cold_byte_once(
     staging: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pagedkv.tiers.layer_pager.RUN_TOKENS", 512)  # more batches of few tokens
+    monkeypatch.setattr(
+        "pagedkv.tiers.pages.layer_pager.RUN_TOKENS", 512
+    )  # more batches of few tokens
     model = tiny_llama(layers=3)
     config = pagedkv.TierConfig(
         hot_tokens=64, sink_tokens=4, page_tokens=256, warm=200_000, cold="64MB", staging=staging

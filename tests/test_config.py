@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pagedkv
-from pagedkv.sizes import format_size, parse_size
+from pagedkv.config.sizes import format_size, parse_size
 from tests.models import tiny_llama
 from tests.stores import empty_cache, fill, filled_with_zeros, settings
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv.demo_model import ensure_demo_model
-from pagedkv.demo_text import DEMO_ANSWER
+from pagedkv.tools.demo.demo_model import ensure_demo_model
+from pagedkv.tools.demo.demo_text import DEMO_ANSWER
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ import pytest
 
 from pagedkv import Precision
 from pagedkv.tiers import Lineage, Page
-from pagedkv.tiers.demotion import DemotionOrder
+from pagedkv.tiers.pages.demotion import DemotionOrder
 
 K4 = Precision.parse("K4V4")
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from pagedkv import kernel_check as check
 from pagedkv.allocator import KVShape, Precision
-from pagedkv.kernels.compensate import CompensateSpec
-from pagedkv.kernels.expand import ExpandSpec
-from pagedkv.kernels.launch import DeviceLauncher
-from pagedkv.kernels.seal import SealSpec
-from pagedkv.tiers.codec import codec_for
+from pagedkv.attn.fused import self_check as check
+from pagedkv.attn.kernels.compensate import CompensateSpec
+from pagedkv.attn.kernels.expand import ExpandSpec
+from pagedkv.attn.kernels.launch import DeviceLauncher
+from pagedkv.attn.kernels.seal import SealSpec
+from pagedkv.tiers.codec.affine import codec_for
 from tests.kernel_cases import TOLERANCE, Case, error
 from tests.on_gpu import CASES
 from tests.test_kernels import BORDER, BORDERS, RUNS, SPLIT, WINDOW_RUNS

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagedkv.tiers import disk as disk_module
-from pagedkv.tiers.disk import READ, RealDisk
-from pagedkv.tiers.files import (
+from pagedkv.tiers.disk import disk as disk_module
+from pagedkv.tiers.disk.disk import READ, RealDisk
+from pagedkv.tiers.disk.io import (
     aligned_buffer,
     read_exactly,
     replace_file,
     write_exactly,
 )
-from pagedkv.tiers.page_file import PageFile
+from pagedkv.tiers.disk.page_file import PageFile
 
 
 class HalfDisk(RealDisk):

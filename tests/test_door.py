@@ -17,9 +17,9 @@ import pytest
 
 import pagedkv
 from pagedkv.cli import main, serve
-from pagedkv.server.access import Access, Limits
-from pagedkv.server.errors import BusyError, ForeignError, RequestError
-from pagedkv.server.schema import WITHOUT_EFFECT, read
+from pagedkv.integrations.server.access import Access, Limits
+from pagedkv.integrations.server.errors import BusyError, ForeignError, RequestError
+from pagedkv.integrations.server.schema import WITHOUT_EFFECT, read
 from tests.models import byte_model
 from tests.server_campaign import CONFIG, Request, Running, running
 

@@ -14,12 +14,12 @@ import pytest
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import pagedkv
-from pagedkv import lookup_layers as module
-from pagedkv import model_notes
-from pagedkv.config import lookup_count
-from pagedkv.lookup_layers import LEAST_ECHO, echoes, lookup_layers
-from pagedkv.model_facts import fingerprint
-from pagedkv.models import wrapping_of
+from pagedkv.config.tier_config import lookup_count
+from pagedkv.integrations.mlx_lm import model_notes
+from pagedkv.integrations.mlx_lm import retrieval_layers as module
+from pagedkv.integrations.mlx_lm.model_info import fingerprint
+from pagedkv.integrations.mlx_lm.retrieval_layers import LEAST_ECHO, echoes, lookup_layers
+from pagedkv.integrations.mlx_lm.wrapping import wrapping_of
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama
 
@@ -106,7 +106,7 @@ def test_a_model_whose_queries_cannot_be_seen_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setattr(module, "echoes", lambda model: pytest.fail("it was read"))
-    monkeypatch.setattr("pagedkv.models.lookup_count", lambda layers: layers)
+    monkeypatch.setattr("pagedkv.integrations.mlx_lm.wrapping.lookup_count", lambda layers: layers)
     other = build("deepseek_v3")  # latent attention
     with pagedkv.wrap(other, pagedkv.TierConfig(cold=0, **SMALL)) as cache:
         assert cache.context.settled.layer_kv == "same"
@@ -192,8 +192,8 @@ def test_only_layers_that_see_everything_are_asked(
         asked.append(candidates)
         return tuple(sorted(candidates))
 
-    monkeypatch.setattr("pagedkv.models.lookup_count", lambda layers: layers)
-    monkeypatch.setattr("pagedkv.models.lookup_layers", all_of_them)
+    monkeypatch.setattr("pagedkv.integrations.mlx_lm.wrapping.lookup_count", lambda layers: layers)
+    monkeypatch.setattr("pagedkv.integrations.mlx_lm.wrapping.lookup_layers", all_of_them)
     other = build(kind)
     with pagedkv.wrap(other, pagedkv.TierConfig(cold=0, **SMALL)) as cache:
         for part in (random_tokens(600), random_tokens(16)):

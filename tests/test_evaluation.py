@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv.bench.timing import Deadline
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import (
+from pagedkv.tiers.codec.affine import AffineCodec
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import (
     BUILT_IN,
     EvalSettings,
     Evaluation,
@@ -29,9 +30,8 @@ from pagedkv.evaluation import (
     paged_variants,
     run,
 )
-from pagedkv.evaluation.caches import Footprint, opened, token_bytes
-from pagedkv.evaluation.result import summary
-from pagedkv.tiers.codec import AffineCodec
+from pagedkv.tools.evaluation.caches import Footprint, opened, token_bytes
+from pagedkv.tools.evaluation.result import summary
 from tests.models import lively, random_tokens, tiny_llama
 
 Row = dict[str, Any]
@@ -404,8 +404,8 @@ def test_the_model_is_as_it_was(rows: list[Row]) -> None:
     model = lively(tiny_llama())
     before = model(random_tokens(32))
     evaluated("K4V4", model=model, legs=("prefill",))
-    assert pagedkv.models.wrapping_of(model) is None
-    assert not pagedkv.hook.installed()
+    assert pagedkv.integrations.mlx_lm.wrapping.wrapping_of(model) is None
+    assert not pagedkv.cache.sdpa_hook.installed()
     assert mx.array_equal(model(random_tokens(32)), before).item()
 
 
@@ -447,7 +447,7 @@ def test_without_a_quantized_product_its_rounding_is_still_compared(
 
 def test_pages_are_attended_by_our_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the dispatcher the numbers would be the same, and say nothing of the kernels."""
-    from pagedkv.layer import PagedLayerCache
+    from pagedkv.sequence.layer import PagedLayerCache
 
     attend, lengths = PagedLayerCache.attend_tagged, []
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pagedkv.evaluation import Comparison, Series, fit_slope, log_probabilities
-from pagedkv.evaluation.metrics import compare
-from pagedkv.evaluation.slope import _slopes
+from pagedkv.tools.evaluation import Comparison, Series, fit_slope, log_probabilities
+from pagedkv.tools.evaluation.metrics import compare
+from pagedkv.tools.evaluation.slope import _slopes
 
 
 def float64(logits: np.ndarray) -> np.ndarray:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.kernel_check import COMPENSATE_TOLERANCE, compensate_difference
-from pagedkv.kernels.compensate import CompensateSpec, compensate
-from pagedkv.kernels.decode import PRECISION_SHIFT, STAGED
-from pagedkv.kernels.expand import ExpandSpec, expand_pages
-from pagedkv.kernels.seal import SealSpec, seal_pages
-from pagedkv.kernels.source import SHARED_LIMIT
-from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.rounding import BLOCKS, compensated, compensated_rows, feedback_for
+from pagedkv.attn.fused.self_check import COMPENSATE_TOLERANCE, compensate_difference
+from pagedkv.attn.kernels.compensate import CompensateSpec, compensate
+from pagedkv.attn.kernels.decode import PRECISION_SHIFT, STAGED
+from pagedkv.attn.kernels.expand import ExpandSpec, expand_pages
+from pagedkv.attn.kernels.seal import SealSpec, seal_pages
+from pagedkv.attn.kernels.source import SHARED_LIMIT
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tiers.codec.rounding import BLOCKS, compensated, compensated_rows, feedback_for
 from tests.emulator import EmulatorError, HostLauncher
 from tests.reference import page_arrays
 from tests.test_kernels import plant

@@ -14,7 +14,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import pagedkv
-from pagedkv.tiers import ColdReader, FileColdStore, records
+from pagedkv.tiers import ColdReader, FileColdStore
+from pagedkv.tiers.cold import record as records
 from tests.models import random_tokens, tiny_llama
 
 CONFIG = pagedkv.TierConfig(
@@ -97,12 +98,12 @@ def test_a_write_that_fails_in_any_way_is_no_hang(monkeypatch: pytest.MonkeyPatc
     def fails(page: Any) -> Any:
         raise MemoryError("no memory to pack")
 
-    monkeypatch.setattr("pagedkv.tiers.write_behind.pack", fails)
+    monkeypatch.setattr("pagedkv.tiers.cold.writer.pack", fails)
     for i in range(2):
         store.put(0, i, (4, 4, 256), page)
     with pytest.raises(pagedkv.OutOfPagesError, match="no memory to pack"):
         store.put(0, 2, (4, 4, 256), page)
-    monkeypatch.setattr("pagedkv.tiers.write_behind.pack", records.pack)
+    monkeypatch.setattr("pagedkv.tiers.cold.writer.pack", records.pack)
     assert store.room(0, 16384) > 0  # asking tries again
     store.put(0, 2, (4, 4, 256), page)
     store.flush()

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import kernel_check
-from pagedkv.backends import KernelBackend
-from pagedkv.kernels.source import KernelText
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.attn.fused import self_check as kernel_check
+from pagedkv.attn.kernels.source import KernelText
 from tests import test_fused, test_fused_treated
 from tests.emulator import HostLauncher, unavailable
 from tests.test_attention import config, queries

@@ -12,10 +12,10 @@ import pytest
 
 import pagedkv
 from pagedkv.tiers import RealDisk
-from pagedkv.tiers.disk import CREATE
-from pagedkv.tiers.faults import APPLIES, FaultyDisk
-from pagedkv.tiers.files import read_exactly, replace_file, write_exactly
-from pagedkv.tiers.write_limit import Note, read_written
+from pagedkv.tiers.disk.disk import CREATE
+from pagedkv.tiers.disk.io import read_exactly, replace_file, write_exactly
+from pagedkv.tiers.disk.write_limit import Note, read_written
+from pagedkv.tools.stress.faulty_disk import APPLIES, FaultyDisk
 from tests import fault_campaign, fuzz_checkpoint
 from tests.store_oracle import (
     NAMES,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pagedkv.bench.timing import Deadline
-from pagedkv.evaluation import EvalSettings, Evaluation, read_result, retrieval
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import EvalSettings, Evaluation, read_result, retrieval
 from tests.models import lively, random_tokens, tiny_llama
 from tests.retrieval_stand_ins import Characters
 

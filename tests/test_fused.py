@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import kernel_check
-from pagedkv.attention import attend
-from pagedkv.backends import KernelBackend
-from pagedkv.fused import _slabs
-from pagedkv.kernels.source import KernelText
-from pagedkv.state import page_records
-from pagedkv.tiers.warm import WarmSlab
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.attn.driver import attend
+from pagedkv.attn.fused import self_check as kernel_check
+from pagedkv.attn.fused.decode import _slabs
+from pagedkv.attn.kernels.source import KernelText
+from pagedkv.cache.persistence.snapshot import page_records
+from pagedkv.tiers.pages.warm_slab import WarmSlab
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.test_attention import ROUNDING, config, error, queries

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import kernel_check
 from pagedkv.allocator import KVShape
-from pagedkv.attention import DECODE_TOKENS
-from pagedkv.backends import Backend, CpuBackend, KernelBackend
-from pagedkv.kernel_check import attend_difference
-from pagedkv.state import page_records
+from pagedkv.attn.backends import Backend, CpuBackend, KernelBackend
+from pagedkv.attn.driver import DECODE_TOKENS
+from pagedkv.attn.fused import self_check as kernel_check
+from pagedkv.attn.fused.self_check import attend_difference
+from pagedkv.cache.persistence.snapshot import page_records
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.rounding import to_16_bit
+from pagedkv.tiers.codec.rounding import to_16_bit
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.kernel_cases import Case, codecs, with_feedback

@@ -23,10 +23,10 @@ import pytest
 
 import pagedkv
 from pagedkv import PagedCache
-from pagedkv.batch import BatchPagedLayerCache
-from pagedkv.context import SequenceContext
-from pagedkv.layer import PagedLayerCache
-from pagedkv.window import WindowedLayerCache
+from pagedkv.cache.batch_cache import BatchPagedLayerCache
+from pagedkv.sequence.layer import PagedLayerCache
+from pagedkv.sequence.sequence import SequenceContext
+from pagedkv.sequence.window import WindowedLayerCache
 from tests.models import random_tokens, tiny_llama
 
 # What is raised in a finalizer goes nowhere but here.

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pagedkv.kernels import source
-from pagedkv.kernels.decode import SplitPlan, attend_splits, table_words
+from pagedkv.attn.kernels import source
+from pagedkv.attn.kernels.decode import SplitPlan, attend_splits, table_words
 from tests import kernel_cases
 from tests.emulator import EmulatorError, HostLauncher
 from tests.kernel_cases import KINDS, TOLERANCE, Case, Run, error, outputs, treatment_of

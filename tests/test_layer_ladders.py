@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import pagedkv
 from pagedkv import KVShape, PagedCache, TierConfig
 from pagedkv.allocator import Ladder, LayerLadders, Precision
-from pagedkv.model_notes import FOLDER
+from pagedkv.integrations.mlx_lm.model_notes import FOLDER
 from pagedkv.tiers.budget import TierBudget
-from pagedkv.tiers.disk_budget import DiskBudget
+from pagedkv.tiers.cold.disk_budget import DiskBudget
 from tests.models import lively, random_tokens, tiny_llama
 from tests.stores import filled_with_zeros
 
@@ -248,7 +248,9 @@ def test_a_file_from_before_has_layers_alike(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER, "/dev/null/nowhere")
-    monkeypatch.setattr("pagedkv.lookup_layers.echoes", lambda model: {1: 0.5})
+    monkeypatch.setattr(
+        "pagedkv.integrations.mlx_lm.retrieval_layers.echoes", lambda model: {1: 0.5}
+    )
     model = lively(tiny_llama(layers=4))
     path = str(tmp_path / "a.safetensors")
     real = TierConfig.to_dict

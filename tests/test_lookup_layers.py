@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pagedkv.evaluation.prompts import build
+from pagedkv.tools.evaluation.prompts import build
 from tests.models import lively, tiny_llama
 from tests.retrieval_stand_ins import Characters
 

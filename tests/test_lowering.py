@@ -9,8 +9,8 @@ import pytest
 import pagedkv
 from pagedkv import KVShape, Precision
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import QuantizedTriple, codec_for
-from pagedkv.tiers.rounding import quantize, to_16_bit
+from pagedkv.tiers.codec.affine import QuantizedTriple, codec_for
+from pagedkv.tiers.codec.rounding import quantize, to_16_bit
 
 SHAPE = KVShape(2, 64, 72)  # values are padded to 96 channels
 PAGE = 256

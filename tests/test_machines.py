@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from pagedkv.allocator import PageAllocator, PageTable
-from pagedkv.tiers.checkpoints import Checkpoints
-from pagedkv.tiers.reader import ColdReader
-from pagedkv.tiers.write_behind import WriteBehind
+from pagedkv.tiers.checkpoints.index import Checkpoints
+from pagedkv.tiers.cold.prefetch import ColdReader
+from pagedkv.tiers.cold.writer import WriteBehind
 from tests import machine_campaign
 from tests.cache_machine import CacheMachine
 from tests.machine_campaign import Outcome, run
@@ -102,7 +102,7 @@ def writes_the_last_page_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_the_bytes_in_the_checksum(patch: pytest.MonkeyPatch) -> None:
-    from pagedkv.tiers import checksums
+    from pagedkv.tiers.disk import checksum as checksums
 
     real = checksums.sector_sums
 

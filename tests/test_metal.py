@@ -8,10 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from pagedkv.kernels.compensate import CompensateSpec
-from pagedkv.kernels.expand import ExpandSpec
-from pagedkv.kernels.seal import SealSpec
-from pagedkv.kernels.source import KernelText
+from pagedkv.attn.kernels.compensate import CompensateSpec
+from pagedkv.attn.kernels.expand import ExpandSpec
+from pagedkv.attn.kernels.seal import SealSpec
+from pagedkv.attn.kernels.source import KernelText
 from tests.emulator import METAL_STUBS, EmulatorError, HostLauncher
 from tests.kernel_cases import Case, Run, codecs
 from tests.test_kernels import (

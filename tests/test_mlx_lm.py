@@ -14,7 +14,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from pagedkv import hook
+from pagedkv.cache import sdpa_hook as hook
 from tests.model_zoo import build
 from tests.models import random_tokens, tiny_llama
 from tests.zoo_configs import COMMON

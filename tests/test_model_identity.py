@@ -15,9 +15,10 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import pagedkv
-from pagedkv import model_facts, weight_hash
-from pagedkv.model_facts import fingerprint
-from pagedkv.weight_hash import BLOCK, hash_arrays
+from pagedkv.integrations.mlx_lm import model_info as model_facts
+from pagedkv.integrations.mlx_lm import weight_hash
+from pagedkv.integrations.mlx_lm.model_info import fingerprint
+from pagedkv.integrations.mlx_lm.weight_hash import BLOCK, hash_arrays
 from tests.models import random_tokens, tiny_llama
 
 SMALL = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv.attention import attend
-from pagedkv.backends import Backend, KernelBackend, choose_backend
-from pagedkv.context import SequenceContext
+from pagedkv.attn.backends import Backend, KernelBackend, choose_backend
+from pagedkv.attn.driver import attend
+from pagedkv.sequence.sequence import SequenceContext
+from pagedkv.sequence.window import WindowedLayerCache
 from pagedkv.tiers import Pager
-from pagedkv.tiers.rounding import set_apart
-from pagedkv.window import WindowedLayerCache
+from pagedkv.tiers.codec.rounding import set_apart
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.test_attention import config, error, queries

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
-from pagedkv.backends import KernelBackend
-from pagedkv.kernels.source import KernelText
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.attn.kernels.source import KernelText
 from tests.models import random_tokens, tiny_llama
 from tests.test_in_place import reserve, slab_addresses
 
@@ -109,7 +109,7 @@ def test_one_layers_pages_are_expanded_at_a_time(
     def cheap(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         return q + (k[:, :1, -1:] + v[:, :1, -1:])
 
-    monkeypatch.setattr(sys.modules["pagedkv.attention"], "stock_attention", cheap)
+    monkeypatch.setattr(sys.modules["pagedkv.attn.driver"], "stock_attention", cheap)
     model, cache = wrapped(90_000)
     sealed = cache.stats().pages_sealed
     mx.eval(model(random_tokens(16), cache=cache))

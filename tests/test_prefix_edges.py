@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv.cache import PagedCache
+from pagedkv.cache.paged_cache import PagedCache
 from tests.models import tiny_llama
 from tests.test_prefixes import HOT, SINKS, UNIT, check, config, flushed, ids, read
 

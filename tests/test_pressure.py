@@ -10,8 +10,8 @@ import pytest
 
 import pagedkv
 from pagedkv import PagedCache, attention
-from pagedkv.tiers import pressure
-from pagedkv.tiers.pressure import Memory, Pressure
+from pagedkv.tiers import memory_pressure as pressure
+from pagedkv.tiers.memory_pressure import Memory, Pressure
 
 PAGE = 32768
 CONFIG = pagedkv.TierConfig(

@@ -22,9 +22,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import qwen2
 
 import pagedkv
-from pagedkv.lookup_layers import echoes, must_look
-from pagedkv.model_facts import pipeline_size, sharing_group
-from pagedkv.models import wrapping_of
+from pagedkv.integrations.mlx_lm.model_info import pipeline_size, sharing_group
+from pagedkv.integrations.mlx_lm.retrieval_layers import echoes, must_look
+from pagedkv.integrations.mlx_lm.wrapping import wrapping_of
 from tests.models import byte_model, lively, random_tokens
 
 ROOT = Path(__file__).parent.parent

@@ -13,15 +13,16 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import pagedkv
-from pagedkv import KVShape, Precision, model_notes, own_text, race, treatments
-from pagedkv.calibration_file import Calibration
-from pagedkv.model_facts import fingerprint
-from pagedkv.own_text import LENGTH, ROWS, SHOWN, own_texts
-from pagedkv.race import Wanted, errors
-from pagedkv.recording import AttentionCall
-from pagedkv.sequences import TREATMENTS, UNDECIDED
+from pagedkv import KVShape, Precision
+from pagedkv.cache.persistence.store import TREATMENTS, UNDECIDED
+from pagedkv.calibration.file import Calibration
+from pagedkv.integrations.mlx_lm import model_notes, own_text, race, treatments
+from pagedkv.integrations.mlx_lm.model_info import fingerprint
+from pagedkv.integrations.mlx_lm.own_text import LENGTH, ROWS, SHOWN, own_texts
+from pagedkv.integrations.mlx_lm.race import Wanted, errors
+from pagedkv.integrations.mlx_lm.recording import AttentionCall
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import codec_for
+from pagedkv.tiers.codec.affine import codec_for
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama
 from tests.test_treatment import SETTINGS, divergence
@@ -317,7 +318,7 @@ def test_where_nothing_can_be_learned_of_keys_the_rest_runs(
         monkeypatch.setattr(race, "rope_of", lambda layer: lambda rows, offset: rows**2 + 1)
     else:
         lost = lambda self: np.full((2, 64, 64), np.nan)  # noqa: E731
-        monkeypatch.setattr("pagedkv.covariances.Covariances.queries", property(lost))
+        monkeypatch.setattr("pagedkv.calibration.moments.Covariances.queries", property(lost))
     with pagedkv.wrap(model, pagedkv.TierConfig(**SETTINGS)) as cache:
         assert mx.isfinite(read(model, cache, 512)).all().item()
         told = cache.stats().treatments

@@ -15,21 +15,21 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from pagedkv import hook
-from pagedkv.bench import plots
-from pagedkv.bench.timing import Deadline
+from pagedkv.cache import sdpa_hook as hook
 from pagedkv.cli.eval_retrieval import add_retrieval_arguments, retrieval_grid
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import retrieval
-from pagedkv.evaluation.bootstrap import paired_interval
-from pagedkv.evaluation.heat_map import draw, text_table
-from pagedkv.evaluation.prompts import Example
-from pagedkv.evaluation.retrieval import Again, run_retrieval
-from pagedkv.evaluation.retrieval_comparison import ALL, compare, squares
-from pagedkv.evaluation.retrieval_report import retrieval_report
-from pagedkv.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
-from pagedkv.evaluation.scoring import Contains
-from pagedkv.evaluation.tasks import TASKS
+from pagedkv.tools.bench import plots
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import retrieval
+from pagedkv.tools.evaluation.bootstrap import paired_interval
+from pagedkv.tools.evaluation.heat_map import draw, text_table
+from pagedkv.tools.evaluation.prompts import Example
+from pagedkv.tools.evaluation.retrieval import Again, run_retrieval
+from pagedkv.tools.evaluation.retrieval_comparison import ALL, compare, squares
+from pagedkv.tools.evaluation.retrieval_report import retrieval_report
+from pagedkv.tools.evaluation.retrieval_result import Cell, Grid, Outcome, RetrievalResult
+from pagedkv.tools.evaluation.scoring import Contains
+from pagedkv.tools.evaluation.tasks import TASKS
 from tests.retrieval_stand_ins import Characters, Looker
 
 SIXTEEN = pagedkv.TierConfig(
@@ -178,7 +178,7 @@ def test_all_tasks_run_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for pager in pagers:
         assert not pager.users and not pager.layer_pagers
         assert pager.open_cold is None and pager.open_reader is None
-    assert not hook.installed() and pagedkv.models.wrapping_of(model) is None
+    assert not hook.installed() and pagedkv.integrations.mlx_lm.wrapping.wrapping_of(model) is None
     document = json.loads(json.dumps(result.to_dict()))
     assert [tiers and tiers["kv"] for tiers in document["tiers"]] == [None, "K8V8", "K8V8"]
     assert len(document["grid"]["text"]) == 16
@@ -375,7 +375,7 @@ def test_the_interval_is_the_same_each_time_and_drawn_in_blocks_it_hardly_differ
     values = [((7 * i) % 11) / 11 for i in range(150)]
     whole = paired_interval(values)
     assert paired_interval(values) == whole != paired_interval(values, seed=1)
-    monkeypatch.setattr("pagedkv.evaluation.bootstrap._BLOCK", 150 * 7)
+    monkeypatch.setattr("pagedkv.tools.evaluation.bootstrap._BLOCK", 150 * 7)
     blocks = paired_interval(values)
     assert blocks.mean == whole.mean
     assert blocks.low == pytest.approx(whole.low, abs=0.005)

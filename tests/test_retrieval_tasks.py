@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import prompts
-from pagedkv.evaluation.haystack import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
-from pagedkv.evaluation.prompts import SLACK, Example, build
-from pagedkv.evaluation.scoring import Contains, Records, mean
-from pagedkv.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, ROUNDS, TASKS
+from pagedkv.tools.evaluation import prompts
+from pagedkv.tools.evaluation.haystack import ADJECTIVES, NAMES, NOUNS, prose, sentences, vocabulary
+from pagedkv.tools.evaluation.prompts import SLACK, Example, build
+from pagedkv.tools.evaluation.scoring import Contains, Records, mean
+from pagedkv.tools.evaluation.tasks import DISTRACTORS, MOST_HOPS, RECORDS, ROUNDS, TASKS
 from tests.retrieval_stand_ins import Characters, Uneven, Words
 
 CASES = [(kind, tokens) for kind in (Characters, Uneven, Words) for tokens in (2048, 5000)]

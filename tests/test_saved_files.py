@@ -18,10 +18,10 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import pagedkv
-from pagedkv import state
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.mlx_lm_cache import BatchPagedKVCache, PagedKVCache
-from pagedkv.snapshot_file import array_digest
+from pagedkv.cache.persistence import snapshot as state
+from pagedkv.cache.persistence.safetensors_file import array_digest
+from pagedkv.integrations.mlx_lm.caches import BatchPagedKVCache, PagedKVCache
 from tests.model_zoo import build
 from tests.models import lively, random_tokens, tiny_llama
 

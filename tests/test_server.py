@@ -26,8 +26,8 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch
 import pagedkv
 from pagedkv import PagedLayerCache
 from pagedkv.cli import main, serve
-from pagedkv.server.batch_generator import PagedBatchGenerator
-from pagedkv.server.prompt_cache import KeptPrompts
+from pagedkv.integrations.server.batch_generator import PagedBatchGenerator
+from pagedkv.integrations.server.prompt_cache import KeptPrompts
 from tests.models import byte_model
 from tests.server_campaign import CONFIG, Answer, Request, Running, campaign, running
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import layer as layer_module
 from pagedkv.allocator import KVShape, PageGeometry, Precision
-from pagedkv.attention import KVView, attend
+from pagedkv.attn.driver import KVView, attend
+from pagedkv.attn.selection import ColdSelection
 from pagedkv.cli.main import main
-from pagedkv.selection import ColdSelection
-from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.page_bounds import LayerBounds, bounds_bytes
+from pagedkv.sequence import layer as layer_module
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tiers.pages.bounds import LayerBounds, bounds_bytes
 from tests.models import random_tokens, tiny_llama
 from tests.test_placement import smallest_warm
 
@@ -360,7 +360,7 @@ def test_the_demo_models_own_steps_stay_within_the_bound(monkeypatch: pytest.Mon
 
     from mlx_lm import load
 
-    from pagedkv.demo_model import ensure_demo_model
+    from pagedkv.tools.demo.demo_model import ensure_demo_model
 
     model, tokenizer = load(str(ensure_demo_model()))[:2]
     model.set_dtype(mx.float32)

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pagedkv.bench import AttentionShape, BenchSettings, Deadline, eviction, plan_tasks, streaming
-from pagedkv.bench.quiet import Neighbours
-from pagedkv.bench.report import cells, yardstick_line
-from pagedkv.config import TierConfig
+from pagedkv.config.tier_config import TierConfig
+from pagedkv.tools.bench import (
+    AttentionShape,
+    BenchSettings,
+    Deadline,
+    eviction,
+    plan_tasks,
+    streaming,
+)
+from pagedkv.tools.bench.quiet import Neighbours
+from pagedkv.tools.bench.report import cells, yardstick_line
 
 SHAPE = AttentionShape(2, 2, 64)
 KIB = 1024

@@ -11,9 +11,9 @@ import pytest
 from mlx_lm.models import cache as stock
 
 import pagedkv
+from pagedkv.cache.nested import inner_caches, replaced, streams
 from pagedkv.cli.doctor import _verdict
 from pagedkv.cli.doctor_checks import OK, WARN
-from pagedkv.streams import inner_caches, replaced, streams
 from tests.model_matrix import tiny_budgets
 from tests.model_zoo import build
 from tests.models import random_tokens as tokens

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pagedkv import ConfigError, KVShape, Precision, TierConfig
 from pagedkv.cli.main import main
-from pagedkv.stress import (
+from pagedkv.tiers import codec_for
+from pagedkv.tools.stress import (
     Check,
     ExactSoftmax,
     History,
@@ -27,8 +28,7 @@ from pagedkv.stress import (
     SyntheticTokens,
     Truth,
 )
-from pagedkv.stress.tolerance import Tolerance, step_sizes
-from pagedkv.tiers import codec_for
+from pagedkv.tools.stress.tolerance import Tolerance, step_sizes
 
 MODEL = SyntheticModel(layers=2, query_heads=4, kv_heads=2, head_dim=64)
 OPTIONS = StressOptions(tokens=3000, needles=4, chunk=600, ops={})

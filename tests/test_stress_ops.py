@@ -17,9 +17,10 @@ import pagedkv
 from pagedkv import ColdStoreError, ConfigError, PagedCache, TierConfig
 from pagedkv.cli.main import main
 from pagedkv.cli.stress_progress import StressProgress
-from pagedkv.model_notes import FOLDER
-from pagedkv.models import Wrapping
-from pagedkv.stress import (
+from pagedkv.integrations.mlx_lm.model_notes import FOLDER
+from pagedkv.integrations.mlx_lm.wrapping import Wrapping
+from pagedkv.tiers import FileColdStore, HotBuffer
+from pagedkv.tools.stress import (
     OPERATIONS,
     Check,
     ModelStress,
@@ -35,8 +36,7 @@ from pagedkv.stress import (
     plots,
     schedule,
 )
-from pagedkv.stress.faults import Faults
-from pagedkv.tiers import FileColdStore, HotBuffer
+from pagedkv.tools.stress.faults import Faults
 from tests.models import tiny_llama
 
 MODEL = SyntheticModel(layers=2, query_heads=2, kv_heads=1, head_dim=64)
@@ -264,7 +264,7 @@ def test_a_damaged_page_is_made_again() -> None:
 
 
 def test_damage_that_goes_unnoticed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedkv.tiers.page_reads import PageReads
+    from pagedkv.tiers.cold.page_reads import PageReads
 
     monkeypatch.setattr(PageReads, "_verify", lambda *_: None)  # the checksum is not looked at
     stress = SyntheticStress(MODEL, options({}, faults=True), tiers())
@@ -277,7 +277,7 @@ def test_damage_that_goes_unnoticed_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_failed_call_that_keeps_its_tokens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    from pagedkv.layer import PagedLayerCache
+    from pagedkv.sequence.layer import PagedLayerCache
 
     monkeypatch.setattr(PagedLayerCache, "_taken_back_to", lambda *_: nullcontext())
     stress = SyntheticStress(MODEL, options({}, faults=True, attend_every=1), tiers())
@@ -361,7 +361,9 @@ def test_layers_with_more_bits_are_no_other_model(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Wrapping, "make_cache", noted)
     monkeypatch.setenv(FOLDER, "/dev/null/nowhere")
-    monkeypatch.setattr("pagedkv.lookup_layers.echoes", lambda model: {0: 0.0, 2: 0.5})
+    monkeypatch.setattr(
+        "pagedkv.integrations.mlx_lm.retrieval_layers.echoes", lambda model: {0: 0.0, 2: 0.5}
+    )
     config = tiers(warm="240KB")
     stress = ModelStress("tiny", tiny_llama(layers=4), Letters(), options(tokens=1500), config)
     report = stress.run()
@@ -426,7 +428,7 @@ def test_a_planted_mistake_makes_the_exit_code_1_and_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "allowance", lambda *_: {"warm": 1})
-    from pagedkv.stress import synthetic
+    from pagedkv.tools.stress import synthetic
 
     monkeypatch.setattr(
         synthetic, "allowance", lambda *_: {"scratch": 1, "attention temporaries": 0}

@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 
 import pagedkv
+from pagedkv.tiers.pages.warm_slab import WarmSlab
 from pagedkv.tiers.turn import Turn, exclusive
-from pagedkv.tiers.warm import WarmSlab
 
 
 @pytest.mark.slow

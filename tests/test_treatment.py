@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import race, treatment_rules
 from pagedkv.allocator import KVShape, Precision
-from pagedkv.layer_weights import measure_spread
+from pagedkv.calibration import treatment_rules
+from pagedkv.calibration.layer_weights import measure_spread
+from pagedkv.integrations.mlx_lm import race
+from pagedkv.integrations.mlx_lm.treatments import choose_treatments
 from pagedkv.tiers import Treatment
-from pagedkv.tiers.codec import codec_for
-from pagedkv.tiers.rounding import FLOAT16_MAX, quantize
-from pagedkv.tiers.treatment import ROTATIONS, rotation_matrix
-from pagedkv.treatments import choose_treatments
+from pagedkv.tiers.codec.affine import codec_for
+from pagedkv.tiers.codec.rounding import FLOAT16_MAX, quantize
+from pagedkv.tiers.codec.transform import ROTATIONS, rotation_matrix
 from tests.kernel_cases import with_feedback
 from tests.models import lively, random_tokens, tiny_llama
 

@@ -12,7 +12,7 @@ import pytest
 
 import pagedkv
 from pagedkv.allocator import Precision
-from pagedkv.batch import BatchPagedLayerCache
+from pagedkv.cache.batch_cache import BatchPagedLayerCache
 from tests import vlm_zoo
 from tests.models import random_tokens, tiny_llama
 from tests.vlm_package import load
@@ -115,7 +115,7 @@ def test_rows_begin_where_their_columns_say() -> None:
         for windows in (False, True):
             row = base[0].fork()
             if windows:
-                row = pagedkv.window.WindowedLayerCache(row._context, 0, 32)
+                row = pagedkv.sequence.window.WindowedLayerCache(row._context, 0, 32)
             batch = BatchPagedLayerCache.merge([row] * 3)
             batch.prepare(left_padding=[0, 50, 21])
             offsets = np.array([0, -50, -21])

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import pagedkv
-from pagedkv import state
-from pagedkv.backends import KernelBackend
-from pagedkv.mlx_lm_cache import PagedKVCache, PagedRotatingKVCache
-from pagedkv.window_sizes import SLACK
+from pagedkv.attn.backends import KernelBackend
+from pagedkv.cache.persistence import snapshot as state
+from pagedkv.config.window_sizes import SLACK
+from pagedkv.integrations.mlx_lm.caches import PagedKVCache, PagedRotatingKVCache
 from tests import reference
 from tests.emulator import HostLauncher
 from tests.models import random_tokens
@@ -113,7 +113,7 @@ def test_the_kernels_see_the_same(kv: str, keep: int) -> None:
 
 def test_the_fast_path_is_taken_for_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token over pages that are partly behind the window goes to the kernels."""
-    attention = importlib.import_module("pagedkv.attention")
+    attention = importlib.import_module("pagedkv.attn.driver")
     cache = window(1024, kv="K4V4", hot_tokens=64, hot_dtype="float16")
     cache._backend = KernelBackend(HostLauncher())
     mx.eval(step(cache, 1100, 0))

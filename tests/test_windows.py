@@ -13,9 +13,9 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.base import create_attention_mask
 
 import pagedkv
-from pagedkv.attention import stock_attention
-from pagedkv.context import SequenceContext
-from pagedkv.mlx_lm_cache import PagedRotatingKVCache
+from pagedkv.attn.driver import stock_attention
+from pagedkv.integrations.mlx_lm.caches import PagedRotatingKVCache
+from pagedkv.sequence.sequence import SequenceContext
 from pagedkv.tiers import Pager
 
 HEADS, REPEATS, DIM = 2, 2, 32

@@ -14,8 +14,8 @@ from random import Random
 import pytest
 
 import pagedkv
-from pagedkv.tiers.disk import RealDisk
-from pagedkv.tiers.write_limit import DAY, WriteLimit
+from pagedkv.tiers.disk.disk import RealDisk
+from pagedkv.tiers.disk.write_limit import DAY, WriteLimit
 from tests.stores import empty_cache, fill, settings
 
 LIMIT = 100_000
@@ -124,7 +124,7 @@ def test_a_count_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) 
 def test_a_process_that_hangs_with_the_count_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pagedkv.tiers.write_limit.PATIENCE", 0.1)
+    monkeypatch.setattr("pagedkv.tiers.disk.write_limit.PATIENCE", 0.1)
     count = limit(tmp_path)
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(); input()"
     with subprocess.Popen(

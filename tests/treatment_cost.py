@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pagedkv import kernel_check
-from pagedkv.bench.contenders import Contender, Place, paged
-from pagedkv.bench.settings import AttentionShape, BenchSettings
-from pagedkv.bench.timing import Chain, Sample, chain_lengths
+from pagedkv.attn.fused import self_check as kernel_check
+from pagedkv.tools.bench.contenders import Contender, Place, paged
+from pagedkv.tools.bench.settings import AttentionShape, BenchSettings
+from pagedkv.tools.bench.timing import Chain, Sample, chain_lengths
 
 SHAPES = ("32/8x128", "9/3x64")
 DEPTH, ROUNDS, WARM_UP = 32 * 1024, 30, 3

@@ -5,18 +5,19 @@ numpy memory and files.
 """
 
 from pagedkv.tiers.budget import TierBudget
-from pagedkv.tiers.checkpoints import StoredSequence
-from pagedkv.tiers.codec import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
-from pagedkv.tiers.cold import ColdStore, FileColdStore
-from pagedkv.tiers.disk import Disk, RealDisk
+from pagedkv.tiers.checkpoints.index import StoredSequence
+from pagedkv.tiers.checkpoints.manifest import LayerState, SequenceState, StoreIdentity
+from pagedkv.tiers.codec.affine import AffineCodec, PageCodec, QuantizedTriple, Sixteen, codec_for
+from pagedkv.tiers.codec.transform import Treatment
+from pagedkv.tiers.cold.prefetch import ColdReader
+from pagedkv.tiers.cold.record import ColdRecord, PageIdentity
+from pagedkv.tiers.disk.disk import Disk, RealDisk
 from pagedkv.tiers.hot import HotBuffer, HotTokens
-from pagedkv.tiers.layer_pager import LayerPager, Lineage, Page, Run
 from pagedkv.tiers.pager import Pager
-from pagedkv.tiers.reader import ColdReader
-from pagedkv.tiers.records import ColdRecord, PageIdentity
-from pagedkv.tiers.sequence import LayerState, SequenceState, StoreIdentity
-from pagedkv.tiers.treatment import Treatment
-from pagedkv.tiers.warm import WarmSlab
+from pagedkv.tiers.pages.layer_pager import LayerPager
+from pagedkv.tiers.pages.page import Lineage, Page, Run
+from pagedkv.tiers.pages.warm_slab import WarmSlab
+from pagedkv.tiers.store import ColdStore, FileColdStore
 
 __all__ = [
     "AffineCodec",

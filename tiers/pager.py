@@ -12,28 +12,18 @@ import mlx.core as mx
 
 from pagedkv.allocator import KVShape, LayerLadders, TableEntry
 from pagedkv.tiers.budget import TierBudget
-from pagedkv.tiers.checkpoint import ENTRY
-from pagedkv.tiers.cold import FileColdStore
-from pagedkv.tiers.disk import Disk, RealDisk
-from pagedkv.tiers.layer_pager import LayerPager, Lineage
-from pagedkv.tiers.pressure import Pressure
-from pagedkv.tiers.reader import ColdReader
-from pagedkv.tiers.sequence import StoreIdentity
-from pagedkv.tiers.treatment import Treatment, file_bytes, treated_parts
+from pagedkv.tiers.checkpoints.file_format import ENTRY
+from pagedkv.tiers.checkpoints.manifest import StoreIdentity
+from pagedkv.tiers.codec.transform import Treatment, file_bytes, treated_parts
+from pagedkv.tiers.cold.prefetch import ColdReader
+from pagedkv.tiers.cold.workers import ThreadWorkers, Workers
+from pagedkv.tiers.disk.disk import Disk, RealDisk
+from pagedkv.tiers.memory_pressure import Pressure
+from pagedkv.tiers.pages.layer_pager import LayerPager
+from pagedkv.tiers.pages.page import Lineage
+from pagedkv.tiers.shared import PagerCounters
+from pagedkv.tiers.store import FileColdStore
 from pagedkv.tiers.turn import Turn
-from pagedkv.tiers.workers import ThreadWorkers, Workers
-
-
-@dataclass
-class PagerCounters:
-    """Page movements since the pager was made; `pressed` are those demoted for want of memory."""
-
-    sealed: int = 0
-    lowered: int = 0
-    demoted: int = 0
-    promoted: int = 0
-    pressed: int = 0
-    warm_bytes_returned: int = 0
 
 
 @dataclass

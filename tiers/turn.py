@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import mlx.core as mx
 
 if TYPE_CHECKING:
-    from pagedkv.tiers.warm import WarmSlab
+    from pagedkv.tiers.pages.warm_slab import WarmSlab
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

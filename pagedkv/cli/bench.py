@@ -10,7 +10,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.bench import (
+from pagedkv.cli.loading import add_model_options, has_gpu, load_model
+from pagedkv.cli.options import (
+    duration,
+    parse_tokens,
+    positive,
+    tier_config,
+    user_path,
+)
+from pagedkv.cli.output import Notes, Table, add_output_options, choose_format, emit
+from pagedkv.cli.shapes import MOST_EACH, ModelShape, shape_of
+from pagedkv.config.tier_config import BACKENDS
+from pagedkv.errors import ConfigError
+from pagedkv.tools.bench import (
     DEPTHS,
     PARTS,
     STREAMING,
@@ -24,22 +36,10 @@ from pagedkv.bench import (
     plan_tasks,
     random_llama,
 )
-from pagedkv.bench.plots import HINT, available, draw
-from pagedkv.bench.report import COLUMNS, TITLES, cells, yardstick_line
-from pagedkv.bench.result import OK, Row
-from pagedkv.bench.settings import MIB, short_dtype
-from pagedkv.cli.loading import add_model_options, has_gpu, load_model
-from pagedkv.cli.options import (
-    duration,
-    parse_tokens,
-    positive,
-    tier_config,
-    user_path,
-)
-from pagedkv.cli.output import Notes, Table, add_output_options, choose_format, emit
-from pagedkv.cli.shapes import MOST_EACH, ModelShape, shape_of
-from pagedkv.config import BACKENDS
-from pagedkv.errors import ConfigError
+from pagedkv.tools.bench.plots import HINT, available, draw
+from pagedkv.tools.bench.report import COLUMNS, TITLES, cells, yardstick_line
+from pagedkv.tools.bench.result import OK, Row
+from pagedkv.tools.bench.settings import MIB, short_dtype
 
 _PREFIX = "synthetic:"
 _TINY = ModelShape(layers=2, query_heads=4, kv_heads=2, head_dim=64)

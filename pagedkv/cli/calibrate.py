@@ -6,8 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from pagedkv.calibration import LEAST, calibrate
-from pagedkv.calibration_file import require_name
+from pagedkv.calibration.file import require_name
 from pagedkv.cli.eval import add_text_option, text_sources
 from pagedkv.cli.loading import DTYPES, MODELS_OWN, add_model_options, load_model
 from pagedkv.cli.options import parse_tokens
@@ -22,7 +21,8 @@ from pagedkv.cli.output import (
     seconds,
 )
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import BUILT_IN, Text
+from pagedkv.integrations.mlx_lm.calibrate import LEAST, calibrate
+from pagedkv.tools.evaluation import BUILT_IN, Text
 
 TOKENS = 2048
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.allocator import ColdStoreError
-from pagedkv.tiers.disk import RealDisk
-from pagedkv.tiers.files import aligned_buffer
-from pagedkv.tiers.page_file import PageFile
-from pagedkv.tiers.store_directory import StoreDirectory
+from pagedkv.tiers.disk.directory import StoreDirectory
+from pagedkv.tiers.disk.disk import RealDisk
+from pagedkv.tiers.disk.io import aligned_buffer
+from pagedkv.tiers.disk.page_file import PageFile
 
 Bytes = npt.NDArray[np.uint8]
 

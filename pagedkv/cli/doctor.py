@@ -23,7 +23,7 @@ from pagedkv.cli.doctor_checks import (
 from pagedkv.cli.loading import add_model_options, load_model, wrapped
 from pagedkv.cli.options import add_tier_options, tier_config
 from pagedkv.cli.output import Notes, Table, add_output_options, choose_format, emit
-from pagedkv.config import TierConfig
+from pagedkv.config.tier_config import TierConfig
 
 _EPILOG = """\
 Writes and reads back a quarter of a gigabyte in the cold directory, and deletes it again.

@@ -17,20 +17,21 @@ import numpy as np
 import psutil
 
 import pagedkv
-from pagedkv import blas, kernel_check
 from pagedkv.allocator import KVShape, Precision
-from pagedkv.attention import attend
-from pagedkv.backends import choose_backend
-from pagedkv.cache import PagedCache
+from pagedkv.attn.backends import choose_backend
+from pagedkv.attn.driver import attend
+from pagedkv.attn.fused import self_check as kernel_check
+from pagedkv.cache.paged_cache import PagedCache
 from pagedkv.cli.disk import measure_disk
 from pagedkv.cli.loading import has_gpu
-from pagedkv.config import BACKENDS, TierConfig
+from pagedkv.config.sizes import format_size
+from pagedkv.config.tier_config import BACKENDS, TierConfig
 from pagedkv.errors import PagedKVError
-from pagedkv.releases import unsupported, version_of
-from pagedkv.sizes import format_size
-from pagedkv.stress.tolerance import Tolerance
+from pagedkv.integrations import blas
+from pagedkv.integrations.releases import unsupported, version_of
 from pagedkv.tiers import RealDisk, codec_for
 from pagedkv.tiers.arrays import evaluated
+from pagedkv.tools.stress.tolerance import Tolerance
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pagedkv.bench.result import OK, Row
-from pagedkv.bench.timing import Deadline
 from pagedkv.cli.eval_retrieval import (
     add_retrieval_arguments,
     retrieval_grid,
@@ -25,9 +23,11 @@ from pagedkv.cli.options import (
     user_path,
 )
 from pagedkv.cli.output import Notes, Progress, Table, add_output_options, choose_format, emit
-from pagedkv.config import BACKENDS, TREATMENTS, TierConfig
+from pagedkv.config.tier_config import BACKENDS, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation import (
+from pagedkv.tools.bench.result import OK, Row
+from pagedkv.tools.bench.timing import Deadline
+from pagedkv.tools.evaluation import (
     BUILT_IN,
     LEGS,
     EvalSettings,
@@ -41,12 +41,12 @@ from pagedkv.evaluation import (
     mlx_lm_variants,
     paged_variants,
 )
-from pagedkv.evaluation.plots import HINT, available, draw
-from pagedkv.evaluation.report import cells, page, retrieval_title, title
-from pagedkv.evaluation.result import RETRIEVAL
-from pagedkv.evaluation.retrieval_result import Grid
-from pagedkv.evaluation.retrieval_rows import Retrieval, comparison_rows
-from pagedkv.evaluation.variants import PRECISIONS, REFERENCE, TYPES, require_shorter, shorter
+from pagedkv.tools.evaluation.plots import HINT, available, draw
+from pagedkv.tools.evaluation.report import cells, page, retrieval_title, title
+from pagedkv.tools.evaluation.result import RETRIEVAL
+from pagedkv.tools.evaluation.retrieval_result import Grid
+from pagedkv.tools.evaluation.retrieval_rows import Retrieval, comparison_rows
+from pagedkv.tools.evaluation.variants import PRECISIONS, REFERENCE, TYPES, require_shorter, shorter
 
 NONE = "none"
 MLX_LM = "8,4"

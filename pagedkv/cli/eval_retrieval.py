@@ -7,10 +7,10 @@ import argparse
 from pagedkv.cli.options import parse_numbers, parse_tokens
 from pagedkv.cli.output import Table
 from pagedkv.errors import ConfigError
-from pagedkv.evaluation.retrieval_report import comparison_rows
-from pagedkv.evaluation.retrieval_result import Grid, RetrievalResult
-from pagedkv.evaluation.run import TIME_IS_UP
-from pagedkv.evaluation.tasks import TASKS
+from pagedkv.tools.evaluation.retrieval_report import comparison_rows
+from pagedkv.tools.evaluation.retrieval_result import Grid, RetrievalResult
+from pagedkv.tools.evaluation.run import TIME_IS_UP
+from pagedkv.tools.evaluation.tasks import TASKS
 
 _DEFAULT = Grid()
 _CELLS = ("--lengths", "--depths", "--examples", "--task-seed", "--chat")

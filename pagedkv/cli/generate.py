@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pagedkv import state
-from pagedkv.cache import PagedCache
+from pagedkv.cache.paged_cache import PagedCache
+from pagedkv.cache.persistence import snapshot as state
 from pagedkv.cli.generate_report import document, tables
 from pagedkv.cli.generation import Generation, Sampling, generate
 from pagedkv.cli.loading import (
@@ -35,11 +35,11 @@ from pagedkv.cli.output import (
     emit,
     write_json,
 )
-from pagedkv.config import TierConfig
+from pagedkv.config.planner import require_room
+from pagedkv.config.tier_config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.models import load, resume, unwrap
-from pagedkv.partial_layer import PartialLayerCache
-from pagedkv.plan import require_room
+from pagedkv.integrations.mlx_lm.wrapping import load, resume, unwrap
+from pagedkv.sequence.partial_layer import PartialLayerCache
 
 _EPILOG = """\
 examples:
@@ -225,7 +225,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def _demo_prompt(args: argparse.Namespace, tokenizer: Any, say: Notes) -> str:
     """A document that fits in none of the upper tiers, and a question about it."""
-    from pagedkv.demo_text import DEMO_QUESTION, demo_document
+    from pagedkv.tools.demo.demo_text import DEMO_QUESTION, demo_document
 
     text = demo_document(_demo_tokens(args), lambda part: len(tokenizer.encode(part)))
     tokens = len(tokenizer.encode(text))

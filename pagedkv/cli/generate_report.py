@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pagedkv.attn.selection import SkipCounters
+from pagedkv.cache.stats import CacheStats, TierStats
 from pagedkv.cli.generation import Generation
 from pagedkv.cli.output import Table, facts, number, rate, seconds
-from pagedkv.selection import SkipCounters
-from pagedkv.sizes import format_size
-from pagedkv.stats import CacheStats, TierStats
+from pagedkv.config.sizes import format_size
 
 
 def document(model: str, result: Generation) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv.cache import PagedCache
+from pagedkv.cache.paged_cache import PagedCache
+from pagedkv.cache.stats import CacheStats
 from pagedkv.cli.loading import has_gpu
 from pagedkv.cli.output import Progress
-from pagedkv.config import TierConfig
-from pagedkv.stats import CacheStats
+from pagedkv.config.tier_config import TierConfig
 
 
 @dataclass(frozen=True)

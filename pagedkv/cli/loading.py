@@ -12,11 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from pagedkv import blas
 from pagedkv.cli.options import parse_text, user_path
-from pagedkv.config import TierConfig
+from pagedkv.config.tier_config import TierConfig
 from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.models import unwrap, wrap
+from pagedkv.integrations import blas
+from pagedkv.integrations.mlx_lm.wrapping import unwrap, wrap
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MODELS_OWN = "model"
@@ -96,7 +96,7 @@ def locate(name: str, say: Say) -> str:
         ConfigError: if there is no such model.
     """
     if name == "demo":
-        from pagedkv.demo_model import ensure_demo_model
+        from pagedkv.tools.demo.demo_model import ensure_demo_model
 
         return str(ensure_demo_model(say))
     path = user_path(name)

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import pagedkv
-from pagedkv import blas
 from pagedkv.cli import bench, calibrate, doctor, eval, generate, plan, serve, stress
 from pagedkv.cli.streams import abandon_stdout, standard_streams
 from pagedkv.errors import ConfigError, PagedKVError
+from pagedkv.integrations import blas
 
 _EPILOG = """\
 examples:

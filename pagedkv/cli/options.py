@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pagedkv.config import BACKENDS, DURABILITIES, TREATMENTS, TierConfig
+from pagedkv.config.sizes import MOST, parse_size, shown
+from pagedkv.config.tier_config import BACKENDS, DURABILITIES, TREATMENTS, TierConfig
 from pagedkv.errors import ConfigError
-from pagedkv.sizes import MOST, parse_size, shown
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([KM]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}

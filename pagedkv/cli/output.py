@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from pagedkv.config.sizes import format_size
 from pagedkv.errors import ConfigError
-from pagedkv.sizes import format_size
 
 FORMATS = ("table", "json", "csv")
 

@@ -19,10 +19,10 @@ from pagedkv.cli.output import (
     rate,
 )
 from pagedkv.cli.shapes import KNOWN, MOST_EACH, ModelShape, shape_of
-from pagedkv.config import LOOKUP_PART, TierConfig
+from pagedkv.config.planner import Plan, plan
+from pagedkv.config.sizes import format_size
+from pagedkv.config.tier_config import LOOKUP_PART, TierConfig
 from pagedkv.errors import ConfigError
-from pagedkv.plan import Plan, plan
-from pagedkv.sizes import format_size
 
 _EPILOG = f"""\
 Tokens are written 131072, 128K (K is 1,024) or 1M. Nothing is loaded or run.

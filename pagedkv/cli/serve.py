@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 from pagedkv.cli.loading import add_model_options, cast_model, explain, locate
 from pagedkv.cli.options import add_mlx_lm_options, add_tier_options, tier_config, user_path
 from pagedkv.cli.output import Notes
+from pagedkv.config.sizes import format_size, parse_size
 from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.releases import unsupported
-from pagedkv.server.access import Access, Limits
-from pagedkv.sizes import format_size, parse_size
+from pagedkv.integrations.releases import unsupported
+from pagedkv.integrations.server.access import Access, Limits
 
 _EPILOG = """\
 examples:
@@ -171,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
     if problem := unsupported("mlx-lm"):
         raise ConfigError(f"{problem}: pip install 'pagedkv[lm]'")
     try:
-        from pagedkv.server.provider import PagedModelProvider
-        from pagedkv.server.server import serve, server_options
+        from pagedkv.integrations.server.provider import PagedModelProvider
+        from pagedkv.integrations.server.server import serve, server_options
     except ImportError as e:
         raise ConfigError(f"serving a model needs more ({e}): pip install 'pagedkv[lm]'") from e
     limits = Limits(

@@ -19,9 +19,9 @@ from pagedkv.cli.output import Notes, add_output_options, choose_format, emit
 from pagedkv.cli.shapes import KNOWN, MOST_EACH, ModelShape, shape_of
 from pagedkv.cli.stress_progress import StressProgress
 from pagedkv.cli.stress_report import require_report, tables, write_report
-from pagedkv.config import TierConfig
+from pagedkv.config.tier_config import TierConfig
 from pagedkv.errors import ConfigError
-from pagedkv.stress import (
+from pagedkv.tools.stress import (
     OPERATIONS,
     ModelStress,
     StressOptions,

@@ -8,8 +8,8 @@ import time
 from typing import TextIO
 
 from pagedkv.cli.output import rate, seconds
-from pagedkv.sizes import format_size
-from pagedkv.stress import Status
+from pagedkv.config.sizes import format_size
+from pagedkv.tools.stress import Status
 
 _REDRAW, _LINE = 0.25, 5.0  # seconds
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pagedkv.cli.options import user_path
 from pagedkv.cli.output import Table, facts, number, seconds, write_json
+from pagedkv.config.sizes import format_size
 from pagedkv.errors import ConfigError
-from pagedkv.sizes import format_size
-from pagedkv.stress import Check, StressReport, plots
+from pagedkv.tools.stress import Check, StressReport, plots
 
 _CONTENTS = ("needle answers", "needles found", "stored tokens", "saved and loaded")
 _NEEDLES = 16  # in the table; the JSON has them all

@@ -20,10 +20,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pagedkv.kernels.source import METAL_MEMORY, KernelText
+from pagedkv.attn.kernels.source import METAL_MEMORY, KernelText
 
 HERE = Path(__file__).parent
-PRELUDE = HERE.parents[1] / "pagedkv/kernels/prelude_host.h"
+PRELUDE = HERE.parents[1] / "pagedkv/attn/kernels/prelude_host.h"
 METAL_STUBS = HERE.parent / "metal_stubs"
 
 FLAGS = ("-std=c++17", "-fPIC", "-w")
@@ -240,7 +240,7 @@ class HostLauncher:
     A test that launches one is skipped where the emulator cannot be compiled.
 
     Args:
-        fetch_ahead: see `pagedkv.kernels.launch.Launcher`.
+        fetch_ahead: see `pagedkv.attn.kernels.launch.Launcher`.
         contract: whether products and sums are fused as on a GPU; compiling takes twice as long.
         sanitize: whether AddressSanitizer and UndefinedBehaviorSanitizer watch as well.
         target: ``"host"``, or ``"metal"`` for the text that goes to Metal. There pointers are
@@ -271,7 +271,7 @@ class HostLauncher:
         shapes: Sequence[Sequence[int]],
         dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        """See `pagedkv.kernels.launch.Launcher.launch`."""
+        """See `pagedkv.attn.kernels.launch.Launcher.launch`."""
         if why := unavailable():
             pytest.skip(why)
         mx.eval(*inputs)

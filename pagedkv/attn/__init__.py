@@ -1,0 +1,1 @@
+"""One softmax over hot, warm and cold tokens."""

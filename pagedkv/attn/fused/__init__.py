@@ -1,0 +1,1 @@
+"""Attention, sealing and dequantizing by kernels, and their check on this machine."""

@@ -1,0 +1,1 @@
+"""The cache objects that users and models hold."""

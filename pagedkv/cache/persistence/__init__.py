@@ -1,0 +1,1 @@
+"""Sequences in files: snapshots, and stores that outlive the process."""

@@ -1,0 +1,1 @@
+"""Statistics in, transforms of keys and values out: mathematics, no model."""

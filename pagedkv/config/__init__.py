@@ -1,0 +1,1 @@
+"""Settings, sizes, and what fits into budgets."""

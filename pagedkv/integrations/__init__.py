@@ -1,0 +1,1 @@
+"""Other people's code: mlx-lm, mlx-vlm, `mlx.nn`, servers, BLAS."""

@@ -1,0 +1,1 @@
+"""Models of mlx-lm: wrapping, probing, their caches, calibration."""

@@ -1,0 +1,1 @@
+"""One sequence: its layers' tokens, when they are sealed, what it shares with others."""

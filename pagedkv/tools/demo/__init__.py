@@ -1,0 +1,1 @@
+"""A small model and a long text to try everything with."""

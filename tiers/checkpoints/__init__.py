@@ -1,0 +1,1 @@
+"""Sequences on disk: manifest, file format, index, atomic commit."""

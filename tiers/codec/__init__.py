@@ -1,0 +1,1 @@
+"""16-bit tokens to page bytes and back."""

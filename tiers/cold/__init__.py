@@ -1,0 +1,1 @@
+"""Pages on disk: slots, background writes, read-ahead."""

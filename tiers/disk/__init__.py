@@ -1,0 +1,1 @@
+"""Whole reads and writes, locks, checksums: file descriptors and bytes."""

@@ -1,0 +1,1 @@
+"""The sealed pages of one layer: where each is, and how it moves."""
