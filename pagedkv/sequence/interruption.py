@@ -72,7 +72,7 @@ def interruptible_append(
         except PagedKVError:
             raise
         except BaseException:
-            if waits is not None and waits == context.unbegun(self):
+            if waits is not None and waits is context.unbegun(self):
                 context.pager.inconsistent = True
             else:
                 context.break_off()
