@@ -15,7 +15,7 @@ from pagedkv.cli.output import Notes
 from pagedkv.config.sizes import format_size, parse_size
 from pagedkv.errors import ConfigError, PagedKVError
 from pagedkv.integrations.releases import unsupported
-from pagedkv.integrations.server.access import Access, Limits
+from pagedkv.integrations.server.access import STOP_SECONDS, Access, Limits
 
 _EPILOG = """\
 examples:
@@ -114,8 +114,8 @@ def _add_door_options(parser: argparse.ArgumentParser) -> None:
         "--stop-seconds",
         type=_seconds,
         metavar="S",
-        default=10.0,
-        help="in which it ends when it is told to, kept prompts written (default: 10)",
+        default=STOP_SECONDS,
+        help="in which it ends when it is told to, kept prompts written (default: %(default)g)",
     )
 
 

@@ -12,6 +12,9 @@ from pagedkv.integrations.server.errors import AccessError, ForeignError
 MOST_TOKENS = 2**31 - 1
 """What any count of tokens is below."""
 
+STOP_SECONDS = 10.0
+"""A server that is told to stop has ended by then, unless it is given more."""
+
 
 @dataclass(frozen=True)
 class Limits:

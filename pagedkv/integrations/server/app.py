@@ -25,6 +25,7 @@ from pagedkv.integrations.server.errors import (
     AccessError,
     BusyError,
     ForeignError,
+    LateError,
     RequestError,
     StoppedError,
     TooLargeError,
@@ -136,9 +137,7 @@ class Endpoints:
         provider = self._generator.model_provider
         named = asked.body.get("model") or provider.name
         mine = Asked(provider.own(asked.body), asked.salt)
-        handler = SocketlessHandler(
-            self._generator, path, mine, named, exchange, self._fingerprint, time.time
-        )
+        handler = SocketlessHandler(self._generator, path, mine, named, exchange, self._fingerprint)
         self._threads.submit(handler.run).add_done_callback(lambda done: self._leave())
 
     def _enter(self) -> None:
@@ -156,36 +155,22 @@ class Endpoints:
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``, ``/v1/chat/completions``."""
-        path = request.url.path
         try:
             self._enter()
         except BusyError as e:
             return _refused(e)
         try:
-            raw = await asyncio.wait_for(self._body(request), BODY_SECONDS)
-            # Elsewhere: a large one takes a while to be read.
-            asked = await asyncio.to_thread(read, path, raw, self._limits)
-        except ClientDisconnect:
+            asked = await self._read(request)
+        except BaseException as e:
             self._leave()
-            return Response(status_code=400)  # nobody sees it
-        except asyncio.CancelledError:  # the server ends, and has waited for this
-            self._leave()
-            return _refused(StoppedError("the server is about to end"))
-        except TimeoutError:
-            self._leave()
-            return JSONResponse(
-                told(RequestError(f"the body did not come within {BODY_SECONDS:.0f} s")),
-                408,
-                {"Connection": "close"},
-            )
-        except Exception as e:
-            self._leave()
-            if not isinstance(e, (RequestError, TooLargeError)):
-                logging.error(f"A request cannot be read: {type(e).__name__}")
-                e = RequestError(f"the body cannot be read: {type(e).__name__}")
-            return _refused(e)
+            return _refused(_unread(e))
         salt = ":".join(filter(None, (request.scope.get("client_key", ""), asked.salt)))
-        return _Answering(self, Asked(asked.body, salt), path)
+        return _Answering(self, Asked(asked.body, salt), request.url.path)
+
+    async def _read(self, request: Request) -> Asked:
+        raw = await asyncio.wait_for(self._body(request), BODY_SECONDS)
+        # Elsewhere: a large one takes a while to be read.
+        return await asyncio.to_thread(read, request.url.path, raw, self._limits)
 
     async def _body(self, request: Request) -> bytes:
         most = self._limits.body
@@ -236,6 +221,19 @@ class Endpoints:
             elif still < STILL_SECONDS < limit:
                 logging.warning("The generation thread goes on")
                 limit = STILL_SECONDS
+
+
+def _unread(error: BaseException) -> Exception:
+    """What to answer where a request could not be read."""
+    if isinstance(error, asyncio.CancelledError):  # the server ends, and has waited for this
+        return StoppedError("the server is about to end")
+    if isinstance(error, TimeoutError):
+        return LateError(f"the body did not come within {BODY_SECONDS:.0f} s")
+    if isinstance(error, (RequestError, TooLargeError)):
+        return error
+    if not isinstance(error, ClientDisconnect):  # who has gone sees no answer
+        logging.error(f"A request cannot be read: {type(error).__name__}")
+    return RequestError(f"the body cannot be read: {type(error).__name__}")
 
 
 async def _absent(request: Request, error: Exception) -> Response:

@@ -41,6 +41,10 @@ class TooLargeError(PagedKVError):
     """A request whose body is larger than is read."""
 
 
+class LateError(PagedKVError):
+    """A request whose body does not come."""
+
+
 class BusyError(PagedKVError):
     """More requests at once than the server takes."""
 
@@ -61,6 +65,7 @@ _STATUS: dict[type[Exception], int] = {
     AccessError: 401,
     ForeignError: 403,
     UnknownModelError: 404,
+    LateError: 408,
     TooLargeError: 413,
     OutOfPagesError: 503,
     BusyError: 503,
@@ -75,7 +80,11 @@ def status_of(error: Exception) -> int:
 
 def fields_of(error: Exception) -> dict[str, str]:
     """Header fields that go with an error."""
-    more = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(COME_AGAIN)}}
+    more = {
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},
+        503: {"Retry-After": str(COME_AGAIN)},
+    }
     return more.get(status_of(error), {})
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Callable
+import time
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from email.message import Message
@@ -82,7 +82,6 @@ class SocketlessHandler(server.APIHandler):  # type: ignore[misc]
         named: str,
         exchange: Exchange,
         fingerprint: str,
-        now: Callable[[], float],
     ) -> None:
         """Make one for one request.
 
@@ -93,10 +92,9 @@ class SocketlessHandler(server.APIHandler):  # type: ignore[misc]
             named: how the answer is to name the model.
             exchange: where the answer goes.
             fingerprint: of the system, for the answer.
-            now: the time, in seconds since 1970.
         """
         body = json.dumps(asked.body).encode()
-        self.created, self.response_generator = int(now()), generator
+        self.created, self.response_generator = int(time.time()), generator
         self.system_fingerprint, self.path, self._named = fingerprint, path, named
         self.headers = Message()
         self.headers["Content-Length"] = str(len(body))

@@ -15,14 +15,11 @@ import uvicorn
 from mlx_lm import server
 
 from pagedkv.errors import ConfigError, PagedKVError
-from pagedkv.integrations.server.access import Access
+from pagedkv.integrations.server.access import STOP_SECONDS, Access
 from pagedkv.integrations.server.app import Endpoints, make_app
 from pagedkv.integrations.server.prompt_cache import KeptPrompts
 from pagedkv.integrations.server.provider import PagedModelProvider
 from pagedkv.integrations.server.requests import PagedResponseGenerator, in_place
-
-STOP_SECONDS = 10.0
-"""A server that is told to stop has ended by then, unless it is given more."""
 
 _GRACE, _TOLD, _WRITTEN = 0.2, 0.4, 0.8
 """Parts of that time: answers may go on; they are cut off with an error; prompts are on disk."""
