@@ -5,16 +5,13 @@ python -m tests.request_fuzz --requests 20000 --seed 1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from pagedkv.integrations.server.schema import SCHEMAS
-from tests.models import byte_model
 from tests.served import TIERS, Served
+from tests.server_campaign import main
 
 ODD_TEXT = st.one_of(
     st.text(max_size=40),
@@ -312,17 +309,5 @@ def campaign(folder: str, count: int, seed_: int, clients: int = 4) -> Counter[s
     return seen
 
 
-def main() -> None:
-    """The campaign from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        seen = campaign(byte_model(Path(folder), larger=True), args.requests, args.seed)
-    print(f"{dict(sorted(seen.items()))} in {time.monotonic() - start:.0f} s")
-
-
 if __name__ == "__main__":
-    main()
+    main(campaign, __doc__, 20000)

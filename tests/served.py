@@ -20,8 +20,38 @@ ROOT = Path(__file__).parent.parent
 TIERS = ("--hot-tokens", "64", "--sink-tokens", "4", "--kv", "fp16", "--page-tokens", "256")
 """16-bit pages behind a small window: what is reused changes no number."""
 
+
 NO_END = {"256": -100}
 """`logit_bias` with which a model of bytes does not end its text."""
+
+
+def send(
+    port: int,
+    body: Any,
+    path: str = "/v1/completions",
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+    seconds: float = 60,
+) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers (names in lower case) of one request.
+
+    Args:
+        port: on 127.0.0.1.
+        body: bytes as they are, None for none, or what is sent as JSON.
+        path: where.
+        method: how.
+        headers: besides those that are needed.
+        seconds: to wait.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        connection.request(method, path, data, headers or {})
+        response = connection.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, response.read(), fields
+    finally:
+        connection.close()
 
 
 class Served:
@@ -97,31 +127,9 @@ class Served:
         self._reader.join(10)
         return self.process.returncode, took
 
-    def send(
-        self,
-        body: Any,
-        path: str = "/v1/completions",
-        method: str = "POST",
-        headers: dict[str, str] | None = None,
-        seconds: float = 60,
-    ) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers of one request.
-
-        Args:
-            body: bytes as they are, None for none, or what is sent as JSON.
-            path: where.
-            method: how.
-            headers: besides those that are needed.
-            seconds: to wait.
-        """
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        try:
-            connection.request(method, path, data, headers or {})
-            response = connection.getresponse()
-            return response.status, response.read(), dict(response.getheaders())
-        finally:
-            connection.close()
+    def send(self, body: Any, *args: Any, **options: Any) -> tuple[int, bytes, dict[str, str]]:
+        """See `send`."""
+        return send(self.port, body, *args, **options)
 
     def ask(self, prompt: str, max_tokens: int = 3, **more: Any) -> dict[str, Any]:
         """The answer to a prompt, which has to be 200."""

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,16 +298,26 @@ def _judge(
         seen["reused"] += 1
 
 
-def main() -> None:
-    """The campaign from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=2000)
+def main(
+    run: Callable[[str, int, int], Counter[str]] = campaign,
+    description: str | None = __doc__,
+    count: int = 2000,
+) -> None:
+    """A campaign of requests from the command line.
+
+    Args:
+        run: given a model's folder, how many requests, and a seed.
+        description: of it.
+        count: of requests, if nobody says how many.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--requests", type=int, default=count)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        seen = campaign(byte_model(Path(folder), larger=True), args.requests, args.seed)
-    print(f"{dict(seen)} in {time.monotonic() - start:.0f} s")
+        seen = run(byte_model(Path(folder), larger=True), args.requests, args.seed)
+    print(f"{dict(sorted(seen.items()))} in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pagedkv.cli import main, serve
 from pagedkv.integrations.server.access import Access, Limits
 from pagedkv.integrations.server.errors import BusyError, ForeignError, RequestError
 from pagedkv.integrations.server.schema import WITHOUT_EFFECT, read
+from tests import served
 from tests.models import byte_model
 from tests.server_campaign import CONFIG, Request, Running, running
 
@@ -39,17 +40,9 @@ def send(
     **headers: str,
 ) -> tuple[int, Any, dict[str, str]]:
     """Status, JSON and headers of an answer; underscores in names of headers are dashes."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
-    try:
-        connection.request(method, path, data, given)
-        response = connection.getresponse()
-        text = response.read()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, json.loads(text) if text[:1] == b"{" else text, fields
-    finally:
-        connection.close()
+    status, text, fields = served.send(server.port, body, path, method, given)
+    return status, json.loads(text) if text[:1] == b"{" else text, fields
 
 
 SHORT = {"prompt": "hello", "max_tokens": 1}

@@ -29,6 +29,7 @@ from pagedkv.cli import main, serve
 from pagedkv.integrations.server.batch_generator import PagedBatchGenerator
 from pagedkv.integrations.server.prompt_cache import KeptPrompts
 from tests.models import byte_model
+from tests.served import send
 from tests.server_campaign import CONFIG, Answer, Request, Running, campaign, running
 
 ROOT = Path(__file__).parent.parent
@@ -228,11 +229,7 @@ def test_another_model_takes_the_place_of_the_first(folder: str, tmp_path: Path)
     with running(folder, others=True) as server:
         server.ask(Request(text(700), 2))
         first = server.pager
-        body = json.dumps({"prompt": text(700), "max_tokens": 2, "model": other})
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        connection.request("POST", "/v1/completions", body)
-        assert connection.getresponse().status == 200
-        connection.close()
+        assert post(server, {"prompt": text(700), "max_tokens": 2, "model": other})[0] == 200
         assert server.pager is not first
         assert not first.layer_pagers  # closed
         assert len(server.kept) == 1
@@ -242,13 +239,8 @@ def test_another_model_takes_the_place_of_the_first(folder: str, tmp_path: Path)
 
 def post(server: Running, body: dict[str, Any], path: str = "/v1/completions") -> tuple[int, Any]:
     """Status and JSON of one request, whatever is in it."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    try:
-        connection.request("POST", path, json.dumps(body))
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    status, answer, _ = send(server.port, body, path)
+    return status, json.loads(answer)
 
 
 BAD: dict[str, dict[str, Any]] = {
