@@ -313,6 +313,11 @@ def test_a_thread_that_stands_still_is_told_of(folder: str) -> None:
         assert (status, answer["status"]) == (503, "stands still")
 
 
+def test_a_key_may_have_any_letter() -> None:
+    sent = "Bearer schlüssel".encode().decode("latin-1")  # as headers are read
+    assert Access(keys=("schlüssel",)).check({"authorization": sent}, False)
+
+
 def test_who_asks_is_checked_by_parts() -> None:
     access = Access()
     assert access.check({}, False) == ""  # no browser leaves it out
